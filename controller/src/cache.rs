@@ -1,0 +1,498 @@
+//! What the API server says, kept by watches. Every room reads from here; nothing polls.
+//!
+//! One watch a kind, each with a task that keeps the store, marks the Canaries that the change concerns ([`Touches`]), and
+//! raises [`Cache::changes`]. Objects are pruned before they are kept: what no room reads is not held in memory.
+
+use std::{
+    collections::BTreeSet,
+    fmt::Debug,
+    hash::Hash,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use futures::StreamExt;
+use k8s_openapi::api::{
+    apps::v1::{ControllerRevision, ReplicaSet},
+    core::v1::{ConfigMap, Namespace, Pod, Secret, Service},
+    discovery::v1::EndpointSlice,
+};
+use kube::{
+    Api, Client, Resource, ResourceExt,
+    api::{ApiResource, DynamicObject, PartialObjectMeta},
+    core::{GroupVersionKind, NamespaceResourceScope},
+    runtime::{
+        WatchStreamExt,
+        reflector::{ObjectRef, Store, store::Writer},
+        watcher,
+    },
+};
+use serde::de::DeserializeOwned;
+use sluice_crds::{Canary, MetricTemplate, labels};
+use tokio::{
+    sync::{Notify, watch},
+    task::JoinSet,
+};
+
+/// Namespace and name of a Canary.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CanaryKey {
+    pub namespace: String,
+    pub name: String,
+}
+
+impl CanaryKey {
+    #[must_use]
+    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+
+    /// Of a Canary as the API server returned it.
+    #[must_use]
+    pub fn of(canary: &Canary) -> Self {
+        Self::new(canary.namespace().unwrap_or_default(), canary.name_any())
+    }
+
+    #[must_use]
+    pub fn object_ref(&self) -> ObjectRef<Canary> {
+        ObjectRef::new(&self.name).within(&self.namespace)
+    }
+}
+
+impl std::fmt::Display for CanaryKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// Canaries that should be looked at. A set, so that it is bounded by their number however fast things change: what is
+/// touched again before it was taken is taken once.
+#[derive(Clone, Debug, Default)]
+pub struct Touches {
+    inner: Arc<TouchesInner>,
+}
+
+#[derive(Debug, Default)]
+struct TouchesInner {
+    keys: Mutex<BTreeSet<CanaryKey>>,
+    notify: Notify,
+}
+
+impl Touches {
+    /// Asks for a look at this Canary.
+    pub fn touch(&self, key: CanaryKey) {
+        self.inner.keys.lock().unwrap_or_else(PoisonError::into_inner).insert(key);
+        self.inner.notify.notify_one();
+    }
+
+    /// How many wait to be looked at.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.inner.keys.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// Nothing waits.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Waits until something is touched, and takes all of it. For one consumer. Cancel-safe.
+    pub async fn take(&self) -> BTreeSet<CanaryKey> {
+        loop {
+            let keys = std::mem::take(&mut *self.inner.keys.lock().unwrap_or_else(PoisonError::into_inner));
+            if !keys.is_empty() {
+                return keys;
+            }
+            self.inner.notify.notified().await;
+        }
+    }
+}
+
+/// What is watched.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scope {
+    /// Only what is in this namespace; in all where absent.
+    pub namespace: Option<String>,
+    /// Namespaces themselves, which only a ClusterRole may watch.
+    pub namespaces: bool,
+    pub secrets: bool,
+}
+
+/// The stores.
+#[derive(Clone)]
+pub struct Cache {
+    pub canaries: Store<Canary>,
+    pub metric_templates: Store<MetricTemplate>,
+    /// Untyped, so that no field of a newer API server is dropped.
+    pub deployments: Store<DynamicObject>,
+    /// Untyped, without the values that they measured last.
+    pub autoscalers: Store<DynamicObject>,
+    /// Metadata only: who owns whom.
+    pub replica_sets: Store<PartialObjectMeta<ReplicaSet>>,
+    /// Without volumes, environment and commands.
+    pub pods: Store<Pod>,
+    pub services: Store<Service>,
+    pub slices: Store<EndpointSlice>,
+    /// Those with the label `sluice.dev/canary`.
+    pub revisions: Store<ControllerRevision>,
+    /// Metadata only; none where we may not see them.
+    pub namespaces: Option<Store<PartialObjectMeta<Namespace>>>,
+    /// Metadata only: content is read by name when the resourceVersion changed.
+    pub config_maps: Store<PartialObjectMeta<ConfigMap>>,
+    /// As `config_maps`; none where Secrets are not tracked.
+    pub secrets: Option<Store<PartialObjectMeta<Secret>>>,
+    /// Canaries that a change concerns.
+    pub touches: Touches,
+    changes: watch::Sender<u64>,
+}
+
+/// `apps/v1` Deployment as an untyped resource.
+#[must_use]
+pub fn deployment_resource() -> ApiResource {
+    ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk("apps", "v1", "Deployment"), "deployments")
+}
+
+/// `autoscaling/v2` HorizontalPodAutoscaler as an untyped resource.
+#[must_use]
+pub fn autoscaler_resource() -> ApiResource {
+    let kind = GroupVersionKind::gvk("autoscaling", "v2", "HorizontalPodAutoscaler");
+    ApiResource::from_gvk_with_plural(&kind, "horizontalpodautoscalers")
+}
+
+impl Cache {
+    /// Starts the watches. They end with the `JoinSet`.
+    ///
+    /// A watch that fails is tried again with backoff, and [`Cache::warm`] waits for it.
+    #[must_use]
+    pub fn start(client: &Client, scope: &Scope, tasks: &mut JoinSet<()>) -> Self {
+        let namespace = scope.namespace.as_deref();
+        let touches = Touches::default();
+        let (changes, _) = watch::channel(0);
+        let all = watcher::Config::default;
+
+        let canaries = Pending::new(scoped(client, namespace), (), all(), prune_metadata::<Canary>);
+        let metric_templates = Pending::new(scoped(client, namespace), (), all(), prune_metadata::<MetricTemplate>);
+        let untyped = |resource: &ApiResource| match namespace {
+            Some(namespace) => Api::namespaced_with(client.clone(), namespace, resource),
+            None => Api::all_with(client.clone(), resource),
+        };
+        let resource = deployment_resource();
+        let deployments = Pending::new(untyped(&resource), resource, all(), prune_metadata::<DynamicObject>);
+        let resource = autoscaler_resource();
+        let autoscalers = Pending::new(untyped(&resource), resource, all(), prune_autoscaler);
+        let replica_sets =
+            Pending::new(scoped(client, namespace), (), all(), prune_metadata::<PartialObjectMeta<ReplicaSet>>);
+        let pods = Pending::new(scoped(client, namespace), (), all(), prune_pod);
+        let services = Pending::new(scoped(client, namespace), (), all(), prune_metadata::<Service>);
+        let slices = Pending::new(scoped(client, namespace), (), all(), prune_metadata::<EndpointSlice>);
+        let revisions = Pending::new(
+            scoped(client, namespace),
+            (),
+            all().labels(labels::CANARY),
+            prune_metadata::<ControllerRevision>,
+        );
+        let namespaces = scope
+            .namespaces
+            .then(|| Pending::new(Api::all(client.clone()), (), all(), prune_metadata::<PartialObjectMeta<Namespace>>));
+        let config_maps =
+            Pending::new(scoped(client, namespace), (), all(), prune_metadata::<PartialObjectMeta<ConfigMap>>);
+        let secrets = scope
+            .secrets
+            .then(|| Pending::new(scoped(client, namespace), (), all(), prune_metadata::<PartialObjectMeta<Secret>>));
+
+        let cache = Self {
+            canaries: canaries.store.clone(),
+            metric_templates: metric_templates.store.clone(),
+            deployments: deployments.store.clone(),
+            autoscalers: autoscalers.store.clone(),
+            replica_sets: replica_sets.store.clone(),
+            pods: pods.store.clone(),
+            services: services.store.clone(),
+            slices: slices.store.clone(),
+            revisions: revisions.store.clone(),
+            namespaces: namespaces.as_ref().map(|pending| pending.store.clone()),
+            config_maps: config_maps.store.clone(),
+            secrets: secrets.as_ref().map(|pending| pending.store.clone()),
+            touches,
+            changes,
+        };
+        canaries.run(tasks, cache.clone(), |cache, canary, gone| {
+            cache.touches.touch(CanaryKey::of(canary));
+            if gone {
+                // Another one may have waited for the target or Service that this one held.
+                cache.touch_namespace(canary.metadata.namespace.as_deref());
+            }
+        });
+        metric_templates.run(tasks, cache.clone(), |cache, template, _| cache.touch_users_of(template));
+        deployments.run(tasks, cache.clone(), |cache, deployment, _| {
+            // A target at rest has the label too, and another Canary may wait for it.
+            if let Some(key) = label(deployment, labels::CANARY) {
+                cache.touches.touch(key);
+            }
+            cache.touch_target(deployment.metadata.namespace.as_deref(), &deployment.name_any());
+        });
+        autoscalers.quiet().run(tasks, cache.clone(), |cache, autoscaler, _| {
+            let name = autoscaler.name_any();
+            for canary in cache.canaries_in(autoscaler.metadata.namespace.as_deref()) {
+                let named = canary.spec.autoscaler_ref.as_ref().map(|reference| reference.name.as_str());
+                // The one that is copied, and whatever has the name of the copy.
+                if named.is_some_and(|named| name == named || name.strip_suffix("-primary") == Some(named)) {
+                    cache.touches.touch(CanaryKey::of(&canary));
+                }
+            }
+        });
+        replica_sets.run(tasks, cache.clone(), |cache, set, _| {
+            if let Some(owner) = owner(set, "Deployment") {
+                cache.touch_target(set.metadata.namespace.as_deref(), owner);
+            }
+        });
+        pods.run(tasks, cache.clone(), |cache, pod, _| match label(pod, labels::CANARY) {
+            Some(key) => cache.touches.touch(key),
+            None => {
+                if let Some(deployment) = cache.deployment_of(pod) {
+                    cache.touch_target(pod.metadata.namespace.as_deref(), &deployment);
+                }
+            }
+        });
+        services.run(tasks, cache.clone(), |cache, service, _| {
+            cache.touch_namespace(service.metadata.namespace.as_deref());
+        });
+        slices.run(tasks, cache.clone(), |cache, slice, _| {
+            let service = slice.labels().get("kubernetes.io/service-name");
+            for canary in cache.canaries_in(slice.metadata.namespace.as_deref()) {
+                if service.is_some_and(|service| service == canary.spec.service_name()) {
+                    cache.touches.touch(CanaryKey::of(&canary));
+                }
+            }
+        });
+        revisions.run(tasks, cache.clone(), |cache, revision, _| {
+            if let Some(key) = label(revision, labels::CANARY) {
+                cache.touches.touch(key);
+            }
+        });
+        if let Some(namespaces) = namespaces {
+            namespaces.run(tasks, cache.clone(), |cache, namespace, _| {
+                if namespace.metadata.deletion_timestamp.is_some() {
+                    cache.touch_namespace(namespace.metadata.name.as_deref());
+                }
+            });
+        }
+        config_maps.run(tasks, cache.clone(), |cache, config, _| {
+            cache.touch_namespace(config.metadata.namespace.as_deref());
+        });
+        if let Some(secrets) = secrets {
+            secrets.run(tasks, cache.clone(), |cache, secret, _| {
+                cache.touch_namespace(secret.metadata.namespace.as_deref());
+            });
+        }
+        cache
+    }
+
+    /// Waits until every store has its first complete list.
+    ///
+    /// # Errors
+    /// If a watch task is gone.
+    pub async fn warm(&self) -> Result<(), kube::runtime::reflector::store::WriterDropped> {
+        self.canaries.wait_until_ready().await?;
+        self.metric_templates.wait_until_ready().await?;
+        self.deployments.wait_until_ready().await?;
+        self.autoscalers.wait_until_ready().await?;
+        self.replica_sets.wait_until_ready().await?;
+        self.pods.wait_until_ready().await?;
+        self.services.wait_until_ready().await?;
+        self.slices.wait_until_ready().await?;
+        self.revisions.wait_until_ready().await?;
+        self.config_maps.wait_until_ready().await?;
+        if let Some(namespaces) = &self.namespaces {
+            namespaces.wait_until_ready().await?;
+        }
+        if let Some(secrets) = &self.secrets {
+            secrets.wait_until_ready().await?;
+        }
+        Ok(())
+    }
+
+    /// A number that rises with every change of any store that says something about traffic.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// Namespaces that are being deleted, as far as we may see them.
+    #[must_use]
+    pub fn is_terminating(&self, namespace: &str) -> bool {
+        let found = self.namespaces.as_ref().and_then(|namespaces| namespaces.get(&ObjectRef::new(namespace)));
+        found.is_some_and(|namespace| namespace.metadata.deletion_timestamp.is_some())
+    }
+
+    /// Canaries of a namespace.
+    #[must_use]
+    pub fn canaries_in(&self, namespace: Option<&str>) -> Vec<Arc<Canary>> {
+        self.canaries.state_filter(|canary| canary.metadata.namespace.as_deref() == namespace)
+    }
+
+    /// Name of the Deployment that owns this Pod through a ReplicaSet.
+    #[must_use]
+    pub fn deployment_of(&self, pod: &Pod) -> Option<String> {
+        let set = owner(pod, "ReplicaSet")?;
+        let namespace = pod.metadata.namespace.as_deref()?;
+        let set = self.replica_sets.get(&ObjectRef::new(set).within(namespace))?;
+        owner(&*set, "Deployment").map(ToOwned::to_owned)
+    }
+
+    fn touch_namespace(&self, namespace: Option<&str>) {
+        for canary in self.canaries_in(namespace) {
+            self.touches.touch(CanaryKey::of(&canary));
+        }
+    }
+
+    fn touch_target(&self, namespace: Option<&str>, deployment: &str) {
+        for canary in self.canaries_in(namespace) {
+            if canary.spec.target_ref.name == deployment {
+                self.touches.touch(CanaryKey::of(&canary));
+            }
+        }
+    }
+
+    fn touch_users_of(&self, template: &MetricTemplate) {
+        let (namespace, name) = (template.namespace(), template.name_any());
+        let uses = |canary: &Canary| {
+            canary.spec.analysis.iter().flat_map(|analysis| &analysis.metrics).any(|metric| {
+                metric.template_ref.as_ref().is_some_and(|reference| {
+                    reference.name == name
+                        && reference.namespace.as_ref().or(canary.metadata.namespace.as_ref()) == namespace.as_ref()
+                })
+            })
+        };
+        for canary in self.canaries.state_filter(uses) {
+            self.touches.touch(CanaryKey::of(&canary));
+        }
+    }
+}
+
+/// The Canary that a label names, in the object's own namespace.
+fn label<K: Resource>(object: &K, label: &str) -> Option<CanaryKey> {
+    let name = object.meta().labels.as_ref()?.get(label)?;
+    Some(CanaryKey::new(object.meta().namespace.clone()?, name))
+}
+
+/// Name of the controlling owner, if it is of this kind.
+fn owner<'a, K: Resource>(object: &'a K, kind: &str) -> Option<&'a str> {
+    let owners = object.meta().owner_references.as_ref()?;
+    owners.iter().find(|owner| owner.controller == Some(true) && owner.kind == kind).map(|owner| owner.name.as_str())
+}
+
+fn prune_metadata<K: Resource>(object: &mut K) {
+    let meta = object.meta_mut();
+    meta.managed_fields = None;
+    if let Some(annotations) = &mut meta.annotations {
+        annotations.remove("kubectl.kubernetes.io/last-applied-configuration");
+    }
+}
+
+/// What was measured changes all the time, and no room reads it.
+fn prune_autoscaler(autoscaler: &mut DynamicObject) {
+    prune_metadata(autoscaler);
+    if let Some(status) = autoscaler.data.get_mut("status").and_then(serde_json::Value::as_object_mut) {
+        status.retain(|key, _| key == "conditions");
+    }
+}
+
+fn prune_pod(pod: &mut Pod) {
+    prune_metadata(pod);
+    if let Some(spec) = &mut pod.spec {
+        spec.volumes = None;
+        for container in spec.containers.iter_mut().chain(spec.init_containers.iter_mut().flatten()) {
+            container.env = None;
+            container.env_from = None;
+            container.command = None;
+            container.args = None;
+            container.volume_mounts = None;
+        }
+    }
+}
+
+/// `Api` of one namespace or of all.
+fn scoped<K>(client: &Client, namespace: Option<&str>) -> Api<K>
+where
+    K: Resource<Scope = NamespaceResourceScope>,
+    K::DynamicType: Default,
+{
+    match namespace {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    }
+}
+
+/// A store whose watch has not started yet.
+struct Pending<K>
+where
+    K: Resource + Clone + 'static,
+    K::DynamicType: Eq + Hash + Clone,
+{
+    store: Store<K>,
+    writer: Writer<K>,
+    api: Api<K>,
+    config: watcher::Config,
+    prune: fn(&mut K),
+    /// Whether its changes raise [`Cache::changes`].
+    counts: bool,
+}
+
+impl<K> Pending<K>
+where
+    K: Resource + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
+    K::DynamicType: Eq + Hash + Clone + Send + Sync,
+{
+    fn new(api: Api<K>, resource: K::DynamicType, config: watcher::Config, prune: fn(&mut K)) -> Self {
+        let writer = Writer::new(resource);
+        Self { store: writer.as_reader(), writer, api, config, prune, counts: true }
+    }
+
+    /// Its changes say nothing about traffic: the mesh is not built anew for them.
+    fn quiet(self) -> Self {
+        Self { counts: false, ..self }
+    }
+
+    /// Watches for ever: a broken watch is started again with backoff, and the store keeps what it has meanwhile.
+    fn run(
+        self,
+        tasks: &mut JoinSet<()>,
+        cache: Cache,
+        touch: impl Fn(&Cache, &K, /* gone: */ bool) + Send + Sync + 'static,
+    ) {
+        let Self { store: _, mut writer, api, config, prune, counts } = self;
+        let kind = std::any::type_name::<K>();
+        tasks.spawn(async move {
+            let mut events = watcher(api, config).default_backoff().boxed();
+            while let Some(event) = events.next().await {
+                let mut event = match event {
+                    Ok(event) => event,
+                    Err(error) => {
+                        tracing::warn!(kind, %error, "watch failed; it is started again");
+                        continue;
+                    }
+                };
+                match &mut event {
+                    watcher::Event::Apply(object) | watcher::Event::InitApply(object) => prune(object),
+                    watcher::Event::Delete(_) | watcher::Event::Init | watcher::Event::InitDone => {}
+                }
+                writer.apply_watcher_event(&event);
+                match &event {
+                    watcher::Event::Apply(object) => touch(&cache, object, false),
+                    watcher::Event::Delete(object) => touch(&cache, object, true),
+                    // A list that replaces another one does not say what is gone: everybody looks.
+                    watcher::Event::InitDone => {
+                        for canary in cache.canaries.state() {
+                            cache.touches.touch(CanaryKey::of(&canary));
+                        }
+                    }
+                    watcher::Event::Init | watcher::Event::InitApply(_) => continue,
+                }
+                if counts {
+                    cache.changes.send_modify(|count| *count += 1);
+                }
+            }
+        });
+    }
+}

@@ -1,0 +1,161 @@
+//! Deletion of a Canary: the mirror image of the takeover. The target's own Pods serve again, seen by every member of the
+//! fleet, before the Service's key and our EndpointSlices go; everything else goes last. Needs no verdict and no new revision.
+
+use sluice_crds::{Backend, Phase, Stage};
+
+use super::{Action, Next, Run};
+
+pub(super) fn advance(run: &mut Run<'_>) -> Next {
+    if run.status.phase != Phase::Terminating {
+        run.set_phase(Phase::Terminating);
+        run.tell(false, "HandBackStarted", format!("the traffic goes back to Deployment {}", run.spec.target));
+    }
+    if run.seen.namespace_terminating {
+        // Every object goes anyway, and none can be made: waiting for the target to be available would never end.
+        run.act(Action::Release);
+        return run.wait(
+            "NamespaceTerminating",
+            "lets go without handing back: the namespace is being deleted".into(),
+            None,
+        );
+    }
+    match run.status.stage {
+        // Nothing was taken over yet.
+        Stage::AdoptFleet => release(run),
+        Stage::ReturnScale => scale(run),
+        Stage::ReturnSwitch => switch(run),
+        Stage::ReturnService => service(run),
+        Stage::ReturnSettle => settle(run),
+        Stage::AdoptService
+        | Stage::AdoptSettle
+        | Stage::AdoptRevision
+        | Stage::AdoptSwitch
+        | Stage::AdoptRest
+        | Stage::Settled
+        | Stage::Scale
+        | Stage::Shift
+        | Stage::Judge
+        | Stage::PromoteScale
+        | Stage::PromoteShift
+        | Stage::Finalise
+        | Stage::RollBack
+        | Stage::Paused => begin(run),
+    }
+}
+
+/// Ends what is under way. The primary has its full capacity in every stage, so it can take all requests meanwhile.
+fn begin(run: &mut Run<'_>) -> Next {
+    run.status.step = None;
+    run.status.canary_revision = None;
+    run.status.pending_release = None;
+    run.status.paused = None;
+    if let Some(template) = &mut run.status.template {
+        template.name.clear();
+    }
+    if let Some(traffic) = &mut run.status.traffic {
+        traffic.weight = 0;
+    }
+    if run.status.traffic.as_ref().is_none_or(|traffic| traffic.primary.is_original()) {
+        run.enter(Stage::ReturnSwitch)
+    } else {
+        run.enter(Stage::ReturnScale)
+    }
+}
+
+fn scale(run: &mut Run<'_>) -> Next {
+    let Some(template) = &run.seen.template else { return nothing_to_hand_back_to(run) };
+    let wish = run.spec.replicas.or(run.wish_taken()).unwrap_or(1);
+    let replicas = wish.max(template.replicas);
+    if template.replicas != replicas || template.wish.is_some() {
+        run.act(Action::WakeTemplate { replicas });
+        let message = format!("Deployment {} goes to {replicas} replicas", run.spec.target);
+        return run.wait("TargetWakes", message, None);
+    }
+    if template.ready < wish {
+        let deadline = run.progress_end();
+        let message = format!(
+            "{} of {wish} Pods of Deployment {} are ready; the fleet serves on until they are",
+            template.ready, run.spec.target
+        );
+        if run.now < deadline {
+            return run.wait("TargetNotReady", message, Some(deadline));
+        }
+        return run.stall(
+            "TargetNotReady",
+            format!("{message}. Mend the Deployment, or set spec.replicas of this Canary to what it can run"),
+        );
+    }
+    run.set_traffic(Backend::original(), None, 0);
+    run.enter(Stage::ReturnSwitch)
+}
+
+fn switch(run: &mut Run<'_>) -> Next {
+    if run.seen.template.is_none() {
+        return nothing_to_hand_back_to(run);
+    }
+    // With no member left nobody goes through the fleet, and nobody will ever acknowledge.
+    let no_fleet = run.seen.fleet.members == 0 && !run.seen.fleet.joining;
+    if !run.acknowledged() && !no_fleet {
+        return run.wait_for_fleet(None);
+    }
+    run.enter(Stage::ReturnService)
+}
+
+fn nothing_to_hand_back_to(run: &mut Run<'_>) -> Next {
+    let message = format!("Deployment {} is gone: there is nothing to hand the traffic back to", run.spec.target);
+    run.tell(true, "NothingToHandBackTo", message);
+    run.enter(Stage::ReturnService)
+}
+
+fn service(run: &mut Run<'_>) -> Next {
+    // Pods of revisions have the labels that the Service selects: without the key they would be behind it by themselves,
+    // and take connections with them when they go.
+    let stops: Vec<(String, bool)> = run
+        .seen
+        .revisions
+        .iter()
+        .map(|(hash, revision)| (hash.clone(), revision.desired.unwrap_or_default() > 0, revision.ready > 0))
+        .filter_map(|(hash, desired, ready)| (desired || ready).then_some((hash, desired)))
+        .collect();
+    if run.seen.template.is_some() && !stops.is_empty() {
+        let no_fleet = run.seen.fleet.members == 0 && !run.seen.fleet.joining;
+        if !run.acknowledged() && !no_fleet {
+            return run.wait_for_fleet(None);
+        }
+        for (revision, _) in stops.iter().filter(|(_, desired)| *desired) {
+            run.act(Action::ScaleRevision { revision: revision.clone(), replicas: 0 });
+        }
+        let names: Vec<&str> = stops.iter().map(|(revision, _)| revision.as_str()).collect();
+        return run.wait("RevisionsStop", format!("the Pods of revisions {} go", names.join(", ")), None);
+    }
+    // Cleared first: admission would put the key back.
+    run.status.service = None;
+    let service = run.seen.service;
+    if service.exists && service.key {
+        run.act(Action::SetKey(false));
+        let message = format!("the fleet's key goes from the selector of Service {}", run.spec.service);
+        return run.wait("SelectorKey", message, None);
+    }
+    let Some(template) = &run.seen.template else { return release(run) };
+    if service.exists && template.ready > 0 && service.native_endpoints == 0 {
+        let message =
+            format!("Service {} finds the Pods of Deployment {} by its selector", run.spec.service, run.spec.target);
+        return run.wait("NativeEndpoints", message, None);
+    }
+    run.enter(Stage::ReturnSettle)
+}
+
+fn settle(run: &mut Run<'_>) -> Next {
+    let end = run.stage_end(run.spec.settle);
+    if run.now < end {
+        let message = "kube-proxy on every node follows; it has no acknowledgement, so there is a floor of time".into();
+        return run.wait("KubeProxy", message, Some(end));
+    }
+    release(run)
+}
+
+/// Everything of ours goes, the finalizer last. The fleet drains its listener by itself.
+fn release(run: &mut Run<'_>) -> Next {
+    run.act(Action::Release);
+    run.wait("Release", "what Sluice made is removed".into(), None)
+}

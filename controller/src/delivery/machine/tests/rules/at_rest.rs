@@ -1,0 +1,202 @@
+use super::*;
+
+#[test]
+fn a_settled_canary_returns_the_same_status_and_no_actions() {
+    let mut world = World::adopted();
+    world.reconcile();
+    let status = world.status.clone();
+    world.now += SignedDuration::from_hours(1);
+    let outcome = step(&world.spec, &status, &world.observe(), world.now);
+    assert_eq!(outcome.status, status);
+    assert_eq!((outcome.actions, outcome.again_at, outcome.task), (vec![], None, None));
+    assert_eq!(outcome.events, []);
+}
+
+#[test]
+fn a_key_that_git_drops_is_put_back() {
+    let mut world = World::adopted();
+    world.key = false;
+    world.reconcile();
+    assert_eq!(actions(&world), [Action::SetKey(true)]);
+}
+
+#[test]
+fn replicas_that_git_restores_rest_again_and_are_no_new_wish() {
+    let mut world = World::adopted();
+    world.spec.replicas = Some(5);
+    world.target.as_mut().unwrap().replicas = 3;
+    world.target.as_mut().unwrap().generation += 1;
+    world.reconcile();
+    assert!(actions(&world).contains(&Action::RestTemplate { wish: 3 }));
+    world.settle();
+    assert_eq!((world.spec.replicas, world.desired(FIRST)), (Some(5), 5));
+}
+
+#[test]
+fn another_wish_is_taken_over_once_and_scaling_the_canary_holds_afterwards() {
+    let mut world = World::adopted();
+    world.target.as_mut().unwrap().wish = Some(4);
+    world.settle();
+    assert_eq!((world.spec.replicas, world.desired(FIRST)), (Some(4), 4));
+    world.spec.replicas = Some(2);
+    world.settle();
+    assert_eq!((world.spec.replicas, world.desired(FIRST)), (Some(2), 2));
+}
+
+#[test]
+fn a_changed_generation_with_the_same_template_starts_nothing_but_is_spoken_of() {
+    let mut world = World::adopted();
+    world.target.as_mut().unwrap().generation += 1;
+    world.settle();
+    assert_eq!(world.status.template.as_ref().unwrap().observed_generation, world.target.as_ref().unwrap().generation);
+    assert_eq!((world.status.phase, world.told("NewRevision")), (Phase::Initialized, 0));
+}
+
+#[test]
+fn another_hash_of_an_unchanged_target_starts_nothing() {
+    let mut world = World::adopted();
+    world.target.as_mut().unwrap().revision = "v1-with-new-api-defaults".into();
+    world.hash_drifts = true;
+    world.settle();
+    world.target.as_mut().unwrap().generation += 1;
+    world.settle();
+    assert_eq!((world.status.phase, world.told("NewRevision")), (Phase::Initialized, 0));
+    assert_eq!(world.condition("Ready"), "True Initialized");
+}
+
+#[test]
+fn a_changed_configuration_is_released_like_a_changed_template() {
+    let mut world = World::adopted();
+    let target = world.target.as_mut().unwrap();
+    target.configs = [("configmap/settings".to_owned(), "abc".to_owned())].into();
+    target.revision = "v2".into();
+    world.settle();
+    assert_eq!(world.status.primary_revision.as_deref(), Some("v2"));
+}
+
+#[test]
+fn a_deleted_target_leaves_the_primary_serving_and_is_named() {
+    let mut world = World::adopted();
+    world.target = None;
+    world.settle();
+    assert_eq!(
+        (world.condition("Stalled"), world.condition("Ready")),
+        ("True TargetNotFound".into(), "False TargetNotFound".into())
+    );
+    assert_eq!(world.desired(FIRST), 3);
+    // Another Deployment of that name, whose generation happens to be one that was seen.
+    let generation = world.status.template.as_ref().unwrap().observed_generation.max(2);
+    world.target =
+        Some(Target { generation, revision: "v2".into(), configs: [].into(), replicas: 3, wish: None, ready: 0 });
+    world.settle();
+    assert_eq!((world.status.primary_revision.as_deref(), world.target.as_ref().unwrap().replicas), (Some("v2"), 0));
+}
+
+#[test]
+fn a_primary_whose_deployment_was_deleted_is_made_again_from_its_record() {
+    let mut world = World::adopted();
+    world.revisions.get_mut(FIRST).unwrap().desired = None;
+    world.revisions.get_mut(FIRST).unwrap().ready = 0;
+    world.reconcile();
+    assert_eq!(actions(&world), [Action::CreateRevision { revision: FIRST.into(), replicas: 3 }]);
+    assert_eq!(world.condition("Ready"), "False PrimaryNotReady");
+}
+
+#[test]
+fn only_the_last_few_unused_revisions_are_kept_and_those_once_promoted_rather_than_others() {
+    let mut world = World::adopted();
+    for (number, hash, promoted) in
+        [(1, "old", true), (2, "older-bad", false), (3, "newer", true), (4, "newest-bad", false)]
+    {
+        world
+            .revisions
+            .insert(hash.into(), Running { number: number - 10, promoted, desired: Some(0), ..Running::default() });
+    }
+    world.settle();
+    let kept: Vec<&str> = world.revisions.keys().map(String::as_str).collect();
+    assert_eq!(kept, ["newer", "old", FIRST]);
+}
+
+#[test]
+fn the_earliest_of_several_times_is_when_it_looks_again() {
+    let mut world = World::adopted();
+    let soon = world.now + SignedDuration::from_secs(20);
+    for (hash, seconds) in [("a", 20), ("b", 40)] {
+        let running = Running { number: -1, promoted: true, desired: Some(1), ready: 1, ..Running::default() };
+        world.revisions.insert(hash.into(), running);
+        let scale_down_at = world.now + SignedDuration::from_secs(seconds);
+        world.status.retiring.push(Retiring { revision: hash.into(), scale_down_at });
+    }
+    world.reconcile();
+    assert_eq!(world.outcome.as_ref().unwrap().again_at, Some(soon));
+    world.settle();
+    assert_eq!((world.desired("a"), world.desired("b"), world.status.retiring.len()), (0, 0, 0));
+}
+
+#[test]
+fn nothing_is_scaled_down_while_the_fleet_is_unknown() {
+    let mut world = World::adopted();
+    world.joining = true;
+    world.spec.replicas = Some(1);
+    world.pass_time(20);
+    assert_eq!(world.desired(FIRST), 3);
+    world.joining = false;
+    world.settle();
+    assert_eq!(world.desired(FIRST), 1);
+}
+
+#[test]
+fn warnings_are_a_condition_and_one_event() {
+    let mut world = World::adopted();
+    let message = "Service test/podinfo-metrics selects the same Pods".to_owned();
+    world.warnings.push(Problem { reason: "OtherServices", message });
+    world.pass_time(5);
+    assert_eq!((world.condition("Warning"), world.told("Warning")), ("True OtherServices".into(), 1));
+    assert_eq!(world.condition("Ready"), "True Initialized");
+    world.warnings.clear();
+    world.reconcile();
+    assert_eq!(world.condition("Warning"), "absent");
+}
+
+#[test]
+fn a_canary_scaled_to_zero_is_ready() {
+    let mut world = World::adopted();
+    world.spec.replicas = Some(0);
+    world.settle();
+    assert_eq!((world.desired(FIRST), world.condition("Ready")), (0, "True Initialized".into()));
+}
+
+#[test]
+fn the_autoscaler_is_copied_once_a_revision_serves_and_not_while_the_targets_own_is_active() {
+    let mut world = World::stepped();
+    world.autoscaler.stale = true;
+    world.until("the target rests", |world| {
+        let rests = world.status.stage == Stage::Settled;
+        assert!(rests || !world.autoscaler.exists, "in {:?}", world.status.stage);
+        rests
+    });
+    world.settle();
+    assert_eq!(world.autoscaler, Autoscaler { exists: true, stale: false });
+    world.autoscaler.stale = true;
+    world.reconcile();
+    assert_eq!(actions(&world), [Action::FollowAutoscaler]);
+    world.deleting = true;
+    world.reconcile();
+    assert!(!world.autoscaler.exists, "before the target has Pods again");
+    assert_eq!(world.status.stage, Stage::ReturnScale);
+}
+
+#[test]
+fn during_a_release_the_wish_of_an_autoscaler_only_rises() {
+    let mut world = judging("v2");
+    world.spec.replicas = Some(2);
+    world.reconcile();
+    assert_eq!(world.desired(FIRST), 3, "fewer wait for the end of the release");
+    world.spec.replicas = Some(5);
+    world.reconcile();
+    assert_eq!(world.desired(FIRST), 5);
+    world.spec.replicas = Some(2);
+    world.until("the release ends", |world| world.status.phase == Phase::Succeeded);
+    world.settle();
+    assert_eq!(world.desired("v2"), 2);
+}

@@ -1,0 +1,586 @@
+//! What is there just now: from the cache to the machine's [`Observation`]. Reads memory only.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use k8s_openapi::api::{
+    apps::v1::ControllerRevision,
+    core::v1::{ContainerState, ContainerStatus, Pod, Service},
+    discovery::v1::EndpointSlice,
+};
+use kube::{Resource, ResourceExt, api::DynamicObject, runtime::reflector::ObjectRef};
+use serde_json::Value;
+use sluice_crds::{Canary, labels};
+
+use super::{
+    autoscaler::{self, Scaling},
+    config::{ConfigRef, Kind, Tracked},
+    machine::{self, Observation, Problem},
+    revisions,
+    services::{self, Role},
+    template,
+};
+use crate::{
+    analysis::Report,
+    cache::{Cache, CanaryKey, deployment_resource},
+    guard::Breach,
+};
+
+/// The observation, and the objects that it was made from: actions are carried out on exactly these.
+#[derive(Debug, Default)]
+pub struct Observed {
+    pub observation: Observation,
+    /// The target Deployment.
+    pub target: Option<Arc<DynamicObject>>,
+    pub apex: Option<Arc<Service>>,
+    /// Our companions that are there, by name.
+    pub companions: BTreeMap<String, Arc<Service>>,
+    /// Our EndpointSlices, of the apex and its companions.
+    pub slices: Vec<Arc<EndpointSlice>>,
+    pub records: BTreeMap<String, Arc<ControllerRevision>>,
+    pub deployments: BTreeMap<String, Arc<DynamicObject>>,
+    pub tracked: Tracked,
+    pub scaling: Scaling,
+}
+
+/// What other rooms know.
+#[derive(Debug, Default)]
+pub struct Reports {
+    pub fleet: machine::Fleet,
+    pub report: Option<Report>,
+    pub breach: Option<Breach>,
+    /// What is known to forbid going on and is not in the cache.
+    pub problems: Vec<Problem>,
+}
+
+/// The target Deployment of a Canary.
+#[must_use]
+pub fn target(cache: &Cache, canary: &Canary) -> Option<Arc<DynamicObject>> {
+    deployment(cache, canary, &canary.spec.target_ref.name)
+}
+
+/// Everything that the machine should know.
+#[must_use]
+pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Reports) -> Observed {
+    let key = CanaryKey::of(canary);
+    let target = target(cache, canary);
+    let pod_template = target.as_ref().map(|target| &target.data["spec"]["template"]);
+    let apex_name = canary.spec.service_name();
+    let service = |name: &str| cache.services.get(&ObjectRef::new(name).within(&key.namespace));
+    let apex = service(apex_name);
+    let pods = cache
+        .pods
+        .state_filter(|pod| pod.metadata.namespace.as_deref() == Some(key.namespace.as_str()) && !is_gone(pod));
+    let slices = cache.slices.state_filter(|slice| slice.metadata.namespace.as_deref() == Some(key.namespace.as_str()));
+
+    let mut problems = reports.problems;
+    let mut warnings = Vec::new();
+    problems.extend(conflict(canary, &cache.canaries_in(Some(&key.namespace))));
+
+    let template = target.as_ref().zip(pod_template).map(|(target, pod_template)| {
+        let template = template_of(cache, target, pod_template, &tracked, &pods);
+        problems.extend(template_problems(canary, pod_template, &tracked));
+        problems.extend(taken_names(cache, canary, &template.revision, &tracked));
+        let all = cache
+            .services
+            .state_filter(|service| service.metadata.namespace.as_deref() == Some(key.namespace.as_str()));
+        warnings.extend(services::bypasses(all.iter().map(AsRef::as_ref), canary, pod_template));
+        template
+    });
+
+    if let Some(apex) = &apex {
+        problems.extend(services::refusals(apex, canary, pod_template));
+        warnings.extend(services::warnings(apex, canary));
+    }
+    let mut companions = BTreeMap::new();
+    for name in Role::ALL.map(|role| role.name(apex_name)) {
+        match service(&name) {
+            Some(companion) if revisions::owned(&*companion, canary) => {
+                companions.insert(name, companion);
+            }
+            Some(_) => problems.push(taken("Service", &name)),
+            None => {}
+        }
+    }
+
+    let records: BTreeMap<String, Arc<ControllerRevision>> = cache
+        .revisions
+        .state_filter(|record| {
+            record.metadata.namespace.as_deref() == Some(key.namespace.as_str())
+                && record.metadata.deletion_timestamp.is_none()
+                && record.labels().get(labels::CANARY) == Some(&key.name)
+        })
+        .into_iter()
+        .filter_map(|record| Some((record.labels().get(labels::REVISION)?.clone(), record)))
+        .collect();
+    let mut deployments = BTreeMap::new();
+    let mut revisions = BTreeMap::new();
+    for (revision, record) in &records {
+        let deployment = deployment(cache, canary, &record.name_any()).filter(|deployment| {
+            revisions::ours(&**deployment, canary, revision) && deployment.metadata.deletion_timestamp.is_none()
+        });
+        revisions.insert(revision.clone(), revision_of(canary, revision, record, deployment.as_deref(), &pods));
+        if let Some(deployment) = deployment {
+            deployments.insert(revision.clone(), deployment);
+        }
+    }
+
+    let mut scaling = autoscaler::scaling(cache, canary);
+    problems.append(&mut scaling.problems.clone());
+    warnings.append(&mut scaling.warnings);
+
+    let current = apex.as_ref().is_some_and(|apex| {
+        Role::ALL
+            .map(|role| services::companion(canary, apex, role))
+            .iter()
+            .all(|wanted| companions.get(&wanted.name_any()).is_some_and(|live| services::is_current(live, wanted)))
+    });
+    let observation = Observation {
+        deleting: canary.metadata.deletion_timestamp.is_some(),
+        finalizer: canary.finalizers().iter().any(|finalizer| finalizer == labels::FINALIZER),
+        namespace_terminating: cache.is_terminating(&key.namespace),
+        template,
+        service: service_of(canary, apex.as_deref(), current, slices.iter().map(AsRef::as_ref)),
+        revisions,
+        fleet: reports.fleet,
+        report: reports.report,
+        breach: reports.breach,
+        // Asked for once it is known which release would start.
+        dry_run: None,
+        dry_run_waits_for: None,
+        leading_since: None,
+        problems,
+        warnings,
+        autoscaler: scaling.seen(),
+        action: canary.annotations().get(labels::ACTION).cloned(),
+    };
+    let own = |slice: &EndpointSlice| {
+        is_ours(slice)
+            && service_name(slice)
+                .is_some_and(|name| name == apex_name || Role::ALL.iter().any(|role| role.name(apex_name) == name))
+    };
+    let slices = slices.into_iter().filter(|slice| own(slice)).collect();
+    Observed { observation, target, apex, companions, slices, records, deployments, tracked, scaling }
+}
+
+fn deployment(cache: &Cache, canary: &Canary, name: &str) -> Option<Arc<DynamicObject>> {
+    cache
+        .deployments
+        .get(&ObjectRef::new_with(name, deployment_resource()).within(canary.metadata.namespace.as_deref()?))
+}
+
+fn template_of(
+    cache: &Cache,
+    target: &DynamicObject,
+    pod_template: &Value,
+    tracked: &Tracked,
+    pods: &[Arc<Pod>],
+) -> machine::Template {
+    let name = target.name_any();
+    let own = pods.iter().filter(|pod| {
+        // The target's selector matches the Pods of revisions too: only ownership tells them apart.
+        !pod.labels().contains_key(labels::REVISION) && cache.deployment_of(pod).as_ref() == Some(&name)
+    });
+    let configs = tracked.status();
+    machine::Template {
+        generation: target.metadata.generation.unwrap_or_default(),
+        revision: template::revision_hash(pod_template, &configs),
+        tracked_configs: configs,
+        replicas: desired_replicas(target),
+        wish: target.annotations().get(labels::REPLICAS).and_then(|wish| wish.parse().ok()),
+        ready: count(own.clone().filter(|pod| is_ready(pod))),
+        pods: count(own),
+    }
+}
+
+fn template_problems(canary: &Canary, pod_template: &Value, tracked: &Tracked) -> Vec<Problem> {
+    let target = &canary.spec.target_ref.name;
+    let mut problems = Vec::new();
+    if let Err(refused) = template::check(pod_template) {
+        problems.push(Problem {
+            reason: "TemplateUnsupported",
+            message: format!("Deployment {target} cannot run behind the fleet: {refused}"),
+        });
+    }
+    for missing in &tracked.missing {
+        problems.push(Problem {
+            reason: "ConfigMissing",
+            message: format!(
+                "{missing}, which the pod template of Deployment {target} uses, is not there; create it, or mark the reference as optional"
+            ),
+        });
+    }
+    problems
+}
+
+/// Names of a revision's objects that somebody else has. (A record that is not labelled as ours is not in the cache: creating
+/// it tells.)
+fn taken_names(cache: &Cache, canary: &Canary, revision: &str, tracked: &Tracked) -> Vec<Problem> {
+    let namespace = canary.metadata.namespace.as_deref().unwrap_or_default();
+    let mut problems = Vec::new();
+    let name = revisions::name(&canary.spec.target_ref.name, revision);
+    if deployment(cache, canary, &name).is_some_and(|found| !revisions::ours(&*found, canary, revision)) {
+        problems.push(taken("Deployment", &name));
+    }
+    for (ConfigRef { kind, .. }, name) in tracked.pins(revision) {
+        let foreign = match kind {
+            Kind::ConfigMap => cache
+                .config_maps
+                .get(&ObjectRef::new(&name).within(namespace))
+                .is_some_and(|found| !revisions::ours(&*found, canary, revision)),
+            Kind::Secret => cache
+                .secrets
+                .as_ref()
+                .and_then(|secrets| secrets.get(&ObjectRef::new(&name).within(namespace)))
+                .is_some_and(|found| !revisions::ours(&*found, canary, revision)),
+        };
+        if foreign {
+            problems.push(taken(&kind.to_string(), &name));
+        }
+    }
+    problems
+}
+
+/// A name that something else has.
+#[must_use]
+pub fn taken(kind: &str, name: &str) -> Problem {
+    Problem {
+        reason: "NameTaken",
+        message: format!("{kind} {name} exists and is not this Canary's; it is left alone. Rename or delete it"),
+    }
+}
+
+/// Two Canaries on one target or Service would undo each other's work: the one that has taken it over keeps it; of two that
+/// have not, the younger one waits.
+fn conflict(canary: &Canary, all: &[Arc<Canary>]) -> Option<Problem> {
+    let rank = |canary: &Canary| {
+        let begun = canary.status.as_ref().is_some_and(|status| status.service.is_some());
+        (!begun, canary.metadata.creation_timestamp.clone(), canary.name_any())
+    };
+    let first = |other: &&Arc<Canary>| other.metadata.uid != canary.metadata.uid && rank(other) < rank(canary);
+    all.iter().filter(first).find_map(|other| {
+        let what = if other.spec.target_ref.name == canary.spec.target_ref.name {
+            format!("Deployment {}", canary.spec.target_ref.name)
+        } else if other.spec.service_name() == canary.spec.service_name() {
+            format!("Service {}", canary.spec.service_name())
+        } else {
+            return None;
+        };
+        Some(Problem {
+            reason: "TargetConflict",
+            message: format!("{what} belongs to Canary {}, which was first; delete one of the two", other.name_any()),
+        })
+    })
+}
+
+fn service_of<'a>(
+    canary: &Canary,
+    apex: Option<&Service>,
+    companions: bool,
+    slices: impl Iterator<Item = &'a EndpointSlice>,
+) -> machine::Service {
+    let Some(apex) = apex else { return machine::Service::default() };
+    let name = apex.name_any();
+    let (ours, native): (Vec<_>, Vec<_>) =
+        slices.filter(|slice| service_name(slice) == Some(name.as_str())).partition(|slice| is_ours(slice));
+    machine::Service {
+        exists: true,
+        companions,
+        key: services::has_key(apex, canary),
+        slices: carries_every_port(apex, &ours),
+        native_endpoints: count(
+            native
+                .iter()
+                .flat_map(|slice| &slice.endpoints)
+                .filter(|endpoint| endpoint.conditions.as_ref().and_then(|conditions| conditions.ready) != Some(false)),
+        ),
+    }
+}
+
+/// A port of the Service that is missing in the slices is rejected by kube-proxy: all or nothing.
+fn carries_every_port(apex: &Service, slices: &[&EndpointSlice]) -> bool {
+    let uid = apex.metadata.uid.as_deref();
+    let mut ports = apex.spec.iter().flat_map(|spec| spec.ports.iter().flatten()).peekable();
+    ports.peek().is_some()
+        && ports.all(|port| {
+            let name = port.name.as_deref().unwrap_or_default();
+            slices.iter().any(|slice| {
+                // Of this very Service, not of one of the same name that was there before.
+                slice.owner_references().iter().all(|owner| Some(owner.uid.as_str()) == uid)
+                    && slice.ports.iter().flatten().any(|port| port.name.as_deref().unwrap_or_default() == name)
+                    && slice.endpoints.iter().any(|endpoint| {
+                        endpoint.conditions.as_ref().and_then(|conditions| conditions.ready) != Some(false)
+                    })
+            })
+        })
+}
+
+fn is_ours(slice: &EndpointSlice) -> bool {
+    slice.labels().get("endpointslice.kubernetes.io/managed-by").is_some_and(|by| by == labels::MANAGED_BY)
+}
+
+fn service_name(slice: &EndpointSlice) -> Option<&str> {
+    slice.labels().get("kubernetes.io/service-name").map(String::as_str)
+}
+
+fn revision_of(
+    canary: &Canary,
+    revision: &str,
+    record: &ControllerRevision,
+    deployment: Option<&DynamicObject>,
+    pods: &[Arc<Pod>],
+) -> machine::Revision {
+    let name = canary.name_any();
+    let own = pods.iter().filter(|pod| {
+        pod.labels().get(labels::CANARY) == Some(&name)
+            && pod.labels().get(labels::REVISION).map(String::as_str) == Some(revision)
+    });
+    let desired = deployment.map(desired_replicas);
+    let reported = deployment
+        .and_then(|deployment| deployment.data.pointer("/status/availableReplicas")?.as_u64())
+        .map_or(0, |replicas| u32::try_from(replicas).unwrap_or(u32::MAX));
+    machine::Revision {
+        promoted: record.annotations().contains_key(labels::PROMOTED),
+        number: record.revision,
+        desired,
+        ready: count(own.clone().filter(|pod| is_ready(pod))),
+        // Only replicas ever change, so an older status is right as far as it goes, but for what was scaled away since.
+        available: reported.min(desired.unwrap_or(0)),
+        trouble: own
+            .filter(|pod| !is_ready(pod))
+            .find_map(|pod| pod_trouble(pod))
+            .or_else(|| deployment.and_then(quota_trouble)),
+    }
+}
+
+fn desired_replicas(deployment: &DynamicObject) -> u32 {
+    // The API server sets it; absent means 1.
+    let replicas = deployment.data.pointer("/spec/replicas").and_then(Value::as_u64).unwrap_or(1);
+    u32::try_from(replicas).unwrap_or(u32::MAX)
+}
+
+fn count<T>(items: impl Iterator<Item = T>) -> u32 {
+    u32::try_from(items.count()).unwrap_or(u32::MAX)
+}
+
+fn is_gone(pod: &Pod) -> bool {
+    pod.status
+        .as_ref()
+        .and_then(|status| status.phase.as_deref())
+        .is_some_and(|phase| phase == "Succeeded" || phase == "Failed")
+}
+
+/// Ready, not on its way out, and with an address.
+fn is_ready(pod: &Pod) -> bool {
+    pod.meta().deletion_timestamp.is_none()
+        && pod.status.as_ref().is_some_and(|status| {
+            status.pod_ip.is_some()
+                && status
+                    .conditions
+                    .iter()
+                    .flatten()
+                    .any(|condition| condition.type_ == "Ready" && condition.status == "True")
+        })
+}
+
+/// Why a Pod does not come up, in the kubelet's and the scheduler's own words.
+fn pod_trouble(pod: &Pod) -> Option<String> {
+    let status = pod.status.as_ref()?;
+    let name = pod.name_any();
+    let unschedulable = status.conditions.iter().flatten().find(|condition| {
+        condition.type_ == "PodScheduled"
+            && condition.status == "False"
+            && condition.reason.as_deref() == Some("Unschedulable")
+    });
+    if let Some(condition) = unschedulable {
+        return Some(format!(
+            "Pod {name} cannot be scheduled: {}",
+            condition.message.as_deref().unwrap_or("no reason given")
+        ));
+    }
+    let containers = status.init_container_statuses.iter().flatten().chain(status.container_statuses.iter().flatten());
+    containers.into_iter().find_map(container_trouble).map(|trouble| format!("Pod {name}: {trouble}"))
+}
+
+fn container_trouble(container: &ContainerStatus) -> Option<String> {
+    let name = &container.name;
+    let waiting = container.state.as_ref().and_then(|state| state.waiting.as_ref());
+    match waiting.and_then(|waiting| waiting.reason.as_deref()) {
+        // The ordinary way up, and the pauses between two attempts.
+        None | Some("ContainerCreating" | "PodInitializing" | "CrashLoopBackOff") => crashes(container),
+        Some(reason) => {
+            let message = waiting.and_then(|waiting| waiting.message.as_deref()).unwrap_or("no message");
+            Some(format!("container {name} does not start ({reason}): {message}"))
+        }
+    }
+}
+
+/// That a container ended and is to be started again, whether it waits for that, runs for a moment or has just ended.
+fn crashes(container: &ContainerStatus) -> Option<String> {
+    let ended = |state: &Option<ContainerState>| state.as_ref().and_then(|state| state.terminated.clone());
+    let last = ended(&container.state).or_else(|| ended(&container.last_state))?;
+    // An init container that did its work is ready.
+    if container.ready {
+        return None;
+    }
+    let waiting = container.state.as_ref().and_then(|state| state.waiting.as_ref());
+    let back_off = waiting.and_then(|waiting| waiting.reason.as_deref()).map(|reason| format!("{reason}, "));
+    let said = last.message.as_deref().map(str::trim).filter(|said| !said.is_empty());
+    Some(format!(
+        "container {} crashes ({}restarts: {}); it ended with exit code {} ({}){}",
+        container.name,
+        back_off.unwrap_or_default(),
+        container.restart_count,
+        last.exit_code,
+        last.reason.as_deref().unwrap_or("no reason"),
+        said.map_or_else(String::new, |said| format!(", saying {said:?}")),
+    ))
+}
+
+/// The API server refuses Pods of the Deployment: quota, admission, a missing service account.
+fn quota_trouble(deployment: &DynamicObject) -> Option<String> {
+    let conditions = deployment.data.pointer("/status/conditions")?.as_array()?;
+    let failure =
+        conditions.iter().find(|condition| condition["type"] == "ReplicaFailure" && condition["status"] == "True")?;
+    let message = failure["message"].as_str().unwrap_or("no message");
+    Some(format!("Deployment {} cannot create Pods: {message}", deployment.name_any()))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use sluice_crds::CanaryStatus;
+
+    use super::*;
+    use serde_json::json;
+
+    fn canary(name: &str, target: &str, service: Option<&str>, created: &str) -> Arc<Canary> {
+        let canary = json!({
+            "apiVersion": "sluice.dev/v1beta1", "kind": "Canary",
+            "metadata": {"name": name, "namespace": "test", "uid": name, "creationTimestamp": created},
+            "spec": {"targetRef": {"kind": "Deployment", "name": target}, "service": {"name": service, "port": 80}, "skipAnalysis": true},
+        });
+        Arc::new(serde_json::from_value(canary).unwrap())
+    }
+
+    fn taken_over(canary: &Canary) -> Arc<Canary> {
+        let status = CanaryStatus { service: Some("web".to_owned()), ..CanaryStatus::default() };
+        Arc::new(Canary { status: Some(status), ..canary.clone() })
+    }
+
+    #[test]
+    fn of_two_canaries_on_one_target_or_service_the_younger_one_waits() {
+        let (early, late) = ("2026-01-01T00:00:00Z", "2026-01-01T00:00:01Z");
+        let cases = [
+            ("same target", canary("a", "x", None, early), canary("b", "x", Some("other"), late), Some("Deployment x")),
+            (
+                "same Service",
+                canary("a", "x", Some("web"), early),
+                canary("b", "y", Some("web"), late),
+                Some("Service web"),
+            ),
+            (
+                "same second: by name",
+                canary("a", "x", None, early),
+                canary("b", "x", None, early),
+                Some("Deployment x"),
+            ),
+            (
+                "the one that has taken it over, whatever the names and times",
+                taken_over(&canary("a", "x", None, late)),
+                canary("0", "x", None, early),
+                Some("Deployment x"),
+            ),
+            ("nothing in common", canary("a", "x", None, early), canary("b", "y", None, late), None),
+        ];
+        for (what, older, younger, words) in cases {
+            let all = [Arc::clone(&younger), Arc::clone(&older)];
+            assert_eq!(conflict(&older, &all), None, "{what}: the older one goes on");
+            let found = conflict(&younger, &all);
+            assert_eq!(found.is_some(), words.is_some(), "{what}");
+            if let (Some(found), Some(words)) = (found, words) {
+                assert_eq!(found.reason, "TargetConflict");
+                assert!(found.message.contains(words) && found.message.contains("Canary a"), "{}", found.message);
+            }
+        }
+    }
+
+    fn slice(managed_by: &str, owner: &str, ports: &[&str], ready: Option<bool>) -> EndpointSlice {
+        serde_json::from_value(json!({
+            "addressType": "IPv4",
+            "metadata": {
+                "labels": {"kubernetes.io/service-name": "web", "endpointslice.kubernetes.io/managed-by": managed_by},
+                "ownerReferences": [{"apiVersion": "v1", "kind": "Service", "name": "web", "uid": owner}],
+            },
+            "endpoints": [{"addresses": ["10.1.0.1"], "conditions": {"ready": ready}}],
+            "ports": ports.iter().map(|name| json!({"name": name, "port": 20001})).collect::<Vec<_>>(),
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn our_slices_are_right_when_every_port_of_this_service_has_a_ready_endpoint() {
+        let apex: Service = serde_json::from_value(json!({
+            "metadata": {"name": "web", "uid": "now"},
+            "spec": {"selector": {"app": "web", "sluice.dev/fleet": "a"}, "ports": [{"name": "http", "port": 80}, {"name": "grpc", "port": 81}]},
+        }))
+        .unwrap();
+        let canary = canary("a", "x", Some("web"), "2026-01-01T00:00:00Z");
+        let see = |slices: &[EndpointSlice]| service_of(&canary, Some(&apex), true, slices.iter());
+        let both = ["http", "grpc"];
+        assert!(see(&[slice("sluice.dev", "now", &both, Some(true))]).slices);
+        assert!(
+            see(&[slice("sluice.dev", "now", &["http"], None), slice("sluice.dev", "now", &["grpc"], None)]).slices
+        );
+        assert!(!see(&[slice("sluice.dev", "now", &["http"], None)]).slices, "a port is missing");
+        assert!(!see(&[slice("sluice.dev", "now", &both, Some(false))]).slices, "nobody is ready");
+        assert!(!see(&[slice("sluice.dev", "before", &both, None)]).slices, "of a Service of that name that is gone");
+        let native = slice("endpointslice-controller.k8s.io", "now", &both, None);
+        let seen = see(std::slice::from_ref(&native));
+        assert!(!seen.slices && seen.key);
+        assert_eq!(seen.native_endpoints, 1);
+        assert_eq!(see(&[slice("endpointslice-controller.k8s.io", "now", &both, Some(false))]).native_endpoints, 0);
+    }
+
+    #[test]
+    fn why_a_pod_does_not_come_up_is_told_in_the_clusters_own_words() {
+        let trouble = |status: Value| {
+            let pod: Pod = serde_json::from_value(json!({"metadata": {"name": "p"}, "status": status})).unwrap();
+            pod_trouble(&pod)
+        };
+        let container = |state: Value, last: Value| {
+            json!({"containerStatuses": [{
+                "name": "app", "ready": false, "restartCount": 4, "image": "i", "imageID": "", "state": state, "lastState": last,
+            }]})
+        };
+        assert_eq!(trouble(container(json!({"waiting": {"reason": "ContainerCreating"}}), json!({}))), None);
+        assert_eq!(trouble(container(json!({"running": {}}), json!({}))), None);
+        let pull =
+            trouble(container(json!({"waiting": {"reason": "ImagePullBackOff", "message": "not found"}}), json!({})))
+                .unwrap();
+        assert_eq!(pull, "Pod p: container app does not start (ImagePullBackOff): not found");
+        // A container that ends again and again is found waiting, for a moment running, or just ended.
+        let ended = json!({"terminated": {"exitCode": 3, "reason": "Error", "message": "no such table\n"}});
+        let waits = json!({"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 40s"}});
+        for (state, how) in [
+            (waits, "CrashLoopBackOff, restarts: 4"),
+            (json!({"running": {}}), "restarts: 4"),
+            (ended.clone(), "restarts: 4"),
+        ] {
+            let crash = trouble(container(state, ended.clone())).unwrap();
+            let says = format!(
+                "Pod p: container app crashes ({how}); it ended with exit code 3 (Error), saying \"no such table\""
+            );
+            assert_eq!(crash, says);
+        }
+        assert!(trouble(container(ended, json!({}))).is_some(), "its first end");
+        let done = json!({"initContainerStatuses": [{
+            "name": "init", "ready": true, "restartCount": 1, "image": "i", "imageID": "",
+            "state": {"terminated": {"exitCode": 0, "reason": "Completed"}},
+            "lastState": {"terminated": {"exitCode": 1, "reason": "Error"}},
+        }]});
+        assert_eq!(trouble(done), None, "an init container that did its work");
+        let condition = json!({"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes are available"});
+        let place = trouble(json!({"conditions": [condition]})).unwrap();
+        assert_eq!(place, "Pod p cannot be scheduled: 0/3 nodes are available");
+    }
+}

@@ -1,0 +1,466 @@
+//! The Services of a Canary: what forbids to take the apex Service over, and its companions `-primary`, `-canary` and
+//! `-pods`.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::{
+    api::core::v1::{Service, ServicePort, ServiceSpec},
+    apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
+};
+use kube::{ResourceExt, api::DynamicObject};
+use serde_json::Value;
+use sluice_crds::{Canary, PortRef, labels};
+
+use super::{machine::Problem, revisions, template};
+
+/// Longest name of an apex Service: `-primary` has to fit in 63.
+const MAX_APEX_NAME: usize = 55;
+
+/// Labels that a companion must not copy: by them, tools know what they manage and prune what is not in Git.
+const TRACKING_LABELS: [&str; 4] =
+    ["app.kubernetes.io/instance", "app.kubernetes.io/managed-by", "helm.sh/chart", "heritage"];
+const TRACKING_PREFIXES: [&str; 5] =
+    ["argocd.argoproj.io/", "helm.toolkit.fluxcd.io/", "kustomize.toolkit.fluxcd.io/", "meta.helm.sh/", "sluice.dev/"];
+
+/// What a companion Service is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The serving revision, through the fleet.
+    Primary,
+    /// The revision under judgement, through the fleet.
+    Canary,
+    /// All Pods, directly: for scraping and port-forward, because the apex has no Pod endpoints any more.
+    Pods,
+}
+
+impl Role {
+    pub const ALL: [Self; 3] = [Self::Primary, Self::Canary, Self::Pods];
+
+    /// Name of this companion of an apex Service.
+    #[must_use]
+    pub fn name(self, apex: &str) -> String {
+        match self {
+            Self::Primary => format!("{apex}-primary"),
+            Self::Canary => format!("{apex}-canary"),
+            Self::Pods => format!("{apex}-pods"),
+        }
+    }
+}
+
+/// Whether the apex's selector has this Canary's key.
+#[must_use]
+pub fn has_key(apex: &Service, canary: &Canary) -> bool {
+    selector(apex).and_then(|selector| selector.get(labels::FLEET)) == Some(&canary.name_any())
+}
+
+/// What forbids to take a Service over.
+#[must_use]
+pub fn refusals(apex: &Service, canary: &Canary, pod_template: Option<&Value>) -> Vec<Problem> {
+    let name = apex.name_any();
+    let refuse = |why: String| Problem {
+        reason: "ServiceUnsupported",
+        message: format!("Service {name} cannot be taken over: {why}"),
+    };
+    let mut problems = Vec::new();
+    if name.len() > MAX_APEX_NAME {
+        problems.push(refuse(format!(
+            "its name has more than {MAX_APEX_NAME} characters, and {name}-primary would not fit in 63"
+        )));
+    }
+    if let Some(owner) = apex.owner_references().iter().find(|owner| owner.controller == Some(true))
+        && Some(owner.uid.as_str()) != canary.metadata.uid.as_deref()
+    {
+        problems.push(refuse(format!(
+            "it belongs to {} {}; name another Service in spec.service.name",
+            owner.kind, owner.name
+        )));
+    }
+    let Some(spec) = &apex.spec else { return problems };
+    match spec.type_.as_deref() {
+        Some("ExternalName") => problems.push(refuse("an ExternalName Service is only a DNS name; its clients never meet the fleet".into())),
+        Some(_) | None if spec.cluster_ip.as_deref() == Some("None") => problems.push(refuse(
+            "it is headless (clusterIP: None): its clients dial the Pods and go past the fleet; give the application a Service with a cluster IP"
+                .into(),
+        )),
+        Some(_) | None => {}
+    }
+    for port in spec.ports.iter().flatten() {
+        let protocol = port.protocol.as_deref().unwrap_or("TCP");
+        if protocol != "TCP" {
+            problems.push(refuse(format!(
+                "port {} is {protocol}, and the fleet carries TCP only; move it to a Service of its own",
+                port.port
+            )));
+        }
+    }
+    if spec.session_affinity.as_deref() == Some("ClientIP") {
+        problems.push(refuse(
+            "sessionAffinity: ClientIP would bind a client to a member of the fleet, not to a Pod of the application; remove it".into(),
+        ));
+    }
+    if spec.internal_traffic_policy.as_deref() == Some("Local") {
+        problems.push(refuse(
+            "internalTrafficPolicy: Local drops packets on nodes without a member of the fleet; remove it".into(),
+        ));
+    }
+    if let Some(key) =
+        selector(apex).and_then(|selector| selector.get(labels::FLEET)).filter(|key| **key != canary.name_any())
+    {
+        problems.push(refuse(format!(
+            "its selector says {}: {key}, so Canary {key} has it; name another Service in spec.service.name",
+            labels::FLEET
+        )));
+    }
+    let Some(pod_template) = pod_template else { return problems };
+    let wanted: Vec<_> =
+        selector(apex).into_iter().flatten().filter(|(key, _)| key.as_str() != labels::FLEET).collect();
+    let pod_labels = pod_labels(pod_template);
+    if wanted.is_empty() {
+        problems.push(refuse(
+            "it has no selector, so its endpoints are somebody else's; give it the selector of the application's Pods"
+                .into(),
+        ));
+    } else if let Some((key, value)) = wanted
+        .iter()
+        .find(|(key, value)| pod_labels.get(key.as_str()).and_then(|label| label.as_str()) != Some(value.as_str()))
+    {
+        problems.push(refuse(format!(
+            "it selects Pods with {key}: {value}, which Deployment {} does not make; name the application's own Service in spec.service.name",
+            canary.spec.target_ref.name
+        )));
+    }
+    let named = template::named_ports(pod_template);
+    for port in spec.ports.iter().flatten() {
+        if let Some(IntOrString::String(target)) = &port.target_port
+            && !named.contains_key(target)
+        {
+            problems.push(Problem {
+                reason: "PortNotFound",
+                message: format!(
+                    "Service {name} leads port {} to the container port named {target:?}, and no container of Deployment {} has one; name the port there, or give the Service a number",
+                    port.port, canary.spec.target_ref.name
+                ),
+            });
+        }
+    }
+    problems
+}
+
+/// What a person should know about a Service that is taken over.
+#[must_use]
+pub fn warnings(apex: &Service, canary: &Canary) -> Vec<Problem> {
+    let name = apex.name_any();
+    let mut warnings = Vec::new();
+    let Some(spec) = &apex.spec else { return warnings };
+    if spec.external_traffic_policy.as_deref() == Some("Local") {
+        warnings.push(Problem {
+            reason: "ExternalTrafficPolicyLocal",
+            message: format!(
+                "Service {name} has externalTrafficPolicy: Local: traffic from outside is dropped on nodes without a member of the fleet, and the client's address reaches the application in X-Forwarded-For only"
+            ),
+        });
+    }
+    if spec.publish_not_ready_addresses == Some(true) {
+        warnings.push(Problem {
+            reason: "PublishNotReadyAddresses",
+            message: format!(
+                "Service {name} has publishNotReadyAddresses: the fleet sends requests to ready Pods only"
+            ),
+        });
+    }
+    let ports = spec.ports.iter().flatten();
+    if !ports.clone().any(|port| port.port == canary.spec.service.port) {
+        let has: Vec<_> = ports.map(|port| port.port.to_string()).collect();
+        warnings.push(Problem {
+            reason: "PortMismatch",
+            message: format!(
+                "Service {name} has no port {} (spec.service.port); it is there already, so it stays as it is, and all its ports are served: {}",
+                canary.spec.service.port,
+                has.join(", ")
+            ),
+        });
+    }
+    warnings
+}
+
+/// Other Services whose selector matches the Pods of every revision: through them, clients reach the canary unsplit.
+#[must_use]
+pub fn bypasses<'a>(
+    services: impl IntoIterator<Item = &'a Service>,
+    canary: &Canary,
+    pod_template: &Value,
+) -> Vec<Problem> {
+    let pod_labels = pod_labels(pod_template);
+    services
+        .into_iter()
+        .filter(|service| service.name_any() != canary.spec.service_name() && !revisions::owned(*service, canary))
+        .filter(|service| {
+            selector(service).is_some_and(|selector| {
+                !selector.is_empty()
+                    && selector.iter().all(|(key, value)| pod_labels.get(key).and_then(Value::as_str) == Some(value))
+            })
+        })
+        .map(|service| Problem {
+            reason: "OtherServices",
+            message: format!(
+                "Service {} selects Pods of the canary too: its clients get the new version by the number of Pods, not by the weight",
+                service.name_any()
+            ),
+        })
+        .collect()
+}
+
+/// The apex Service, where none exists.
+#[must_use]
+pub fn apex(canary: &Canary, target: &DynamicObject) -> Service {
+    let wish = &canary.spec.service;
+    let pod_template = &target.data["spec"]["template"];
+    let mut ports = vec![ServicePort {
+        name: Some(wish.port_name.clone()),
+        port: wish.port,
+        target_port: Some(match &wish.target_port {
+            Some(PortRef::Number(number)) => IntOrString::Int(*number),
+            Some(PortRef::Name(name)) => IntOrString::String(name.clone()),
+            None => IntOrString::Int(wish.port),
+        }),
+        app_protocol: wish.app_protocol.clone(),
+        protocol: Some("TCP".into()),
+        node_port: None,
+    }];
+    if wish.port_discovery {
+        for (name, number) in template::named_ports(pod_template) {
+            let port = i32::from(number);
+            let reached = ports.iter().any(|known| {
+                known.port == port
+                    || known.name.as_ref() == Some(&name)
+                    || known.target_port == Some(IntOrString::Int(port))
+                    || known.target_port == Some(IntOrString::String(name.clone()))
+            });
+            if !reached {
+                ports.push(ServicePort {
+                    name: Some(name.clone()),
+                    port,
+                    target_port: Some(IntOrString::String(name)),
+                    protocol: Some("TCP".into()),
+                    ..ServicePort::default()
+                });
+            }
+        }
+    }
+    let mut selector: BTreeMap<String, String> =
+        serde_json::from_value(target.data["spec"]["selector"]["matchLabels"].clone()).unwrap_or_default();
+    selector.insert(labels::FLEET.into(), canary.name_any());
+    let mut labels = revisions::kept_labels(target.labels());
+    labels.insert(labels::CANARY.into(), canary.name_any());
+    Service {
+        metadata: metadata(canary, canary.spec.service_name().to_owned(), labels),
+        spec: Some(ServiceSpec { ports: Some(ports), selector: Some(selector), ..ServiceSpec::default() }),
+        status: None,
+    }
+}
+
+/// A companion of the apex as it is now.
+#[must_use]
+pub fn companion(canary: &Canary, apex: &Service, role: Role) -> Service {
+    let spec = apex.spec.clone().unwrap_or_default();
+    let ours = (labels::CANARY.to_owned(), canary.name_any());
+    let fleet = matches!(role, Role::Primary | Role::Canary);
+    let ports = spec.ports.into_iter().flatten().map(|port| ServicePort {
+        // Without Pods behind it, a target port means nothing: the slices name the fleet's.
+        target_port: if fleet { Some(IntOrString::Int(port.port)) } else { port.target_port },
+        protocol: Some("TCP".into()),
+        node_port: None,
+        ..port
+    });
+    let labels = if fleet {
+        // Not the application's labels: monitors would scrape the fleet as if it were the application.
+        BTreeMap::from([ours.clone()])
+    } else {
+        let kept = apex.labels().iter().filter(|(key, _)| {
+            !TRACKING_LABELS.contains(&key.as_str()) && !TRACKING_PREFIXES.iter().any(|prefix| key.starts_with(prefix))
+        });
+        kept.map(|(key, value)| (key.clone(), value.clone())).chain([ours.clone()]).collect()
+    };
+    Service {
+        metadata: metadata(canary, role.name(&apex.name_any()), labels),
+        spec: Some(ServiceSpec {
+            cluster_ip: (!fleet).then(|| "None".to_owned()),
+            ip_families: spec.ip_families,
+            ip_family_policy: spec.ip_family_policy,
+            ports: Some(ports.collect()),
+            selector: (!fleet).then(|| BTreeMap::from([ours])),
+            ..ServiceSpec::default()
+        }),
+        status: None,
+    }
+}
+
+/// Whether a companion is as it should be, so that nothing is written.
+#[must_use]
+pub fn is_current(live: &Service, wanted: &Service) -> bool {
+    let (Some(live_spec), Some(wanted_spec)) = (&live.spec, &wanted.spec) else { return false };
+    let ports = |spec: &ServiceSpec| -> Vec<ServicePort> {
+        let ports = spec.ports.iter().flatten().cloned();
+        ports.map(|port| ServicePort { node_port: None, ..port }).collect()
+    };
+    let selector = |spec: &ServiceSpec| spec.selector.clone().unwrap_or_default();
+    wanted.labels().iter().all(|(key, value)| live.labels().get(key) == Some(value))
+        && ports(live_spec) == ports(wanted_spec)
+        && selector(live_spec) == selector(wanted_spec)
+}
+
+fn metadata(canary: &Canary, name: String, labels: BTreeMap<String, String>) -> ObjectMeta {
+    ObjectMeta {
+        name: Some(name),
+        namespace: canary.namespace(),
+        labels: Some(labels),
+        owner_references: Some(vec![revisions::canary_owner(canary)]),
+        ..ObjectMeta::default()
+    }
+}
+
+fn selector(service: &Service) -> Option<&BTreeMap<String, String>> {
+    service.spec.as_ref()?.selector.as_ref()
+}
+
+fn pod_labels(pod_template: &Value) -> &serde_json::Map<String, Value> {
+    static NONE: std::sync::LazyLock<serde_json::Map<String, Value>> = std::sync::LazyLock::new(serde_json::Map::new);
+    pod_template.pointer("/metadata/labels").and_then(Value::as_object).unwrap_or(&NONE)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use serde_json::json;
+
+    fn canary(service: Value) -> Canary {
+        serde_json::from_value(json!({
+            "apiVersion": "sluice.dev/v1beta1", "kind": "Canary",
+            "metadata": {"name": "podinfo", "namespace": "test", "uid": "uid"},
+            "spec": {"targetRef": {"kind": "Deployment", "name": "podinfo"}, "service": service, "skipAnalysis": true},
+        }))
+        .unwrap()
+    }
+
+    fn pods() -> Value {
+        json!({
+            "metadata": {"labels": {"app": "podinfo", "tier": "web"}},
+            "spec": {"containers": [{"name": "app", "ports": [{"name": "http", "containerPort": 9898}, {"name": "admin", "containerPort": 9899}]}]},
+        })
+    }
+
+    fn service(changes: Value) -> Service {
+        let mut service = json!({
+            "metadata": {"name": "podinfo", "namespace": "test", "labels": {"app": "podinfo", "app.kubernetes.io/instance": "argo"}},
+            "spec": {
+                "clusterIP": "10.0.0.1", "type": "ClusterIP", "sessionAffinity": "None",
+                "selector": {"app": "podinfo"},
+                "ports": [{"name": "http", "port": 80, "protocol": "TCP", "targetPort": "http", "nodePort": 30080}],
+            },
+        });
+        for (key, value) in changes.as_object().unwrap() {
+            service["spec"][key] = value.clone();
+        }
+        serde_json::from_value(service).unwrap()
+    }
+
+    #[test]
+    fn services_that_the_fleet_cannot_stand_for_are_refused_with_the_reason() {
+        let canary = canary(json!({"port": 80}));
+        let cases = [
+            (json!({"clusterIP": "None"}), "headless"),
+            (json!({"type": "ExternalName", "externalName": "example.com"}), "ExternalName"),
+            (json!({"ports": [{"port": 53, "protocol": "UDP"}]}), "port 53 is UDP"),
+            (json!({"ports": [{"port": 53, "protocol": "SCTP"}]}), "port 53 is SCTP"),
+            (json!({"sessionAffinity": "ClientIP"}), "sessionAffinity"),
+            (json!({"internalTrafficPolicy": "Local"}), "internalTrafficPolicy"),
+            (json!({"selector": {}}), "no selector"),
+            (json!({"selector": {"app": "other"}}), "app: other"),
+            (json!({"selector": {"app": "podinfo", "sluice.dev/fleet": "api"}}), "Canary api has it"),
+            (json!({"ports": [{"port": 80, "targetPort": "web"}]}), "\"web\""),
+        ];
+        for (changes, words) in cases {
+            let found = refusals(&service(changes.clone()), &canary, Some(&pods()));
+            assert_eq!(found.len(), 1, "{changes}: {found:?}");
+            assert!(found[0].message.contains(words), "{changes}: {}", found[0].message);
+        }
+        assert_eq!(refusals(&service(json!({})), &canary, Some(&pods())), []);
+        let taken_over = json!({"selector": {"app": "podinfo", "sluice.dev/fleet": "podinfo"}});
+        assert_eq!(refusals(&service(taken_over), &canary, Some(&pods())), []);
+    }
+
+    #[test]
+    fn what_changes_quietly_is_warned_about() {
+        let reasons = |changes: Value, port: i32| -> Vec<_> {
+            let canary = canary(json!({"port": port}));
+            warnings(&service(changes), &canary).into_iter().map(|warning| warning.reason).collect()
+        };
+        assert_eq!(reasons(json!({}), 80), Vec::<&str>::new());
+        assert_eq!(reasons(json!({"externalTrafficPolicy": "Local"}), 80), ["ExternalTrafficPolicyLocal"]);
+        assert_eq!(reasons(json!({"publishNotReadyAddresses": true}), 80), ["PublishNotReadyAddresses"]);
+        assert_eq!(reasons(json!({}), 9898), ["PortMismatch"]);
+    }
+
+    #[test]
+    fn other_services_on_the_same_pods_are_named() {
+        let canary = canary(json!({"port": 80}));
+        let named = |name: &str, selector: Value| {
+            let mut service = service(json!({"selector": selector}));
+            service.metadata.name = Some(name.into());
+            service
+        };
+        let mut companion = named("podinfo-pods", json!({"tier": "web"}));
+        companion.metadata.owner_references = Some(vec![revisions::canary_owner(&canary)]);
+        let services = [
+            named("podinfo", json!({"app": "podinfo"})),
+            named("metrics", json!({"tier": "web"})),
+            named("stranger", json!({"app": "other"})),
+            named("selectorless", json!({})),
+            named("narrower", json!({"app": "podinfo", "track": "blue"})),
+            companion,
+        ];
+        let found = bypasses(&services, &canary, &pods());
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].message.contains("Service metrics"), "{}", found[0].message);
+    }
+
+    #[test]
+    fn companions_have_the_ports_of_the_apex() {
+        let canary = canary(json!({"port": 80}));
+        let apex = service(json!({"appProtocol": null}));
+        let all: Vec<_> = Role::ALL.iter().map(|role| companion(&canary, &apex, *role)).collect();
+        insta::assert_yaml_snapshot!(all);
+    }
+
+    #[test]
+    fn a_companion_that_follows_is_not_written_again() {
+        let canary = canary(json!({"port": 80}));
+        let apex = service(json!({}));
+        for role in Role::ALL {
+            let wanted = companion(&canary, &apex, role);
+            let mut live = wanted.clone();
+            live.spec.as_mut().unwrap().cluster_ip = Some("10.0.0.9".into());
+            live.labels_mut().insert("added-by".into(), "somebody".into());
+            assert!(is_current(&live, &wanted), "{role:?}");
+            let more = service(
+                json!({"ports": [{"name": "http", "port": 80, "targetPort": "http"}, {"name": "admin", "port": 81, "targetPort": 9899}]}),
+            );
+            assert!(!is_current(&live, &companion(&canary, &more, role)), "{role:?}");
+        }
+    }
+
+    #[test]
+    fn an_apex_is_made_as_the_canary_says() {
+        let canary = canary(
+            json!({"name": "web", "port": 80, "targetPort": "http", "portName": "grpc", "appProtocol": "grpc", "portDiscovery": true}),
+        );
+        let target: DynamicObject = serde_json::from_value(json!({
+            "apiVersion": "apps/v1", "kind": "Deployment",
+            "metadata": {"name": "podinfo", "namespace": "test", "labels": {"app": "podinfo", "argocd.argoproj.io/instance": "x"}},
+            "spec": {"selector": {"matchLabels": {"app": "podinfo"}}, "template": pods()},
+        }))
+        .unwrap();
+        insta::assert_yaml_snapshot!(apex(&canary, &target));
+    }
+}

@@ -1,0 +1,735 @@
+//! [`build`]: the snapshot that follows from the facts.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+};
+
+use k8s_openapi::{
+    api::core::v1::{Pod, Service},
+    apimachinery::pkg::util::intstr::IntOrString,
+};
+use kube::ResourceExt;
+use sluice_crds::{Backend, Canary, Traffic, labels};
+use sluice_xds::{SpiffeId, TypeUrl};
+
+use super::{
+    Inputs, Member, Resource, RevisionFacts, RevisionKey, Routed, Settings, Snapshot, View,
+    encode::{self, FleetCluster, InboundPort, SIDECAR_PORT, Split},
+    ports::PortKey,
+    service::{self, Port, Protocol},
+    slices, target_port,
+};
+use crate::cache::CanaryKey;
+
+/// Backend of an opaque port where nothing serves: a listener cannot answer 503 there, so it has an empty cluster.
+const NONE: &str = "none";
+
+/// Builds the snapshot. Equal inputs, in whatever order, make equal resources.
+#[must_use]
+pub fn build(inputs: &Inputs) -> Snapshot {
+    let index = Index::new(inputs);
+    let mut snapshot = Snapshot { members: members(inputs), pods: index.by_uid.clone(), ..Snapshot::default() };
+    for canary in index.canaries.values() {
+        canary_resources(inputs, &index, canary, &mut snapshot);
+    }
+    snapshot
+}
+
+/// The facts, by the keys that they are looked up by.
+struct Index<'a> {
+    canaries: BTreeMap<CanaryKey, &'a Canary>,
+    services: BTreeMap<(String, String), &'a Service>,
+    /// Pods of each revision, of whatever state.
+    pods: BTreeMap<RevisionKey, Vec<&'a Pod>>,
+    by_uid: BTreeMap<String, RevisionKey>,
+    facts: BTreeMap<RevisionKey, RevisionFacts>,
+}
+
+impl<'a> Index<'a> {
+    fn new(inputs: &'a Inputs) -> Self {
+        let mut pods: BTreeMap<RevisionKey, Vec<&Pod>> = BTreeMap::new();
+        let mut by_uid = BTreeMap::new();
+        for pod in &inputs.pods {
+            if let Some(key) = revision_of(pod) {
+                if let Some(uid) = &pod.metadata.uid {
+                    by_uid.insert(uid.clone(), key.clone());
+                }
+                pods.entry(key).or_default().push(pod);
+            }
+        }
+        let mut facts = inputs.revisions.clone();
+        for (key, pods) in &mut pods {
+            pods.sort_by_key(|pod| pod.name_any());
+            if let Some(pod) = pods.first() {
+                facts.entry(key.clone()).or_insert_with(|| RevisionFacts::of_pod(pod));
+            }
+        }
+        let name = |object: &Service| (object.namespace().unwrap_or_default(), object.name_any());
+        Self {
+            canaries: inputs.canaries.iter().map(|canary| (CanaryKey::of(canary), &**canary)).collect(),
+            services: inputs.services.iter().map(|service| (name(service), &**service)).collect(),
+            pods,
+            by_uid,
+            facts,
+        }
+    }
+}
+
+/// The revision that a Pod's labels name.
+fn revision_of(pod: &Pod) -> Option<RevisionKey> {
+    let labels = pod.metadata.labels.as_ref()?;
+    let canary = CanaryKey::new(pod.metadata.namespace.clone()?, labels.get(labels::CANARY)?);
+    Some(RevisionKey { canary, revision: labels.get(labels::REVISION)?.clone() })
+}
+
+/// What a Service of a Canary is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Apex,
+    Primary,
+    Canary,
+}
+
+fn canary_resources(inputs: &Inputs, index: &Index<'_>, canary: &Canary, snapshot: &mut Snapshot) {
+    let key = CanaryKey::of(canary);
+    let status = canary.status.as_ref();
+    let apex = status.and_then(|status| status.service.as_deref()).unwrap_or_else(|| canary.spec.service_name());
+    let found = |name: String| index.services.get(&(key.namespace.clone(), name)).copied();
+    let apex_service = found(apex.to_owned());
+
+    sidecars(inputs, index, canary, &key, apex_service, snapshot);
+
+    let (Some(mut traffic), Some(apex_service)) = (status.and_then(|status| status.traffic.clone()), apex_service)
+    else {
+        return;
+    };
+    if inputs.cuts.contains(&key) {
+        traffic.weight = 0;
+    }
+    let mut parts = Parts::default();
+    for (role, service) in [
+        (Role::Apex, Some(apex_service)),
+        (Role::Primary, found(format!("{apex}-primary")).filter(|service| slices::is_companion(service, &key))),
+        (Role::Canary, found(format!("{apex}-canary")).filter(|service| slices::is_companion(service, &key))),
+    ] {
+        if let Some(service) = service {
+            let one =
+                OneService { inputs, index, key: &key, apex: apex_service, canary, traffic: &traffic, role, service };
+            one.resources(&mut parts);
+        }
+    }
+    for (kind, name, resource) in parts.resources {
+        snapshot.fleet.insert(kind, &name, resource);
+    }
+    if parts.complete {
+        for carrier in &parts.carriers {
+            snapshot.carriers.insert(carrier.clone(), key.clone());
+        }
+        snapshot.canaries.insert(key, Routed { traffic, resources: parts.carriers });
+    }
+}
+
+/// What a Canary adds to the fleet view.
+struct Parts {
+    resources: Vec<(TypeUrl, String, Resource)>,
+    carriers: BTreeSet<(TypeUrl, String)>,
+    /// Every port has a port of the fleet: else the traffic is not carried and nobody may think that it is.
+    complete: bool,
+}
+
+impl Default for Parts {
+    fn default() -> Self {
+        Self { resources: Vec::new(), carriers: BTreeSet::new(), complete: true }
+    }
+}
+
+struct OneService<'a> {
+    inputs: &'a Inputs,
+    index: &'a Index<'a>,
+    key: &'a CanaryKey,
+    apex: &'a Service,
+    canary: &'a Canary,
+    traffic: &'a Traffic,
+    role: Role,
+    service: &'a Service,
+}
+
+impl OneService<'_> {
+    fn resources(&self, parts: &mut Parts) {
+        let service_name = self.service.name_any();
+        let namespace = &self.key.namespace;
+        let spec = &self.canary.spec.service;
+        let own: BTreeSet<u16> = service::ports(self.service, spec).into_iter().map(|port| port.number).collect();
+        // What is behind a port, and what is spoken there, is for the apex to say: the companions have no Pods of their own.
+        for port in service::ports(self.apex, spec).into_iter().filter(|port| own.contains(&port.number)) {
+            let allocation = PortKey {
+                fleet: self.inputs.settings.fleet.clone(),
+                namespace: namespace.clone(),
+                service: service_name.clone(),
+                port: port.number,
+            };
+            let Some(&fleet_port) = self.inputs.ports.get(&allocation) else {
+                parts.complete = false;
+                continue;
+            };
+            let name = format!("{namespace}/{service_name}:{}", port.number);
+            for backend in self.backends() {
+                self.cluster(&name, &port, backend, parts);
+            }
+            let split = self.split(&name);
+            let mut carry = |kind: TypeUrl, resource: Resource| {
+                // What `-canary` does with a canary is a matter of tests, and its cluster may be the very thing that
+                // the fleet rejects: that must not hold up the way back to the primary.
+                if self.role != Role::Canary || self.traffic.canary.is_none() {
+                    parts.carriers.insert((kind, name.clone()));
+                }
+                parts.resources.push((kind, name.clone(), resource));
+            };
+            match port.protocol {
+                Protocol::Http => {
+                    carry(TypeUrl::Listener, encode::http_listener(&name, fleet_port));
+                    carry(TypeUrl::Route, encode::route(&name, split.as_ref()));
+                }
+                Protocol::Tcp => {
+                    let split = split.unwrap_or_else(|| vec![(format!("{name}/{NONE}"), 100)]);
+                    carry(TypeUrl::Listener, encode::tcp_listener(&name, fleet_port, &split));
+                    if self.backends().next().is_none() {
+                        self.empty_cluster(&name, parts);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Back ends that have a cluster, whether they have a weight or not: they are warm when they get one.
+    fn backends(&self) -> impl Iterator<Item = &Backend> {
+        let primary = Some(&self.traffic.primary).filter(|_| self.role != Role::Canary);
+        let canary = self.traffic.canary.as_ref().filter(|_| self.role != Role::Primary);
+        primary.into_iter().chain(canary.filter(move |canary| Some(*canary) != primary))
+    }
+
+    /// Names of clusters and their weights, which sum to 100. A side at weight 0 is left out: then a cluster that the fleet
+    /// rejects cannot hold up the route that leads away from it.
+    fn split(&self, name: &str) -> Option<Split> {
+        let cluster = |backend: &Backend| format!("{name}/{}", backend.0);
+        let Traffic { primary, canary, weight } = self.traffic;
+        match (self.role, canary) {
+            (Role::Canary, None) => None,
+            (Role::Canary, Some(canary)) => Some(vec![(cluster(canary), 100)]),
+            (Role::Primary, _) | (Role::Apex, None) => Some(vec![(cluster(primary), 100)]),
+            (Role::Apex, Some(canary)) if canary == primary => Some(vec![(cluster(primary), 100)]),
+            (Role::Apex, Some(canary)) => {
+                let share = u32::try_from((*weight).clamp(0, 100)).unwrap_or(0);
+                let both = [(cluster(primary), 100 - share), (cluster(canary), share)];
+                Some(both.into_iter().filter(|(_, weight)| *weight > 0).collect())
+            }
+        }
+    }
+
+    fn cluster(&self, name: &str, port: &Port, backend: &Backend, parts: &mut Parts) {
+        let apex = self.apex.name_any();
+        let cluster = format!("{name}/{}", backend.0);
+        let (tls, addresses) = if backend.is_original() {
+            (None, self.original(&port.target))
+        } else {
+            let (tls, addresses) = self.revision(&port.target, &backend.0);
+            (Some(tls), addresses)
+        };
+        let message = FleetCluster {
+            name: &cluster,
+            namespace: &self.key.namespace,
+            service: &apex,
+            revision: &backend.0,
+            protocol: port.protocol,
+            tls,
+        };
+        parts.resources.push((TypeUrl::Cluster, cluster.clone(), message.encode()));
+        let endpoints = encode::endpoints(&cluster, &addresses);
+        parts.resources.push((TypeUrl::Endpoints, cluster, endpoints));
+    }
+
+    fn empty_cluster(&self, name: &str, parts: &mut Parts) {
+        let apex = self.apex.name_any();
+        let cluster = format!("{name}/{NONE}");
+        let message = FleetCluster {
+            name: &cluster,
+            namespace: &self.key.namespace,
+            service: &apex,
+            revision: NONE,
+            protocol: Protocol::Tcp,
+            tls: None,
+        };
+        parts.resources.push((TypeUrl::Cluster, cluster.clone(), message.encode()));
+        let endpoints = encode::endpoints(&cluster, &BTreeSet::new());
+        parts.resources.push((TypeUrl::Endpoints, cluster, endpoints));
+    }
+
+    /// The target's own Pods: no sidecar, so the application's port in plaintext. Each may have the named port elsewhere.
+    fn original(&self, target: &IntOrString) -> BTreeSet<SocketAddr> {
+        let pods = self.inputs.originals.get(self.key).into_iter().flatten();
+        let ready = pods.filter(|pod| serves(pod));
+        ready.filter_map(|pod| Some(SocketAddr::new(pod_ip(pod)?, target_port(pod, target)?))).collect()
+    }
+
+    fn revision(&self, target: &IntOrString, revision: &str) -> ((String, SpiffeId), BTreeSet<SocketAddr>) {
+        let key = RevisionKey { canary: self.key.clone(), revision: revision.to_owned() };
+        // A revision of which neither a record nor a Pod is left has no endpoints, so nobody is ever asked who he is.
+        let facts = self.index.facts.get(&key).cloned().unwrap_or_default();
+        let port = facts.port(target);
+        let pods = self.index.pods.get(&key).into_iter().flatten();
+        let ready = pods.filter(|pod| serves(pod)).filter_map(|pod| pod_ip(pod));
+        // As with any Service, a name that no container has leads nowhere.
+        let addresses = ready.filter(|_| port.is_some()).map(|ip| SocketAddr::new(ip, SIDECAR_PORT)).collect();
+        let id = revision_id(&self.inputs.settings, &self.key.namespace, &facts);
+        ((encode::sni(port.unwrap_or_default(), revision), id), addresses)
+    }
+}
+
+fn revision_id(settings: &Settings, namespace: &str, facts: &RevisionFacts) -> SpiffeId {
+    let domain = settings.fleet_id.trust_domain();
+    SpiffeId::new(domain, namespace, &facts.service_account).unwrap_or_else(|error| {
+        // Names of the API server's are always valid; with anything else no handshake may succeed, and the fleet's
+        // own id is one that no application has.
+        tracing::error!(namespace, service_account = facts.service_account, %error, "a revision has no valid SPIFFE id");
+        settings.fleet_id.clone()
+    })
+}
+
+/// Sidecar views of all revisions that are known, whether they have traffic or not: a Pod needs its own to become ready.
+fn sidecars(
+    inputs: &Inputs,
+    index: &Index<'_>,
+    canary: &Canary,
+    key: &CanaryKey,
+    apex: Option<&Service>,
+    snapshot: &mut Snapshot,
+) {
+    let first = RevisionKey { canary: key.clone(), revision: String::new() };
+    let revisions = index.facts.range(first..).take_while(|(revision, _)| revision.canary == *key);
+    let spec = &canary.spec.service;
+    let ports = apex.map_or_else(|| service::ports_of_spec(spec), |apex| service::ports(apex, spec));
+    for (revision, facts) in revisions {
+        let mut inbound: BTreeMap<u16, InboundPort> = BTreeMap::new();
+        for port in &ports {
+            let Some(number) = facts.port(&port.target) else { continue };
+            let http = port.protocol == Protocol::Http;
+            let one =
+                inbound.entry(number).or_insert(InboundPort { port: number, protocol: port.protocol, alpn: http });
+            // Two ports of the Service lead to one of the container: bytes pass whatever the other speaks.
+            if one.protocol != port.protocol {
+                one.protocol = Protocol::Tcp;
+                one.alpn = true;
+            }
+        }
+        let mut view = View::default();
+        for port in inbound.keys() {
+            view.insert(TypeUrl::Cluster, &encode::local(*port), encode::local_cluster(*port, facts.loopback));
+        }
+        let inbound: Vec<InboundPort> = inbound.into_values().collect();
+        if !inbound.is_empty() {
+            let listener = encode::inbound(&revision.revision, &inbound, &inputs.settings.fleet_id);
+            view.insert(TypeUrl::Listener, encode::INBOUND, listener);
+        }
+        snapshot.sidecars.insert(revision.clone(), view);
+    }
+}
+
+fn members(inputs: &Inputs) -> BTreeMap<String, Member> {
+    let listed: BTreeSet<IpAddr> = inputs
+        .slices
+        .iter()
+        .flat_map(|slice| &slice.endpoints)
+        .flat_map(|endpoint| &endpoint.addresses)
+        .filter_map(|address| address.parse().ok())
+        .collect();
+    let pods = inputs.pods.iter().filter(|pod| is_member(pod, &inputs.settings));
+    pods.filter_map(|pod| {
+        let addresses = pod_ips(pod);
+        let member = Member {
+            name: pod.name_any(),
+            started: pod.status.as_ref().and_then(|status| status.phase.as_deref()) != Some("Pending"),
+            lagging: pod.annotations().contains_key(labels::LAGGING),
+            in_slices: addresses.iter().any(|address| listed.contains(address)),
+            addresses,
+        };
+        Some((pod.metadata.uid.clone()?, member))
+    })
+    .collect()
+}
+
+/// A Pod of the fleet whose containers may still run.
+pub(super) fn is_member(pod: &Pod, settings: &Settings) -> bool {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    pod.metadata.namespace.as_deref() == Some(&settings.release_namespace)
+        && pod.labels().get(labels::FLEET) == Some(&settings.fleet)
+        && !matches!(phase, Some("Succeeded" | "Failed"))
+}
+
+/// Ready, and not about to go.
+pub(super) fn serves(pod: &Pod) -> bool {
+    let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
+    let ready = conditions.into_iter().any(|condition| condition.type_ == "Ready" && condition.status == "True");
+    ready && pod.metadata.deletion_timestamp.is_none()
+}
+
+fn pod_ip(pod: &Pod) -> Option<IpAddr> {
+    pod.status.as_ref()?.pod_ip.as_ref()?.parse().ok()
+}
+
+/// All addresses of a Pod, the primary one first.
+pub(super) fn pod_ips(pod: &Pod) -> Vec<IpAddr> {
+    let Some(status) = &pod.status else {
+        return Vec::new();
+    };
+    let all = status.pod_ips.iter().flatten().map(|ip| &ip.ip);
+    let mut addresses: Vec<IpAddr> = Vec::new();
+    for ip in status.pod_ip.iter().chain(all).filter_map(|ip| ip.parse().ok()) {
+        if !addresses.contains(&ip) {
+            addresses.push(ip);
+        }
+    }
+    addresses
+}
+
+/// Every port that the fleet should have: those of all Services that it serves or is about to.
+#[must_use]
+pub fn wanted_ports(inputs: &Inputs) -> BTreeSet<PortKey> {
+    let index = Index::new(inputs);
+    let mut wanted = BTreeSet::new();
+    for (key, canary) in &index.canaries {
+        let Some(status) = canary.status.as_ref().filter(|status| status.traffic.is_some() || status.service.is_some())
+        else {
+            continue;
+        };
+        let apex = status.service.as_deref().unwrap_or_else(|| canary.spec.service_name());
+        for (suffix, own) in [("", false), ("-primary", true), ("-canary", true)] {
+            let Some(service) = index.services.get(&(key.namespace.clone(), format!("{apex}{suffix}"))) else {
+                continue;
+            };
+            if own && !slices::is_companion(service, key) {
+                continue;
+            }
+            wanted.extend(service::ports(service, &canary.spec.service).into_iter().map(|port| PortKey {
+                fleet: inputs.settings.fleet.clone(),
+                namespace: key.namespace.clone(),
+                service: service.name_any(),
+                port: port.number,
+            }));
+        }
+    }
+    wanted
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use proptest::prelude::*;
+    use serde_json::json;
+    use sluice_xds::{
+        envoy::{
+            config::{
+                cluster::v3::Cluster,
+                endpoint::v3::{ClusterLoadAssignment, lb_endpoint::HostIdentifier},
+                listener::v3::{Listener, filter},
+                route::v3::{RouteConfiguration, route, route_action::ClusterSpecifier},
+            },
+            extensions::filters::network::tcp_proxy::v3::{TcpProxy, tcp_proxy},
+        },
+        unpack,
+    };
+
+    use super::*;
+    use crate::mesh::testing::{self, Shop};
+
+    /// Clusters and weights that a route or an opaque listener of the fleet names; `None` for a direct response.
+    fn split(view: &View, name: &str) -> Option<Vec<(String, u32)>> {
+        if let Some(resource) = view.get(TypeUrl::Route, name) {
+            let config: RouteConfiguration = unpack(&resource.body).unwrap();
+            return match config.virtual_hosts[0].routes[0].action.as_ref().unwrap() {
+                route::Action::Route(action) => match action.cluster_specifier.as_ref().unwrap() {
+                    ClusterSpecifier::WeightedClusters(all) => {
+                        Some(all.clusters.iter().map(|one| (one.name.clone(), one.weight.unwrap())).collect())
+                    }
+                    ClusterSpecifier::Cluster(_) => panic!("the fleet's routes are weighted"),
+                },
+                route::Action::DirectResponse(response) => {
+                    assert_eq!(response.status, 503);
+                    None
+                }
+            };
+        }
+        let listener: Listener = unpack(&view.get(TypeUrl::Listener, name).unwrap().body).unwrap();
+        let filter::ConfigType::TypedConfig(any) = listener.filter_chains[0].filters[0].config_type.as_ref().unwrap();
+        let proxy: TcpProxy = unpack(any).unwrap();
+        match proxy.cluster_specifier.unwrap() {
+            tcp_proxy::ClusterSpecifier::WeightedClusters(all) => {
+                Some(all.clusters.into_iter().map(|one| (one.name, one.weight)).collect())
+            }
+            tcp_proxy::ClusterSpecifier::Cluster(_) => panic!("the fleet's opaque ports are weighted"),
+        }
+    }
+
+    fn addresses(view: &View, name: &str) -> Vec<String> {
+        let assignment: ClusterLoadAssignment = unpack(&view.get(TypeUrl::Endpoints, name).unwrap().body).unwrap();
+        let endpoints = assignment.endpoints.into_iter().flat_map(|locality| locality.lb_endpoints);
+        let address = |endpoint: sluice_xds::envoy::config::endpoint::v3::LbEndpoint| {
+            let HostIdentifier::Endpoint(endpoint) = endpoint.host_identifier.unwrap();
+            let sluice_xds::envoy::config::core::v3::address::Address::SocketAddress(socket) =
+                endpoint.address.unwrap().address.unwrap();
+            let Some(encode_port) = socket.port_specifier else { panic!("no port") };
+            match encode_port {
+                sluice_xds::envoy::config::core::v3::socket_address::PortSpecifier::PortValue(port) => {
+                    format!("{}:{port}", socket.address)
+                }
+                sluice_xds::envoy::config::core::v3::socket_address::PortSpecifier::NamedPort(name) => name,
+            }
+        };
+        endpoints.map(address).collect()
+    }
+
+    fn list(pairs: &[(&str, u32)]) -> Option<Vec<(String, u32)>> {
+        Some(pairs.iter().map(|(name, weight)| ((*name).to_owned(), *weight)).collect())
+    }
+
+    #[test]
+    fn a_small_shop_in_full() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", Some("bbb"), 10);
+        shop.revision_pod("web-aaa-1", "aaa", "10.0.0.1");
+        shop.revision_pod("web-bbb-1", "bbb", "10.0.0.2");
+        shop.fleet_pod("fleet-1", "10.0.1.1");
+        insta::assert_yaml_snapshot!(testing::describe(&build(&shop.inputs())));
+    }
+
+    #[test]
+    fn each_side_has_its_share_and_a_side_without_one_is_not_named() {
+        let mut shop = Shop::new();
+        for (weight, expected) in [
+            (0, list(&[("shop/web:80/aaa", 100)])),
+            (5, list(&[("shop/web:80/aaa", 95), ("shop/web:80/bbb", 5)])),
+            (100, list(&[("shop/web:80/bbb", 100)])),
+        ] {
+            shop.traffic("aaa", Some("bbb"), weight);
+            let snapshot = build(&shop.inputs());
+            assert_eq!(split(&snapshot.fleet, "shop/web:80"), expected);
+            assert!(snapshot.fleet.get(TypeUrl::Cluster, "shop/web:80/aaa").is_some(), "warm at any weight");
+            assert!(snapshot.fleet.get(TypeUrl::Cluster, "shop/web:80/bbb").is_some(), "warm at any weight");
+            assert_eq!(split(&snapshot.fleet, "shop/web-primary:80"), list(&[("shop/web-primary:80/aaa", 100)]));
+            assert_eq!(split(&snapshot.fleet, "shop/web-canary:80"), list(&[("shop/web-canary:80/bbb", 100)]));
+        }
+    }
+
+    #[test]
+    fn without_a_canary_its_service_answers_503() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", None, 0);
+        let snapshot = build(&shop.inputs());
+        assert_eq!(split(&snapshot.fleet, "shop/web-canary:80"), None);
+        let carried = &snapshot.canaries[&shop.key()].resources;
+        assert!(carried.contains(&(TypeUrl::Route, "shop/web-canary:80".into())), "its end is acknowledged too");
+    }
+
+    #[test]
+    fn a_cut_canary_has_no_weight_and_says_so() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", Some("bbb"), 50);
+        let mut inputs = shop.inputs();
+        inputs.cuts.insert(shop.key());
+        let cut = build(&inputs);
+        assert_eq!(split(&cut.fleet, "shop/web:80"), list(&[("shop/web:80/aaa", 100)]));
+        assert_eq!(cut.canaries[&shop.key()].traffic.weight, 0);
+        shop.traffic("aaa", Some("bbb"), 0);
+        let written = build(&shop.inputs());
+        assert_eq!(
+            written.fleet.get(TypeUrl::Route, "shop/web:80").unwrap().version,
+            cut.fleet.get(TypeUrl::Route, "shop/web:80").unwrap().version,
+            "what was acknowledged for the cut counts when the status has caught up"
+        );
+    }
+
+    #[test]
+    fn an_opaque_port_is_split_in_its_listener() {
+        let mut shop = Shop::new();
+        shop.canary["spec"]["service"]["appProtocol"] = json!("TCP");
+        shop.traffic("aaa", Some("bbb"), 30);
+        let snapshot = build(&shop.inputs());
+        assert_eq!(split(&snapshot.fleet, "shop/web:80"), list(&[("shop/web:80/aaa", 70), ("shop/web:80/bbb", 30)]));
+        let routed = &snapshot.canaries[&shop.key()];
+        assert!(routed.resources.contains(&(TypeUrl::Listener, "shop/web:80".into())));
+        assert!(snapshot.fleet.get(TypeUrl::Route, "shop/web:80").is_none());
+
+        shop.traffic("aaa", None, 0);
+        let snapshot = build(&shop.inputs());
+        assert_eq!(split(&snapshot.fleet, "shop/web-canary:80"), list(&[("shop/web-canary:80/none", 100)]));
+        assert!(addresses(&snapshot.fleet, "shop/web-canary:80/none").is_empty());
+    }
+
+    #[test]
+    fn only_ready_pods_that_are_not_going_away_get_requests() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", None, 0);
+        shop.revision_pod("one", "aaa", "10.0.0.2");
+        shop.revision_pod("two", "aaa", "10.0.0.1");
+        shop.revision_pod("other", "bbb", "10.0.0.9");
+        shop.pods.push(testing::pod(
+            "shop",
+            "late",
+            "10.0.0.3",
+            false,
+            &[("sluice.dev/canary", "web"), ("sluice.dev/revision", "aaa")],
+        ));
+        let mut going = testing::pod(
+            "shop",
+            "going",
+            "10.0.0.4",
+            true,
+            &[("sluice.dev/canary", "web"), ("sluice.dev/revision", "aaa")],
+        );
+        going["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+        shop.pods.push(going);
+        let view = build(&shop.inputs()).fleet;
+        assert_eq!(addresses(&view, "shop/web:80/aaa"), ["10.0.0.1:20443", "10.0.0.2:20443"]);
+    }
+
+    #[test]
+    fn the_targets_own_pods_are_dialled_in_plaintext_where_each_has_the_named_port() {
+        let mut shop = Shop::new();
+        shop.traffic("original", None, 0);
+        shop.service_port["targetPort"] = json!("http");
+        for (name, ip, port) in [("a", "10.0.0.1", 8080), ("b", "10.0.0.2", 9090)] {
+            let mut pod = testing::pod("shop", name, ip, true, &[("app", "web")]);
+            pod["spec"]["containers"][0]["ports"] = json!([{"name": "http", "containerPort": port}]);
+            shop.originals.push(pod);
+        }
+        let mut without = testing::pod("shop", "c", "10.0.0.3", true, &[("app", "web")]);
+        without["spec"]["containers"][0]["ports"] = json!([]);
+        shop.originals.push(without);
+        let view = build(&shop.inputs()).fleet;
+        assert_eq!(addresses(&view, "shop/web:80/original"), ["10.0.0.1:8080", "10.0.0.2:9090"]);
+        let cluster: Cluster = unpack(&view.get(TypeUrl::Cluster, "shop/web:80/original").unwrap().body).unwrap();
+        assert!(cluster.transport_socket.is_none());
+    }
+
+    #[test]
+    fn a_port_that_is_not_written_down_is_not_used_and_the_traffic_is_not_claimed() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", None, 0);
+        let mut inputs = shop.inputs();
+        inputs.ports.clear();
+        let snapshot = build(&inputs);
+        assert!(snapshot.fleet.resources.is_empty());
+        assert!(snapshot.canaries.is_empty());
+        assert_eq!(wanted_ports(&inputs).len(), 3);
+    }
+
+    #[test]
+    fn a_service_of_that_name_that_is_not_ours_is_left_alone() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", Some("bbb"), 0);
+        shop.foreign_companions = true;
+        let inputs = shop.inputs();
+        let snapshot = build(&inputs);
+        let listeners: Vec<&str> = snapshot.fleet.of(TypeUrl::Listener).map(|(name, _)| name).collect();
+        assert_eq!(listeners, ["shop/web:80"]);
+        assert_eq!(wanted_ports(&inputs).len(), 1);
+    }
+
+    #[test]
+    fn sidecars_hold_their_view_before_they_have_traffic_or_even_a_service() {
+        let mut shop = Shop::new();
+        shop.revision_pod("one", "ccc", "10.0.0.1");
+        let with_service = build(&shop.inputs());
+        let revision = RevisionKey { canary: shop.key(), revision: "ccc".into() };
+        assert!(with_service.sidecars[&revision].get(TypeUrl::Cluster, "local/8080").is_some());
+        let mut inputs = shop.inputs();
+        inputs.services.clear();
+        let without = build(&inputs);
+        assert_eq!(
+            without.sidecars[&revision].get(TypeUrl::Listener, "inbound"),
+            with_service.sidecars[&revision].get(TypeUrl::Listener, "inbound")
+        );
+        assert_eq!(without.pods["one-uid"], revision);
+    }
+
+    #[test]
+    fn members_are_the_fleets_pods_that_are_not_gone() {
+        let mut shop = Shop::new();
+        shop.fleet_pod("serving", "10.0.1.1");
+        shop.fleet_pod("over", "10.0.1.2");
+        shop.pods.last_mut().unwrap()["status"]["phase"] = json!("Failed");
+        shop.fleet_pod("new", "10.0.1.3");
+        shop.pods.last_mut().unwrap()["status"]["phase"] = json!("Pending");
+        let mut other = testing::pod("shop", "elsewhere", "10.0.1.4", true, &[("sluice.dev/fleet", "default")]);
+        other["metadata"]["namespace"] = json!("shop");
+        shop.pods.push(other);
+        let members = build(&shop.inputs()).members;
+        let seen: Vec<(&str, bool)> = members.values().map(|one| (one.name.as_str(), one.started)).collect();
+        assert_eq!(seen, [("new", false), ("serving", true)]);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+        #[test]
+        fn whatever_the_shop_looks_like_weights_sum_to_100_and_every_name_exists(
+            primary in prop::sample::select(vec!["original", "aaa", "bbb"]),
+            canary in prop::option::of(prop::sample::select(vec!["original", "aaa", "bbb"])),
+            weight in 0..=100_i32,
+            opaque in any::<bool>(),
+            more_ports in prop::collection::vec((81_u16..86, prop::sample::select(vec!["http-x", "mysql", ""])), 0..3),
+            pods in prop::collection::vec((0_u8..9, prop::sample::select(vec!["aaa", "bbb"])), 0..6),
+            cut in any::<bool>(),
+            seed in any::<u64>(),
+        ) {
+            let mut shop = Shop::new();
+            shop.traffic(primary, canary, weight);
+            if opaque {
+                shop.canary["spec"]["service"]["appProtocol"] = json!("tcp");
+            }
+            for (number, name) in more_ports {
+                shop.more_ports.push(json!({"port": number, "name": name, "protocol": "TCP", "targetPort": number + 1}));
+            }
+            for (number, revision) in pods {
+                shop.revision_pod(&format!("p{number}-{revision}"), revision, &format!("10.0.0.{number}"));
+            }
+            let mut inputs = shop.inputs();
+            if cut {
+                inputs.cuts.insert(shop.key());
+            }
+            let snapshot = build(&inputs);
+            let view = &snapshot.fleet;
+            for (name, listener) in view.of(TypeUrl::Listener) {
+                prop_assert_eq!(listener.body.type_url.as_str(), TypeUrl::Listener.as_str());
+                if let Some(split) = split(view, name) {
+                    prop_assert_eq!(split.iter().map(|(_, weight)| weight).sum::<u32>(), 100);
+                    prop_assert!(split.iter().all(|(_, weight)| *weight > 0));
+                }
+            }
+            for kind in [TypeUrl::Listener, TypeUrl::Route] {
+                for (_, resource) in view.of(kind).chain(snapshot.sidecars.values().flat_map(|view| view.of(kind))) {
+                    for (kind, name) in resource.needs.iter() {
+                        let there = view.get(*kind, name).is_some()
+                            || snapshot.sidecars.values().any(|view| view.get(*kind, name).is_some());
+                        prop_assert!(there, "{kind} {name} is named and missing");
+                    }
+                }
+            }
+            for (name, _) in view.of(TypeUrl::Cluster) {
+                prop_assert!(view.get(TypeUrl::Endpoints, name).is_some(), "{name} has no endpoints, not even none");
+            }
+            let routed = &snapshot.canaries[&shop.key()];
+            for (kind, name) in &routed.resources {
+                prop_assert!(view.get(*kind, name).is_some());
+                prop_assert_eq!(&snapshot.carriers[&(*kind, name.clone())], &shop.key());
+            }
+            prop_assert_eq!(routed.traffic.weight, if cut { 0 } else { weight });
+
+            // The order of the facts means nothing.
+            testing::shuffle(&mut inputs, seed);
+            let again = build(&inputs);
+            for kind in TypeUrl::ALL {
+                prop_assert_eq!(view.of(kind).collect::<Vec<_>>(), again.fleet.of(kind).collect::<Vec<_>>());
+            }
+        }
+    }
+}

@@ -1,0 +1,549 @@
+//! Keeps the snapshot, the fleet's ports and the EndpointSlices as the cache says.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
+use kube::{
+    Api, Client, Resource, ResourceExt,
+    api::ListParams,
+    core::NamespaceResourceScope,
+    runtime::reflector::{ObjectRef, Store},
+};
+use serde::de::DeserializeOwned;
+use sluice_crds::{Backend, Canary, labels};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Inputs, RevisionFacts, RevisionKey, Settings, Snapshot, build,
+    ports::{self, Allocation, PortKey},
+    slices, wanted_ports,
+};
+use crate::{
+    cache::{Cache, CanaryKey, Touches},
+    lease::LeaseHandle,
+};
+
+/// Least time between two snapshots. The first change after a quiet time is taken in at once.
+const COALESCE: Duration = Duration::from_millis(10);
+/// Share of a core that building snapshots may take: one part work, so many parts rest.
+const REST: u32 = 4;
+/// Longest that one call to the API server may take.
+const CALL: Duration = Duration::from_secs(10);
+/// Wait after a call that failed.
+const RETRY: Duration = Duration::from_secs(1);
+/// How often a new leader looks whether its cache has caught up.
+const CATCH_UP: Duration = Duration::from_millis(20);
+
+/// Where the facts come from: everything but the ports and the cuts.
+type Gather = Arc<dyn Fn() -> Inputs + Send + Sync>;
+
+/// The present snapshot, and the emergency brake. Cheap to clone.
+#[derive(Clone)]
+pub struct PublisherHandle(Arc<Shared>);
+
+struct Shared {
+    gather: Gather,
+    ports: Mutex<BTreeMap<PortKey, u16>>,
+    cuts: Mutex<BTreeMap<CanaryKey, Cut>>,
+    snapshot: watch::Sender<Arc<Snapshot>>,
+    building: Mutex<()>,
+    /// Canaries whose traffic a new snapshot carries otherwise than the one before.
+    touches: Touches,
+}
+
+/// A canary side that was taken off the traffic before the status says so.
+#[derive(Debug, Clone, PartialEq)]
+struct Cut {
+    canary: Option<Backend>,
+    /// The Canary's resourceVersion at that moment: it can only be old news.
+    seen: Option<String>,
+}
+
+impl PublisherHandle {
+    /// With nothing published yet.
+    #[must_use]
+    pub fn new(gather: impl Fn() -> Inputs + Send + Sync + 'static, touches: Touches) -> Self {
+        Self(Arc::new(Shared {
+            gather: Arc::new(gather),
+            ports: Mutex::default(),
+            cuts: Mutex::default(),
+            snapshot: watch::Sender::new(Arc::default()),
+            building: Mutex::default(),
+            touches,
+        }))
+    }
+
+    /// The snapshot, now and whenever it changes.
+    #[must_use]
+    pub fn snapshots(&self) -> watch::Receiver<Arc<Snapshot>> {
+        self.0.snapshot.subscribe()
+    }
+
+    /// Takes the canary side off the traffic now, without waiting for anybody. It stays off until a status says weight 0
+    /// or names another canary.
+    pub fn cut(&self, key: &CanaryKey) {
+        let inputs = (self.0.gather)();
+        let canary = inputs.canaries.iter().find(|canary| CanaryKey::of(canary) == *key);
+        let cut = Cut {
+            canary: canary.and_then(|canary| canary.status.as_ref()?.traffic.as_ref()?.canary.clone()),
+            seen: canary.and_then(|canary| canary.resource_version()),
+        };
+        lock(&self.0.cuts).entry(key.clone()).or_insert(cut);
+        self.rebuild();
+    }
+
+    /// The facts as they are now, with ports and cuts.
+    #[must_use]
+    pub fn inputs(&self) -> Inputs {
+        let mut cuts = lock(&self.0.cuts);
+        let mut inputs = (self.0.gather)();
+        cuts.retain(|key, cut| still_cut(&inputs, key, cut));
+        inputs.cuts = cuts.keys().cloned().collect();
+        inputs.ports = lock(&self.0.ports).clone();
+        inputs
+    }
+
+    /// Builds and publishes, if that changes anything.
+    pub fn rebuild(&self) {
+        // An older snapshot must never follow a newer one, so the facts are gathered within.
+        let _building = lock(&self.0.building);
+        let next = build(&self.inputs());
+        let published = self.0.snapshot.borrow().clone();
+        if next == *published {
+            return;
+        }
+        let keys: BTreeSet<&CanaryKey> = published.canaries.keys().chain(next.canaries.keys()).collect();
+        let changed = |key: &&CanaryKey| published.canaries.get(*key) != next.canaries.get(*key);
+        let changed: Vec<CanaryKey> = keys.into_iter().filter(changed).cloned().collect();
+        self.0.snapshot.send_replace(Arc::new(next));
+        for key in changed {
+            self.0.touches.touch(key);
+        }
+        tracing::debug!("a new snapshot is published");
+    }
+
+    pub(crate) fn set_ports(&self, ports: BTreeMap<PortKey, u16>) {
+        *lock(&self.0.ports) = ports;
+    }
+}
+
+fn still_cut(inputs: &Inputs, key: &CanaryKey, cut: &Cut) -> bool {
+    let Some(canary) = inputs.canaries.iter().find(|canary| CanaryKey::of(canary) == *key) else {
+        return false;
+    };
+    let Some(traffic) = canary.status.as_ref().and_then(|status| status.traffic.as_ref()) else {
+        return false;
+    };
+    // Whoever cuts may know of a status that our cache does not have yet: a weight of 0 counts only if it is news.
+    let caught_up = traffic.weight == 0 && canary.resource_version() != cut.seen;
+    !caught_up && (traffic.canary == cut.canary || cut.canary.is_none())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Does the work. Every replica runs one.
+pub struct Publisher {
+    handle: PublisherHandle,
+    cache: Cache,
+    client: Client,
+    lease: LeaseHandle,
+    settings: Arc<Settings>,
+}
+
+impl Publisher {
+    /// `client` should not retry by itself.
+    #[must_use]
+    pub fn new(client: Client, cache: Cache, lease: LeaseHandle, settings: Settings) -> (Self, PublisherHandle) {
+        let settings = Arc::new(settings);
+        let (of, with) = (cache.clone(), settings.clone());
+        let handle = PublisherHandle::new(move || gather(&of, with.clone()), cache.touches.clone());
+        (Self { handle: handle.clone(), cache, client, lease, settings }, handle)
+    }
+
+    /// Until `stop`. The cache should be warm.
+    pub async fn run(self, stop: CancellationToken) {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = self.publish() => {}
+            () = self.keep_ports() => {}
+            () = self.keep_slices() => {}
+        }
+    }
+
+    async fn publish(&self) {
+        let mut changes = self.cache.changes();
+        loop {
+            changes.mark_unchanged();
+            let before = Instant::now();
+            self.handle.rebuild();
+            let rest = COALESCE.max(before.elapsed() * REST);
+            sleep_until(before + rest).await;
+            if changes.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
+    }
+
+    /// Reads the ConfigMap whenever it changed; the leader writes it when a Service comes or goes.
+    async fn keep_ports(&self) {
+        let namespace = &self.settings.release_namespace;
+        let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
+        let reference = ObjectRef::new(ports::CONFIG_MAP).within(namespace);
+        let mut changes = self.cache.changes();
+        let mut terms = self.lease.watch();
+        let mut map: Option<ConfigMap> = None;
+        let mut read = false;
+        loop {
+            changes.mark_unchanged();
+            terms.mark_unchanged();
+            let mut again: Option<Instant> = None;
+            let cached = self.cache.config_maps.get(&reference).and_then(|meta| meta.resource_version());
+            let known = map.as_ref().and_then(|map| map.resource_version());
+            // What we wrote ourselves is newer than the cache for a moment.
+            if !read || (cached != known && cached.is_some() && !is_newer(known.as_deref(), cached.as_deref())) {
+                match within(api.get_opt(ports::CONFIG_MAP)).await {
+                    Ok(found) => {
+                        map = found;
+                        read = true;
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "ConfigMap {namespace}/{} could not be read", ports::CONFIG_MAP);
+                        again = Some(Instant::now() + RETRY);
+                    }
+                }
+            }
+            let allocation = map.as_ref().map(Allocation::read).unwrap_or_default();
+            if read && again.is_none() && self.lease.may_write() {
+                let now = Timestamp::now();
+                let settled = allocation.settle(&wanted_ports(&self.handle.inputs()), now);
+                for key in &settled.without {
+                    tracing::error!("the fleet has no port left for {key}: it cannot be taken over");
+                }
+                if settled.allocation != allocation {
+                    match within(ports::write(&self.client, namespace, map.as_ref(), &settled.allocation)).await {
+                        Ok(written) => map = Some(written),
+                        Err(error) => {
+                            tracing::warn!(%error, "the fleet's ports could not be written");
+                            // It is no longer what we saw, or we do not know whether we wrote it.
+                            read = false;
+                            again = Some(Instant::now() + RETRY);
+                        }
+                    }
+                } else if let Some(at) = settled.again_at {
+                    let wait = Duration::try_from(at.duration_since(now)).unwrap_or_default() + RETRY;
+                    again = Some(Instant::now() + wait);
+                }
+            }
+            self.handle.set_ports(map.as_ref().map(Allocation::read).unwrap_or_default().ports());
+            self.handle.rebuild();
+            tokio::select! {
+                result = changes.changed() => if result.is_err() { return std::future::pending().await },
+                Ok(()) = terms.changed() => {}
+                () = maybe(again) => {}
+            }
+            // Others change the cache all the time; a new Service may wait this long.
+            tokio::time::sleep(COALESCE).await;
+        }
+    }
+
+    async fn keep_slices(&self) {
+        let mut changes = self.cache.changes();
+        let mut snapshots = self.handle.snapshots();
+        let mut terms = self.lease.watch();
+        let mut writer = slices::Writer::new(self.client.clone());
+        let mut awake = Instant::now();
+        let mut again: Option<Instant> = None;
+        loop {
+            // Wakes up often enough to notice that it did not run: then the cache may be as old as that.
+            let nap = Instant::now() + slices::STALL / 5;
+            tokio::select! {
+                result = changes.changed() => if result.is_err() { return std::future::pending().await },
+                // A port that was written down lets slices be written.
+                Ok(()) = snapshots.changed() => {}
+                Ok(()) = terms.changed() => {}
+                () = maybe(again) => {}
+                () = sleep_until(nap) => {
+                    if awake.elapsed() < slices::STALL && again.is_none_or(|at| at > Instant::now()) {
+                        awake = Instant::now();
+                        continue;
+                    }
+                }
+            }
+            if awake.elapsed() >= slices::STALL {
+                tracing::warn!(stalled = ?awake.elapsed(), "this replica stood still: it catches up before it writes slices");
+                if let Err(error) = self.catch_up().run().await {
+                    tracing::warn!(%error, "catching up failed; it is tried again");
+                    tokio::time::sleep(RETRY).await;
+                    continue;
+                }
+            }
+            changes.mark_unchanged();
+            snapshots.mark_unchanged();
+            again = writer.round(&self.handle.inputs(), self.lease.may_write()).await;
+            awake = Instant::now();
+            tokio::time::sleep(COALESCE).await;
+        }
+    }
+
+    /// For a new leader: see [`CatchUp::run`].
+    #[must_use]
+    pub fn catch_up(&self) -> CatchUp {
+        CatchUp {
+            client: self.client.clone(),
+            cache: self.cache.clone(),
+            settings: self.settings.clone(),
+            handle: self.handle.clone(),
+        }
+    }
+}
+
+/// Brings the snapshot up to date with the quorum.
+#[derive(Clone)]
+pub struct CatchUp {
+    client: Client,
+    cache: Cache,
+    settings: Arc<Settings>,
+    handle: PublisherHandle,
+}
+
+impl CatchUp {
+    /// Waits until the cache is at least as new as this call: lists from the quorum what a snapshot is made of, and
+    /// compares; then rebuilds. A new leader does this before it serves.
+    ///
+    /// # Errors
+    /// If the API server cannot be asked.
+    pub async fn run(&self) -> Result<(), CatchUpError> {
+        tokio::try_join!(
+            self.caught_up::<Canary>("canaries", &self.cache.canaries),
+            self.caught_up::<Service>("services", &self.cache.services),
+            self.caught_up::<Pod>("pods", &self.cache.pods),
+        )?;
+        self.handle.rebuild();
+        Ok(())
+    }
+
+    async fn caught_up<K>(&self, kind: &'static str, store: &Store<K>) -> Result<(), CatchUpError>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + std::fmt::Debug
+            + DeserializeOwned
+            + 'static,
+    {
+        let api: Api<K> = match &self.settings.watched_namespace {
+            Some(namespace) => Api::namespaced(self.client.clone(), namespace),
+            None => Api::all(self.client.clone()),
+        };
+        // No resourceVersion: a read from the quorum.
+        let list =
+            within(api.list_metadata(&ListParams::default())).await.map_err(|source| CatchUpError { kind, source })?;
+        let listed = list.metadata.resource_version.clone();
+        let names: BTreeSet<(Option<String>, String)> =
+            list.items.iter().map(|item| (item.namespace(), item.name_any())).collect();
+        loop {
+            let behind = list.items.iter().any(|item| {
+                let reference = ObjectRef::<K>::new(&item.name_any()).within(&item.namespace().unwrap_or_default());
+                store.get(&reference).is_none_or(|cached| {
+                    let (cached, wanted) = (cached.resource_version(), item.resource_version());
+                    cached != wanted && !is_newer(cached.as_deref(), wanted.as_deref())
+                })
+            });
+            // What the cache has, the list does not, and is no newer than the list, was deleted before it.
+            let gone = |cached: &Arc<K>| {
+                !names.contains(&(cached.namespace(), cached.name_any()))
+                    && !is_newer(cached.resource_version().as_deref(), listed.as_deref())
+            };
+            if !behind && !store.state().iter().any(gone) {
+                return Ok(());
+            }
+            tokio::time::sleep(CATCH_UP).await;
+        }
+    }
+}
+
+/// Why a replica cannot know that its cache is recent.
+#[derive(Debug, thiserror::Error)]
+#[error("listing {kind} from the API server failed: {source}")]
+pub struct CatchUpError {
+    kind: &'static str,
+    #[source]
+    source: CallError,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum CallError {
+    #[error("no answer in {CALL:?}")]
+    Timeout,
+    #[error(transparent)]
+    Api(#[from] kube::Error),
+    #[error(transparent)]
+    Ports(#[from] ports::WriteError),
+}
+
+async fn within<T, E>(call: impl Future<Output = Result<T, E>>) -> Result<T, CallError>
+where
+    CallError: From<E>,
+{
+    Ok(timeout(CALL, call).await.map_err(|_| CallError::Timeout)??)
+}
+
+async fn maybe(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Compares resourceVersions of one kind, which are comparable as numbers (KEP-5504).
+fn is_newer(one: Option<&str>, than: Option<&str>) -> bool {
+    let number = |version: Option<&str>| version.and_then(|version| version.parse::<u64>().ok());
+    match (number(one), number(than)) {
+        (Some(one), Some(than)) => one > than,
+        _ => false,
+    }
+}
+
+/// The facts as the cache has them.
+fn gather(cache: &Cache, settings: Arc<Settings>) -> Inputs {
+    let mut inputs = Inputs::empty(settings);
+    inputs.canaries = cache.canaries.state();
+    inputs.services = cache.services.state();
+    inputs.pods = cache.pods.state_filter(|pod| {
+        let labels = pod.labels();
+        labels.contains_key(labels::REVISION) || labels.contains_key(labels::FLEET)
+    });
+    inputs.slices = cache.slices.state_filter(slices::is_of_sluice);
+    for record in cache.revisions.state() {
+        let (Some(namespace), Some(canary), Some(revision)) =
+            (record.namespace(), record.labels().get(labels::CANARY), record.labels().get(labels::REVISION))
+        else {
+            continue;
+        };
+        let Some(template) = record.data.as_ref().and_then(|data| data.0.get("template")) else {
+            continue;
+        };
+        let key = RevisionKey { canary: CanaryKey::new(namespace, canary), revision: revision.clone() };
+        inputs.revisions.insert(key, RevisionFacts::of_template(template));
+    }
+    for canary in &inputs.canaries {
+        let traffic = canary.status.as_ref().and_then(|status| status.traffic.as_ref());
+        let original = traffic.is_some_and(|traffic| {
+            traffic.primary.is_original() || traffic.canary.as_ref().is_some_and(Backend::is_original)
+        });
+        if original {
+            let key = CanaryKey::of(canary);
+            let target = &canary.spec.target_ref.name;
+            // By owner: the selectors of Services and of the target match Pods of revisions too.
+            let pods = cache.pods.state_filter(|pod| {
+                pod.metadata.namespace.as_deref() == Some(key.namespace.as_str())
+                    && !pod.labels().contains_key(labels::REVISION)
+                    && cache.deployment_of(pod).as_ref() == Some(target)
+            });
+            inputs.originals.insert(key, pods);
+        }
+    }
+    inputs
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use serde_json::json;
+
+    use super::*;
+    use crate::mesh::testing::Shop;
+
+    /// A shop whose facts can be changed, and its publisher.
+    fn published(shop: Shop) -> (Arc<Mutex<Shop>>, PublisherHandle, Touches) {
+        let shop = Arc::new(Mutex::new(shop));
+        let touches = Touches::default();
+        let of = shop.clone();
+        let handle = PublisherHandle::new(move || lock(&of).inputs(), touches.clone());
+        handle.set_ports(lock(&shop).inputs().ports);
+        handle.rebuild();
+        (shop, handle, touches)
+    }
+
+    fn weight(handle: &PublisherHandle) -> i32 {
+        handle.snapshots().borrow().canaries[&CanaryKey::new("shop", "web")].traffic.weight
+    }
+
+    fn version(shop: &Mutex<Shop>, version: &str) {
+        lock(shop).canary["metadata"]["resourceVersion"] = json!(version);
+    }
+
+    #[test]
+    fn a_cut_holds_until_a_status_says_weight_0_and_then_lets_go() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", Some("bbb"), 50);
+        let (shop, handle, _) = published(shop);
+        let key = CanaryKey::new("shop", "web");
+        handle.cut(&key);
+        assert_eq!(weight(&handle), 0, "at once");
+        version(&shop, "2");
+        handle.rebuild();
+        assert_eq!(weight(&handle), 0, "something else in the Canary changed");
+        lock(&shop).traffic("aaa", Some("bbb"), 0);
+        version(&shop, "3");
+        handle.rebuild();
+        lock(&shop).traffic("aaa", Some("bbb"), 10);
+        version(&shop, "4");
+        handle.rebuild();
+        assert_eq!(weight(&handle), 10, "a later step counts again");
+    }
+
+    #[test]
+    fn a_cut_by_somebody_who_knows_more_than_the_cache_is_not_undone_by_old_news() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", Some("bbb"), 0);
+        let (shop, handle, _) = published(shop);
+        // The status with weight 5 was written, and something went wrong, before the watch brought it.
+        handle.cut(&CanaryKey::new("shop", "web"));
+        lock(&shop).traffic("aaa", Some("bbb"), 5);
+        version(&shop, "2");
+        handle.rebuild();
+        assert_eq!(weight(&handle), 0);
+    }
+
+    #[test]
+    fn a_cut_says_nothing_about_another_canary() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", Some("bbb"), 50);
+        let (shop, handle, _) = published(shop);
+        handle.cut(&CanaryKey::new("shop", "web"));
+        lock(&shop).traffic("aaa", Some("ccc"), 5);
+        version(&shop, "2");
+        handle.rebuild();
+        assert_eq!(weight(&handle), 5);
+    }
+
+    #[tokio::test]
+    async fn whose_traffic_changed_is_touched_and_nothing_is_published_without_a_change() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", None, 0);
+        let (shop, handle, touches) = published(shop);
+        assert_eq!(touches.take().await.len(), 1);
+        let mut snapshots = handle.snapshots();
+        snapshots.mark_unchanged();
+        handle.rebuild();
+        assert!(!snapshots.has_changed().unwrap());
+        lock(&shop).revision_pod("one", "aaa", "10.0.0.1");
+        handle.rebuild();
+        assert!(snapshots.has_changed().unwrap());
+        // The route of the apex is the same with an idle canary: no acknowledgement will come that could wake anybody.
+        lock(&shop).traffic("aaa", Some("bbb"), 0);
+        handle.rebuild();
+        assert_eq!(touches.take().await, BTreeSet::from([CanaryKey::new("shop", "web")]));
+    }
+}

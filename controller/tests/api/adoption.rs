@@ -1,0 +1,212 @@
+//! A running application is taken over.
+
+use k8s_openapi::api::{
+    apps::v1::ControllerRevision,
+    core::v1::{ConfigMap, Secret, Service},
+};
+use kube::{
+    ResourceExt,
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
+};
+use serde_json::json;
+use sluice_crds::{Canary, Phase, Stage, labels};
+use std::sync::atomic::Ordering;
+
+use crate::world::{World, deployment};
+
+#[tokio::test]
+async fn a_running_application_is_taken_over_and_keeps_its_configuration() {
+    let Some(world) = World::new("adoption").await else { return };
+    world.running_application("web").await;
+    let canary = world.canary("web", json!({})).await;
+    let status = world.until_settled("web").await;
+    assert_eq!(status.phase, Phase::Initialized);
+    let revision = status.primary_revision.unwrap();
+
+    // The user's Deployment rests, and says what its owner wished.
+    let target = world.deployments().get("web").await.unwrap();
+    assert_eq!(target.data["spec"]["replicas"], 0);
+    assert_eq!(target.annotations()[labels::REPLICAS], "2");
+    assert_eq!(target.labels()[labels::CANARY], "web", "so that the admission webhook is asked about it");
+    let now = world.get("web").await;
+    assert_eq!(now.spec.replicas, Some(2));
+    assert_eq!(now.finalizers(), [labels::FINALIZER]);
+
+    // The revision runs in its place, owned twice.
+    let name = format!("web-{revision}");
+    let serving = world.deployments().get(&name).await.unwrap();
+    let record = world.api::<ControllerRevision>().get(&name).await.unwrap();
+    let owners: Vec<_> = serving
+        .owner_references()
+        .iter()
+        .map(|owner| (owner.kind.as_str(), owner.uid.clone(), owner.controller))
+        .collect();
+    assert_eq!(
+        owners,
+        [("Canary", canary.uid().unwrap(), Some(true)), ("ControllerRevision", record.uid().unwrap(), None)]
+    );
+    assert_eq!(serving.data["spec"]["replicas"], 2);
+    assert_eq!(serving.data["spec"]["template"]["spec"]["initContainers"][0]["name"], "sluice-proxy");
+    assert_eq!(record.owner_references(), &[]);
+    assert!(!serde_json::to_string(&record).unwrap().contains("hunter2"), "no Secret data in a record");
+
+    // With copies of its configuration that nobody can change.
+    let env = &serving.data["spec"]["template"]["spec"]["containers"][0];
+    assert_eq!(env["env"][0]["valueFrom"]["configMapKeyRef"]["name"], json!(name));
+    assert_eq!(env["envFrom"][0]["secretRef"]["name"], json!(name));
+    assert_eq!(env["envFrom"][1]["secretRef"]["name"], "maybe", "an optional one that is not there stays as it is");
+    let config = world.api::<ConfigMap>().get(&name).await.unwrap();
+    assert_eq!((config.immutable, config.data.clone().unwrap()["color"].as_str()), (Some(true), "blue"));
+    let secret = world.api::<Secret>().get(&name).await.unwrap();
+    assert_eq!(
+        (secret.immutable, secret.data.clone().unwrap()["password"].0.as_slice()),
+        (Some(true), b"hunter2".as_slice())
+    );
+    assert_eq!(config.owner_references().len(), 2);
+
+    // The Service leads to the fleet, with its companions beside it.
+    let apex = world.api::<Service>().get("web").await.unwrap();
+    let selector = apex.spec.unwrap().selector.unwrap();
+    assert_eq!(selector, [("app".to_owned(), "web".to_owned()), (labels::FLEET.to_owned(), "web".to_owned())].into());
+    for name in ["web-primary", "web-canary", "web-pods"] {
+        let companion = world.api::<Service>().get(name).await.unwrap();
+        assert_eq!(companion.owner_references()[0].uid, canary.uid().unwrap());
+        assert_eq!(companion.spec.unwrap().ports.unwrap()[0].name.as_deref(), Some("http"));
+    }
+    assert_eq!(world.judge.asked_dry.load(Ordering::SeqCst), 0, "nothing to judge, nothing asked");
+    let reasons = world.told.reasons();
+    assert!(reasons.contains(&"TakenOver"), "{reasons:?}");
+}
+
+#[tokio::test]
+async fn a_settled_controller_sends_nothing() {
+    let Some(world) = World::new("settled").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({})).await;
+    world.until_settled("web").await;
+    // Whatever follows from the last write has been looked at once nothing is sent over many looks.
+    let quiet = || async {
+        let before = world.requests.count();
+        for _ in 0..20 {
+            let looks = world.judge.looks.load(Ordering::SeqCst);
+            world.touch("web");
+            world.until("a look", || async { (world.judge.looks.load(Ordering::SeqCst) > looks).then_some(()) }).await;
+        }
+        (world.requests.count() == before).then_some(())
+    };
+    world.until("twenty looks in a row send nothing", quiet).await;
+    let version = world.get("web").await.resource_version();
+    quiet().await.expect("once settled, it stays so");
+    assert_eq!(world.get("web").await.resource_version(), version);
+}
+
+#[tokio::test]
+async fn where_no_service_exists_the_canary_makes_one() {
+    let Some(world) = World::new("no-service").await else { return };
+    world.running_application("web").await;
+    world.api::<Service>().delete("web", &DeleteParams::default()).await.unwrap();
+    world
+        .canary("web", json!({"spec": {"service": {"port": 8080, "targetPort": "http", "appProtocol": "http"}}}))
+        .await;
+    world.until_settled("web").await;
+    let apex = world.api::<Service>().get("web").await.unwrap();
+    assert_eq!(apex.owner_references()[0].kind, "Canary");
+    assert_eq!(apex.spec.unwrap().ports.unwrap()[0].port, 8080);
+}
+
+#[tokio::test]
+async fn somebody_who_writes_all_the_time_delays_but_does_not_stop_a_takeover() {
+    let Some(world) = World::new("conflict").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({})).await;
+    let noise = async {
+        for count in 0.. {
+            let patch = json!({"metadata": {"annotations": {"noise": count.to_string()}}});
+            world.patch_deployment("web", patch.clone()).await;
+            let (params, patch) = (PatchParams::default(), Patch::Merge(&patch));
+            world.api::<Service>().patch("web", &params, &patch).await.unwrap();
+            world.api::<Canary>().patch("web", &params, &patch).await.unwrap();
+        }
+    };
+    tokio::select! {
+        () = noise => unreachable!("it never ends"),
+        _ = world.until_settled("web") => {}
+    }
+}
+
+#[tokio::test]
+async fn a_missing_config_map_holds_the_takeover_until_it_is_there() {
+    let Some(world) = World::new("config-missing").await else { return };
+    world.running_application("web").await;
+    world.api::<ConfigMap>().delete("web", &DeleteParams::default()).await.unwrap();
+    world.canary("web", json!({})).await;
+    let message = world.until_stalled("web", "ConfigMissing").await;
+    assert!(message.contains("ConfigMap web"), "{message}");
+    assert_eq!(world.deployments().get("web").await.unwrap().data["spec"]["replicas"], 2, "nothing was touched");
+    world.create::<ConfigMap>(json!({"metadata": {"name": "web"}, "data": {"color": "blue"}})).await;
+    world.until_settled("web").await;
+}
+
+#[tokio::test]
+async fn a_template_on_the_nodes_network_is_refused() {
+    let Some(world) = World::new("host-network").await else { return };
+    let mut wanted = deployment("web");
+    wanted["spec"]["template"]["spec"]["hostNetwork"] = json!(true);
+    wanted["spec"]["template"]["spec"]["containers"][0]["ports"][0]["hostPort"] = json!(8080);
+    world.deployments().create(&PostParams::default(), &serde_json::from_value(wanted).unwrap()).await.unwrap();
+    world.canary("web", json!({})).await;
+    let message = world.until_stalled("web", "TemplateUnsupported").await;
+    assert!(message.contains("hostNetwork"), "{message}");
+    assert!(world.records().await.is_empty());
+    assert_eq!(world.api::<Service>().list(&ListParams::default()).await.unwrap().items.len(), 0, "nothing was made");
+}
+
+#[tokio::test]
+async fn without_the_lease_nothing_is_written() {
+    let Some(world) = World::new("no-lease").await else { return };
+    world.lease.0.store(false, Ordering::SeqCst);
+    world.running_application("web").await;
+    let canary = world.canary("web", json!({})).await;
+    for _ in 0..5 {
+        let asked = world.fleet.asked.load(Ordering::SeqCst);
+        world.touch("web");
+        world
+            .until("it was looked at", || async { (world.fleet.asked.load(Ordering::SeqCst) > asked).then_some(()) })
+            .await;
+    }
+    assert_eq!(world.get("web").await.resource_version(), canary.resource_version());
+    // With the lease of the next term it goes on.
+    world.lease.0.store(true, Ordering::SeqCst);
+    world.touch("web");
+    world.until_settled("web").await;
+}
+
+#[tokio::test]
+async fn a_new_leader_goes_on_where_the_old_one_stopped() {
+    let Some(mut world) = World::new("leader").await else { return };
+    world.running_application("web").await;
+    world.fleet.holds_back.store(true, Ordering::SeqCst);
+    world.canary("web", json!({})).await;
+    world.until_status("web", "it waits for the fleet", |status| status.traffic.is_some()).await;
+    world.change_leader().await;
+    world.fleet.holds_back.store(false, Ordering::SeqCst);
+    world.touch("web");
+    let status = world.until_settled("web").await;
+    assert_eq!(status.stage, Stage::Settled);
+    assert_eq!(world.records().await.len(), 1, "one revision, made once");
+}
+
+#[tokio::test]
+async fn without_the_tracking_of_secrets_they_stay_by_reference_and_are_not_asked_for() {
+    let Some(world) = World::without_secrets("no-secrets").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({})).await;
+    let revision = world.until_settled("web").await.primary_revision.unwrap();
+    let name = format!("web-{revision}");
+    let serving = world.deployments().get(&name).await.unwrap();
+    let env = &serving.data["spec"]["template"]["spec"]["containers"][0];
+    assert_eq!(env["env"][0]["valueFrom"]["configMapKeyRef"]["name"], json!(name));
+    assert_eq!(env["envFrom"][0]["secretRef"]["name"], "web");
+    assert!(world.api::<Secret>().get_opt(&name).await.unwrap().is_none());
+    assert_eq!(world.requests.about("/secrets"), Vec::<String>::new());
+}

@@ -1,0 +1,62 @@
+//! Deletion hands everything back.
+
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Service};
+use kube::{
+    Api, ResourceExt,
+    api::{DeleteParams, ListParams},
+};
+use serde_json::json;
+use sluice_crds::{Canary, labels};
+
+use crate::world::World;
+
+async fn until_gone(world: &World) {
+    world
+        .until("the Canary is gone", || async {
+            world.api::<Canary>().get_opt("web").await.unwrap().is_none().then_some(())
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_deleted_canary_hands_the_traffic_back_and_leaves_nothing() {
+    let Some(world) = World::new("hand-back").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({})).await;
+    world.until_settled("web").await;
+    world.api::<Canary>().delete("web", &DeleteParams::default()).await.unwrap();
+    until_gone(&world).await;
+
+    let target = world.deployments().get("web").await.unwrap();
+    assert_eq!(target.data["spec"]["replicas"], 2);
+    assert!(!target.annotations().contains_key(labels::REPLICAS));
+    assert!(!target.labels().contains_key(labels::CANARY));
+    let apex = world.api::<Service>().get("web").await.unwrap();
+    assert!(!apex.labels().contains_key(labels::CANARY));
+    assert_eq!(apex.spec.unwrap().selector.unwrap(), [("app".to_owned(), "web".to_owned())].into());
+    assert!(world.records().await.is_empty());
+    world
+        .until("everything of ours is collected", || async {
+            let services = world.api::<Service>().list(&ListParams::default()).await.unwrap().items.len();
+            let deployments = world.deployments().list(&ListParams::default()).await.unwrap().items.len();
+            let configs = world.api::<ConfigMap>().list(&ListParams::default()).await.unwrap();
+            let pinned = configs.iter().filter(|config| config.name_any().starts_with("web-")).count();
+            (services == 1 && deployments == 1 && pinned == 0).then_some(())
+        })
+        .await;
+    assert!(world.told.gauges.lock().unwrap().is_empty(), "its metrics went with it");
+}
+
+#[tokio::test]
+async fn in_a_namespace_that_is_being_deleted_the_finalizer_lets_go() {
+    let Some(world) = World::new("terminating").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({})).await;
+    world.until_settled("web").await;
+    let namespaces: Api<Namespace> = Api::all(world.client.clone());
+    namespaces.delete("terminating", &DeleteParams::default()).await.unwrap();
+    // The namespace controller would delete what is in it.
+    world.api::<Canary>().delete("web", &DeleteParams::default()).await.unwrap();
+    until_gone(&world).await;
+    assert_eq!(world.deployments().get("web").await.unwrap().data["spec"]["replicas"], 0, "no hand-back was tried");
+}

@@ -1,0 +1,121 @@
+//! A change is released, or taken back.
+
+use k8s_openapi::api::{apps::v1::ControllerRevision, core::v1::ConfigMap};
+use kube::{
+    ResourceExt,
+    api::{Patch, PatchParams},
+};
+use serde_json::json;
+use sluice_crds::{Phase, VerdictStatus, labels};
+use std::sync::atomic::Ordering;
+
+use crate::world::World;
+
+pub fn image(image: &str) -> serde_json::Value {
+    // A merge patch replaces the list: the whole container is said again.
+    json!({"spec": {"template": {"spec": {"containers": [{
+        "name": "app", "image": image, "ports": [{"name": "http", "containerPort": 8080}],
+    }]}}}})
+}
+
+#[tokio::test]
+async fn what_was_judged_is_what_serves() {
+    let Some(world) = World::new("promotion").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({})).await;
+    let first = world.until_settled("web").await.primary_revision.unwrap();
+    world.patch_deployment("web", image("app:2")).await;
+    let status = world.until_status("web", "promoted", |status| status.phase == Phase::Succeeded).await;
+    let second = status.primary_revision.unwrap();
+    assert_ne!(first, second);
+    assert!(world.judge.asked_dry.load(Ordering::SeqCst) > 0);
+    let deployment = world.deployments().get(&format!("web-{second}")).await.unwrap();
+    assert_eq!(
+        deployment.metadata.generation,
+        Some(deployment.data["spec"]["replicas"].as_i64().unwrap()),
+        "only scaled since it was made"
+    );
+    let record = world.api::<ControllerRevision>().get(&format!("web-{second}")).await.unwrap();
+    assert!(record.annotations().contains_key(labels::PROMOTED));
+    assert_eq!(record.revision, 2);
+    world
+        .until("the former revision rests", || async {
+            let old = world.deployments().get(&format!("web-{first}")).await.unwrap();
+            (old.data["spec"]["replicas"] == 0).then_some(())
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_change_of_a_config_map_alone_is_a_release_with_new_copies() {
+    let Some(world) = World::new("config").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({})).await;
+    let first = world.until_settled("web").await.primary_revision.unwrap();
+    let green = json!({"data": {"color": "green"}});
+    world.api::<ConfigMap>().patch("web", &PatchParams::default(), &Patch::Merge(&green)).await.unwrap();
+    let status = world.until_status("web", "promoted", |status| status.phase == Phase::Succeeded).await;
+    let second = status.primary_revision.unwrap();
+    let color = |revision: String| {
+        let api = world.api::<ConfigMap>();
+        async move { api.get(&format!("web-{revision}")).await.unwrap().data.unwrap()["color"].clone() }
+    };
+    assert_eq!((color(first).await, color(second).await), ("blue".to_owned(), "green".to_owned()));
+}
+
+#[tokio::test]
+async fn a_failed_gate_takes_the_traffic_back_and_the_revision_down() {
+    let Some(world) = World::new("rollback").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({})).await;
+    let first = world.until_settled("web").await.primary_revision.unwrap();
+    *world.judge.verdict.lock().unwrap() = Some(VerdictStatus::Fail);
+    world.patch_deployment("web", image("app:bad")).await;
+    let status = world.until_status("web", "rolled back", |status| status.phase == Phase::Failed).await;
+    assert_eq!(status.primary_revision.as_deref(), Some(first.as_str()));
+    let bad = status.rejected_revision.unwrap();
+    assert!(!world.fleet.cuts.lock().unwrap().is_empty(), "the fleet was told at once");
+    world
+        .until("the rejected revision is down", || async {
+            let down = world.deployments().get(&format!("web-{bad}")).await.unwrap();
+            (down.data["spec"]["replicas"] == 0).then_some(())
+        })
+        .await;
+    assert_eq!(world.status("web").await.requested_weight, 0);
+}
+
+#[tokio::test]
+async fn why_a_new_revision_does_not_come_up_is_in_the_status() {
+    let Some(world) = World::new("broken").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({"spec": {"progressDeadlineSeconds": 2}})).await;
+    let first = world.until_settled("web").await.primary_revision.unwrap();
+    world.cluster.broken.lock().unwrap().insert("app:broken".into());
+    world.patch_deployment("web", image("app:broken")).await;
+    world
+        .until_status("web", "it says why it waits", |status| {
+            status.waiting.as_ref().is_some_and(|waiting| waiting.message.contains("ImagePullBackOff): no such image"))
+        })
+        .await;
+    let status = world.until_status("web", "rolled back", |status| status.phase == Phase::Failed).await;
+    assert_eq!(status.primary_revision, Some(first));
+}
+
+#[tokio::test]
+async fn a_breach_of_the_guard_takes_the_traffic_back_whatever_the_gates_say() {
+    let Some(world) = World::new("guard").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({"spec": {"analysis": {"interval": "1h"}}})).await;
+    world.until_settled("web").await;
+    world.patch_deployment("web", image("app:bad")).await;
+    world.until_status("web", "the first step is judged", |status| status.requested_weight == 50).await;
+    let watched = || async { world.guard.watched(&world.key("web")).filter(|watch| watch.weight == 50) };
+    world.until("the guard watches", watched).await;
+    world.guard.breach(&world.key("web"));
+    let status = world.until_status("web", "rolled back", |status| status.phase == Phase::Failed).await;
+    assert_eq!((status.rollback.unwrap().reason.as_str(), status.failed_checks), ("GuardBreached", 0));
+    assert_eq!(status.guard.unwrap().canary.bad, 9);
+    assert!(!world.fleet.cuts.lock().unwrap().is_empty(), "the fleet was told at once");
+    assert!(world.told.reasons().contains(&"GuardBreached"));
+    assert_eq!(world.guard.watched(&world.key("web")), None);
+}

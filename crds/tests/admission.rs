@@ -1,0 +1,639 @@
+//! What a real API server accepts and refuses by the CRDs alone, and the words that people read then.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::{
+    io::{BufRead, BufReader, Write},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::OnceLock,
+};
+
+use k8s_openapi::{
+    api::core::v1::Namespace, apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
+};
+use kube::{
+    Api, Client, Config, ResourceExt,
+    api::{DynamicObject, Patch, PatchParams, PostParams},
+    config::{KubeConfigOptions, Kubeconfig},
+    core::{ApiResource, GroupVersionKind},
+    runtime::wait::{await_condition, conditions},
+};
+use serde_json::{Value, json};
+
+/// An API server without nodes; it ends when its standard input is closed, with this process.
+struct Server {
+    kubeconfig: PathBuf,
+    _process: (Child, ChildStdin),
+}
+
+/// `None`, said loudly, where none can run.
+fn start() -> Option<Server> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("tests/cluster/apiserver");
+    let mut process =
+        Command::new(&script).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the fixture is there");
+    let stdin = process.stdin.take().unwrap();
+    let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
+    match lines.find_map(|line| line.ok()?.strip_prefix("KUBECONFIG=").map(PathBuf::from)) {
+        Some(kubeconfig) => Some(Server { kubeconfig, _process: (process, stdin) }),
+        None => {
+            let status = process.wait();
+            assert!(std::env::var_os("SLUICE_REQUIRE_APISERVER").is_none(), "no API server: {status:?}");
+            // Past the test harness, which captures eprintln: a skipped test must be seen.
+            let words = format!("SKIPPED: no API server can run here ({status:?})\n");
+            std::io::stderr().write_all(words.as_bytes()).unwrap();
+            None
+        }
+    }
+}
+
+/// A namespace of its own on the one server of this process.
+struct Cluster {
+    client: Client,
+    namespace: String,
+}
+
+impl Cluster {
+    async fn start(namespace: &str) -> Option<Self> {
+        static SERVER: OnceLock<Option<Server>> = OnceLock::new();
+        // A thread may wait for it: it takes seconds, once.
+        let server = tokio::task::spawn_blocking(|| SERVER.get_or_init(start)).await.unwrap().as_ref()?;
+        let kubeconfig = Kubeconfig::read_from(&server.kubeconfig).unwrap();
+        let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.unwrap();
+        let client = Client::try_from(config).unwrap();
+        let crds: Api<CustomResourceDefinition> = Api::all(client.clone());
+        for crd in sluice_crds::crds() {
+            // A rule that does not compile, or costs too much, is refused here.
+            match crds.create(&PostParams::default(), &crd).await {
+                Ok(_) => {}
+                // Another test was first.
+                Err(kube::Error::Api(status)) if status.is_already_exists() => {}
+                Err(kube::Error::Api(status)) => panic!("{}", status.message),
+                Err(error) => panic!("{error}"),
+            }
+            await_condition(crds.clone(), &crd.name_any(), conditions::is_crd_established()).await.unwrap();
+        }
+        let namespaces: Api<Namespace> = Api::all(client.clone());
+        let object: Namespace = serde_json::from_value(json!({"metadata": {"name": namespace}})).unwrap();
+        namespaces.create(&PostParams::default(), &object).await.unwrap();
+        Some(Self { client, namespace: namespace.to_owned() })
+    }
+
+    /// Untyped, so that what a user may write is sent as it is.
+    fn api(&self, kind: &str, plural: &str) -> Api<DynamicObject> {
+        let gvk = GroupVersionKind::gvk("sluice.dev", "v1beta1", kind);
+        Api::namespaced_with(self.client.clone(), &self.namespace, &ApiResource::from_gvk_with_plural(&gvk, plural))
+    }
+
+    fn canaries(&self) -> Api<DynamicObject> {
+        self.api("Canary", "canaries")
+    }
+}
+
+/// As people write it: nothing but what is required.
+fn canary() -> Value {
+    json!({
+        "apiVersion": "sluice.dev/v1beta1", "kind": "Canary", "metadata": {"name": "cart"},
+        "spec": {
+            "targetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": "cart"},
+            "service": {"port": 80},
+            "analysis": {
+                "interval": "30s", "stepWeight": 10, "maxWeight": 50,
+                "metrics": [{"name": "request-success-rate", "thresholdRange": {"min": 99}}]
+            }
+        }
+    })
+}
+
+/// The object with these fields set; `null` removes one. A last part of a path may be new.
+fn with(mut object: Value, changes: &[(&str, Value)]) -> Value {
+    for (path, value) in changes {
+        let (parent, field) = path.rsplit_once('/').unwrap();
+        let parent = object.pointer_mut(parent).unwrap_or_else(|| panic!("{path}")).as_object_mut().unwrap();
+        if value.is_null() {
+            parent.remove(field);
+        } else {
+            parent.insert(field.to_owned(), value.clone());
+        }
+    }
+    object
+}
+
+/// Refused with exactly these words; or accepted.
+async fn refusal(api: &Api<DynamicObject>, object: &Value) -> Result<DynamicObject, String> {
+    let object: DynamicObject = serde_json::from_value(object.clone()).unwrap();
+    match api.create(&PostParams { dry_run: true, ..PostParams::default() }, &object).await {
+        Ok(object) => Ok(object),
+        // Of an object that does not fit the schema, the server adds that it did not look at all rules.
+        Err(kube::Error::Api(status)) => Err(status.message.replace(RULES_SKIPPED, "")),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+const RULES_SKIPPED: &str = ", <nil>: Invalid value: null: some validation rules were not checked because the object was invalid; correct the existing errors to complete validation";
+
+/// Every case that the table has wrong, at once.
+async fn check(api: &Api<DynamicObject>, base: &Value, table: &[(&[(&str, Value)], &str)]) {
+    let mut wrong = String::new();
+    for (changes, words) in table {
+        match refusal(api, &with(base.clone(), changes)).await {
+            Ok(_) => wrong += &format!("\naccepted: {changes:?}\n  instead of: {words}\n"),
+            // One reason: a second one would hide that the first is not the rule's.
+            Err(said) if said.ends_with(words) || said.ends_with(&format!("{words}]")) => {}
+            Err(said) => wrong += &format!("\n{changes:?}\n  said: {said}\n  instead of: {words}\n"),
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+}
+
+#[tokio::test]
+async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
+    let Some(cluster) = Cluster::start("refused").await else { return };
+    let api = cluster.canaries();
+    let metric = |metric: Value| json!([metric]);
+    let not_mesh = "spec.service.gateways, gatewayRefs, hosts, delegation, meshName and backends belong to another mesh: the fleet splits the traffic of the Service itself. Remove them";
+    let not_routes = "spec.service.trafficPolicy, match, rewrite, retries, headers, mirror and corsPolicy are not supported in this version; remove them";
+    let not_generated = "spec.service.apex, primary, canary, unmanagedMetadata and trafficDistribution are not supported in this version; remove them";
+    let not_matching = "spec.analysis.match and sessionAffinity are not supported in this version: all users would be split by weight. Remove them";
+    let not_ready =
+        "spec.analysis.primaryReadyThreshold and canaryReadyThreshold are not supported in this version; remove them";
+    let not_mirrored = "spec.analysis.mirror and mirrorWeight are not supported in this version; nothing would be mirrored. Remove them";
+    let one_strategy = "spec.analysis: say exactly one of stepWeight, stepWeights and iterations";
+    let not_blue_green = "spec.analysis.maxWeight and stepWeightPromotion have no meaning beside iterations: blue/green moves all traffic at once. Remove them";
+    let not_refs = "spec.ingressRef, spec.routeRef and spec.upstreamRef are not needed: the fleet splits the traffic of the Service itself. Remove them";
+    let not_http = "spec.analysis.metrics: a built-in metric counts HTTP requests and can never have samples on a port whose appProtocol is not HTTP, such as tcp or https; use a templateRef or a query";
+    let deployments_only = "spec.targetRef: this version releases apps/v1 Deployments only";
+    let cases: Vec<(Vec<(&str, Value)>, &str)> = vec![
+        // The Canary itself.
+        (
+            vec![("/metadata/name", json!("c".repeat(53)))],
+            "metadata.name: a Canary's name has at most 52 characters, so that the names made from it fit in 63",
+        ),
+        (
+            vec![("/spec/analysis", Value::Null)],
+            "spec.analysis is required: without it nothing would judge a release (or say skipAnalysis: true)",
+        ),
+        (
+            vec![("/spec/provider", json!("istio"))],
+            "spec.provider is not needed: Sluice brings its own proxies. Remove it",
+        ),
+        (
+            vec![(
+                "/spec/autoscalerRef",
+                json!({"apiVersion": "keda.sh/v1alpha1", "kind": "ScaledObject", "name": "cart"}),
+            )],
+            "spec.autoscalerRef: a ScaledObject is not supported in this version; let its spec.scaleTargetRef name this Canary (apiVersion sluice.dev/v1beta1, kind Canary), and remove autoscalerRef",
+        ),
+        (
+            vec![("/spec/autoscalerRef", json!({"apiVersion": "apps/v1", "kind": "Deployment", "name": "cart"}))],
+            "spec.autoscalerRef: name a HorizontalPodAutoscaler of autoscaling/v2",
+        ),
+        (
+            vec![(
+                "/spec/autoscalerRef",
+                json!({"kind": "HorizontalPodAutoscaler", "name": "cart", "primaryScalerQueries": {"a": "b"}}),
+            )],
+            "spec.autoscalerRef.primaryScalerQueries belongs to a ScaledObject, which is not supported in this version; remove it",
+        ),
+        (
+            vec![(
+                "/spec/autoscalerRef",
+                json!({"kind": "HorizontalPodAutoscaler", "name": "cart", "primaryScalerReplicas": {"minReplicas": 3, "maxReplicas": 2}}),
+            )],
+            "spec.autoscalerRef.primaryScalerReplicas: minReplicas is larger than maxReplicas",
+        ),
+        (vec![("/spec/ingressRef", json!({"name": "cart"}))], not_refs),
+        (vec![("/spec/routeRef", json!({"name": "cart"}))], not_refs),
+        (vec![("/spec/upstreamRef", json!({"name": "cart"}))], not_refs),
+        (
+            vec![("/spec/canaryAnalysis", json!({"interval": "1m"}))],
+            "spec.canaryAnalysis is the old name of spec.analysis: rename it",
+        ),
+        (
+            vec![("/spec/revertOnDeletion", json!(false))],
+            "spec.revertOnDeletion: Sluice always hands the traffic back when a Canary is deleted; remove the field or set it to true",
+        ),
+        (
+            vec![("/spec/progressDeadlineSeconds", json!(0))],
+            "spec.progressDeadlineSeconds in body should be greater than or equal to 1",
+        ),
+        (
+            vec![("/spec/revisionHistoryLimit", json!(21))],
+            "spec.revisionHistoryLimit in body should be less than or equal to 20",
+        ),
+        (vec![("/spec/replicas", json!(-1))], ".spec.replicas: Invalid value: -1: should be a non-negative integer"),
+        (
+            vec![("/spec/metricsServer", json!("prometheus:9090"))],
+            "spec.metricsServer in body should match '^https?://'",
+        ),
+        // The target.
+        (vec![("/spec/targetRef/kind", json!("DaemonSet"))], deployments_only),
+        (vec![("/spec/targetRef/apiVersion", json!("serving.knative.dev/v1"))], deployments_only),
+        (vec![("/spec/targetRef/name", json!(""))], "spec.targetRef.name in body should be at least 1 chars long"),
+        (vec![("/spec/targetRef", Value::Null)], "spec.targetRef: Required value"),
+        // The Service.
+        (vec![("/spec/service", Value::Null)], "spec.service: Required value"),
+        (vec![("/spec/service/port", json!(0))], "spec.service.port in body should be greater than or equal to 1"),
+        (vec![("/spec/service/port", json!(65536))], "spec.service.port in body should be less than or equal to 65535"),
+        (
+            vec![("/spec/service/name", json!("s".repeat(56)))],
+            "spec.service.name: Too long: may not be more than 55 bytes",
+        ),
+        (
+            vec![("/spec/service/portName", json!("a-name-too-long-for-a-port"))],
+            "spec.service.portName: Too long: may not be more than 15 bytes",
+        ),
+        (
+            vec![("/spec/service/headless", json!(true))],
+            "spec.service.headless is refused: clients of a headless Service dial the Pods and go past the fleet",
+        ),
+        (
+            vec![("/spec/service/timeout", json!("15s"))],
+            "spec.service.timeout and backendTimeout are not supported in this version; remove them",
+        ),
+        (
+            vec![("/spec/service/backendTimeout", json!("15s"))],
+            "spec.service.timeout and backendTimeout are not supported in this version; remove them",
+        ),
+        (vec![("/spec/service/gateways", json!(["istio-system/public"]))], not_mesh),
+        (vec![("/spec/service/gatewayRefs", json!([{"name": "public"}]))], not_mesh),
+        (vec![("/spec/service/hosts", json!(["shop.example.com"]))], not_mesh),
+        (vec![("/spec/service/delegation", json!(true))], not_mesh),
+        (vec![("/spec/service/meshName", json!("m"))], not_mesh),
+        (vec![("/spec/service/backends", json!(["b"]))], not_mesh),
+        (vec![("/spec/service/trafficPolicy", json!({"tls": {"mode": "DISABLE"}}))], not_routes),
+        (vec![("/spec/service/match", json!([{"uri": {"prefix": "/"}}]))], not_routes),
+        (vec![("/spec/service/rewrite", json!({"uri": "/"}))], not_routes),
+        (vec![("/spec/service/retries", json!({"attempts": 3}))], not_routes),
+        (vec![("/spec/service/headers", json!({"request": {"add": {"a": "b"}}}))], not_routes),
+        (vec![("/spec/service/mirror", json!([{"backendRef": {"name": "m"}}]))], not_routes),
+        (vec![("/spec/service/corsPolicy", json!({"allowOrigin": ["*"]}))], not_routes),
+        (vec![("/spec/service/apex", json!({"labels": {"a": "b"}}))], not_generated),
+        (vec![("/spec/service/primary", json!({"labels": {"a": "b"}}))], not_generated),
+        (vec![("/spec/service/canary", json!({"labels": {"a": "b"}}))], not_generated),
+        (vec![("/spec/service/unmanagedMetadata", json!({"labels": ["a"]}))], not_generated),
+        (vec![("/spec/service/trafficDistribution", json!("PreferClose"))], not_generated),
+        (
+            vec![("/spec/service/additional", json!([{"name": "cart-admin"}]))],
+            "spec.service.additional is not supported in this version; remove it",
+        ),
+        // The strategy.
+        (vec![("/spec/analysis/stepWeight", Value::Null)], one_strategy),
+        (vec![("/spec/analysis/stepWeights", json!([5, 10])), ("/spec/analysis/maxWeight", Value::Null)], one_strategy),
+        (
+            vec![
+                ("/spec/analysis/iterations", json!(5)),
+                ("/spec/analysis/stepWeight", Value::Null),
+                ("/spec/analysis/stepWeights", json!([5])),
+                ("/spec/analysis/maxWeight", Value::Null),
+            ],
+            one_strategy,
+        ),
+        (
+            vec![("/spec/analysis/stepWeight", json!(60))],
+            "spec.analysis.stepWeight is larger than maxWeight: the first step would overshoot",
+        ),
+        (
+            vec![("/spec/analysis/stepWeight", json!(0))],
+            "spec.analysis.stepWeight in body should be greater than or equal to 1",
+        ),
+        (
+            vec![("/spec/analysis/maxWeight", json!(101))],
+            "spec.analysis.maxWeight in body should be less than or equal to 100",
+        ),
+        (
+            vec![
+                ("/spec/analysis/stepWeight", Value::Null),
+                ("/spec/analysis/maxWeight", Value::Null),
+                ("/spec/analysis/stepWeights", json!([10, 5])),
+            ],
+            "spec.analysis.stepWeights must ascend",
+        ),
+        (
+            vec![
+                ("/spec/analysis/stepWeight", Value::Null),
+                ("/spec/analysis/maxWeight", Value::Null),
+                ("/spec/analysis/stepWeights", json!([5, 101])),
+            ],
+            "spec.analysis.stepWeights[1] in body should be less than or equal to 100",
+        ),
+        (
+            vec![
+                ("/spec/analysis/stepWeight", Value::Null),
+                ("/spec/analysis/maxWeight", Value::Null),
+                ("/spec/analysis/stepWeights", json!([5, 5])),
+            ],
+            "spec.analysis.stepWeights[1]: Duplicate value: 5",
+        ),
+        (
+            vec![
+                ("/spec/analysis/stepWeight", Value::Null),
+                ("/spec/analysis/maxWeight", Value::Null),
+                ("/spec/analysis/stepWeights", json!([])),
+            ],
+            "spec.analysis.stepWeights in body should have at least 1 items",
+        ),
+        (
+            vec![("/spec/analysis/stepWeight", Value::Null), ("/spec/analysis/stepWeights", json!([5, 10]))],
+            "spec.analysis.maxWeight has no meaning beside stepWeights: their last entry is the maximum. Remove it",
+        ),
+        (vec![("/spec/analysis/stepWeight", Value::Null), ("/spec/analysis/iterations", json!(5))], not_blue_green),
+        (
+            vec![
+                ("/spec/analysis/stepWeight", Value::Null),
+                ("/spec/analysis/maxWeight", Value::Null),
+                ("/spec/analysis/iterations", json!(5)),
+                ("/spec/analysis/stepWeightPromotion", json!(5)),
+            ],
+            not_blue_green,
+        ),
+        // Budgets.
+        (vec![("/spec/analysis/interval", Value::Null)], "spec.analysis.interval: Required value"),
+        (
+            vec![("/spec/analysis/interval", json!("1 minute"))],
+            "spec.analysis.interval in body should match '^([0-9]{1,7}(ms|s|m|h))+$'",
+        ),
+        (
+            vec![("/spec/analysis/interval", json!("60"))],
+            "spec.analysis.interval in body should match '^([0-9]{1,7}(ms|s|m|h))+$'",
+        ),
+        (
+            vec![("/spec/analysis/threshold", json!(0))],
+            "spec.analysis.threshold in body should be greater than or equal to 1",
+        ),
+        (
+            vec![("/spec/analysis/errorDeadline", json!("soon"))],
+            "spec.analysis.errorDeadline in body should match '^([0-9]{1,7}(ms|s|m|h))+$'",
+        ),
+        (
+            vec![("/spec/analysis/guard", json!({"errorMargin": 0}))],
+            "spec.analysis.guard.errorMargin in body should be greater than or equal to 1",
+        ),
+        (
+            vec![("/spec/analysis/guard", json!({"latencyMargin": 101}))],
+            "spec.analysis.guard.latencyMargin in body should be less than or equal to 100",
+        ),
+        (
+            vec![("/spec/analysis/inconclusive", json!({"then": "Promote"}))],
+            "spec.analysis.inconclusive.then: Unsupported value: \"Promote\": supported values: \"Rollback\", \"Pause\"",
+        ),
+        // What would not be done.
+        (
+            vec![("/spec/analysis/webhooks", json!([{"name": "load", "url": "http://load"}]))],
+            "spec.analysis.webhooks is not supported in this version; the release would run without this gate. Remove it",
+        ),
+        (
+            vec![("/spec/analysis/alerts", json!([{"name": "chat"}]))],
+            "spec.analysis.alerts is not supported in this version; nobody would be alerted. Remove it",
+        ),
+        (vec![("/spec/analysis/match", json!([{"headers": {"x": {"exact": "y"}}}]))], not_matching),
+        (vec![("/spec/analysis/sessionAffinity", json!({"cookieName": "c"}))], not_matching),
+        (vec![("/spec/analysis/mirror", json!(true))], not_mirrored),
+        (vec![("/spec/analysis/mirrorWeight", json!(50))], not_mirrored),
+        (vec![("/spec/analysis/primaryReadyThreshold", json!(50))], not_ready),
+        (vec![("/spec/analysis/canaryReadyThreshold", json!(50))], not_ready),
+        // Gates.
+        (
+            vec![("/spec/analysis/metrics", metric(json!({"name": "error-rate", "thresholdRange": {"max": 1}})))],
+            "spec.analysis.metrics: a metric that is not request-success-rate or request-duration needs a templateRef or a query",
+        ),
+        (
+            vec![(
+                "/spec/analysis/metrics",
+                metric(json!({"name": "e", "thresholdRange": {"max": 1}, "query": "up", "templateRef": {"name": "t"}})),
+            )],
+            "spec.analysis.metrics: say either templateRef or query",
+        ),
+        (
+            vec![(
+                "/spec/analysis/metrics",
+                metric(json!({"name": "request-success-rate", "threshold": 99, "thresholdRange": {"min": 99}})),
+            )],
+            "spec.analysis.metrics[].threshold is deprecated and not supported: use thresholdRange.min or thresholdRange.max",
+        ),
+        (
+            vec![("/spec/analysis/metrics", metric(json!({"name": "request-success-rate"})))],
+            "spec.analysis.metrics[].thresholdRange is required: say min, max or both",
+        ),
+        (
+            vec![("/spec/analysis/metrics", metric(json!({"name": "request-success-rate", "thresholdRange": {}})))],
+            "thresholdRange: say min, max or both",
+        ),
+        (
+            vec![(
+                "/spec/analysis/metrics",
+                metric(json!({"name": "e", "query": "up", "thresholdRange": {"min": 2, "max": 1}})),
+            )],
+            "thresholdRange: min is larger than max, so nothing could pass",
+        ),
+        (
+            vec![(
+                "/spec/analysis/metrics",
+                metric(json!({"name": "request-duration", "thresholdRange": {"max": 60001}})),
+            )],
+            "spec.analysis.metrics: request-duration is measured up to 60000 ms; a larger limit could never fail",
+        ),
+        (
+            vec![(
+                "/spec/analysis/metrics",
+                metric(json!({"name": "request-duration", "interval": "1d", "thresholdRange": {"max": 500}})),
+            )],
+            "spec.analysis.metrics[0].interval in body should match '^([0-9]{1,7}(ms|s|m|h))+$'",
+        ),
+        (
+            vec![(
+                "/spec/analysis/metrics",
+                metric(json!({"name": "request-duration", "minSamples": 0, "thresholdRange": {"max": 500}})),
+            )],
+            "spec.analysis.metrics[0].minSamples in body should be greater than or equal to 1",
+        ),
+        (
+            vec![(
+                "/spec/analysis/metrics",
+                json!([{"name": "e", "query": "up", "thresholdRange": {"max": 1}}, {"name": "e", "query": "up", "thresholdRange": {"max": 1}}]),
+            )],
+            "spec.analysis.metrics[1]: Duplicate value: {\"name\":\"e\"}",
+        ),
+        (vec![("/spec/service/appProtocol", json!("TCP"))], not_http),
+        (vec![("/spec/service/appProtocol", json!("kubernetes.io/wss"))], not_http),
+        (vec![("/spec/service/appProtocol", json!("mysql"))], not_http),
+    ];
+    let table: Vec<(&[(&str, Value)], &str)> =
+        cases.iter().map(|(changes, words)| (changes.as_slice(), *words)).collect();
+    check(&api, &canary(), &table).await;
+}
+
+#[tokio::test]
+async fn canaries_as_people_write_them_are_accepted_with_defaults() {
+    let Some(cluster) = Cluster::start("accepted").await else { return };
+    let api = cluster.canaries();
+    let accepted = refusal(&api, &canary()).await.unwrap();
+    assert_eq!(
+        accepted.data["spec"],
+        json!({
+            "targetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": "cart"},
+            "service": {"port": 80, "portName": "http", "portDiscovery": false},
+            "analysis": {
+                "interval": "30s", "stepWeight": 10, "maxWeight": 50, "threshold": 1, "errorDeadline": "10m",
+                "inconclusive": {"after": "10m", "then": "Rollback"},
+                "guard": {"enabled": true, "errorMargin": 5, "latencyMargin": 10},
+                "metrics": [{
+                    "name": "request-success-rate", "interval": "1m", "minSamples": 10, "thresholdRange": {"min": 99}
+                }]
+            },
+            "progressDeadlineSeconds": 600, "revisionHistoryLimit": 3, "scaleDownDelaySeconds": 300, "drainSeconds": 30,
+            "skipAnalysis": false, "suspend": false
+        }),
+        "replicas has no default: it is taken over from the Deployment"
+    );
+    // What was accepted is what the types read.
+    let typed: sluice_crds::Canary = serde_json::from_value(serde_json::to_value(&accepted).unwrap()).unwrap();
+    assert_eq!(typed.spec.service_name(), "cart");
+
+    let remove = Value::Null;
+    for changes in [
+        vec![("/metadata/name", json!("c".repeat(52)))],
+        vec![("/spec/analysis", remove.clone()), ("/spec/skipAnalysis", json!(true))],
+        vec![("/spec/revertOnDeletion", json!(true)), ("/spec/service/headless", json!(false))],
+        vec![("/spec/targetRef/apiVersion", remove.clone())],
+        vec![("/spec/service/targetPort", json!("web"))],
+        vec![("/spec/service/targetPort", json!(8080))],
+        vec![("/spec/service/appProtocol", json!("kubernetes.io/h2c"))],
+        vec![("/spec/service/appProtocol", json!("GRPC"))],
+        vec![
+            ("/spec/service/appProtocol", json!("tcp")),
+            (
+                "/spec/analysis/metrics",
+                json!([{"name": "e", "templateRef": {"name": "t"}, "thresholdRange": {"max": 1}}]),
+            ),
+        ],
+        vec![("/spec/service/appProtocol", json!("tcp")), ("/spec/analysis/metrics", remove.clone())],
+        vec![("/spec/analysis/stepWeight", json!(50))],
+        vec![("/spec/analysis/stepWeightPromotion", json!(25))],
+        vec![
+            ("/spec/analysis/stepWeight", remove.clone()),
+            ("/spec/analysis/maxWeight", remove.clone()),
+            ("/spec/analysis/stepWeights", json!([1, 2, 5, 100])),
+        ],
+        vec![
+            ("/spec/analysis/stepWeight", remove.clone()),
+            ("/spec/analysis/maxWeight", remove.clone()),
+            ("/spec/analysis/iterations", json!(10)),
+        ],
+        vec![("/spec/analysis/inconclusive", json!({"then": "Pause", "after": "1h30m"}))],
+        vec![("/spec/analysis/guard", json!({"enabled": false}))],
+        vec![("/spec/analysis/guard", json!({"errorMargin": 100, "latencyMargin": 1}))],
+        vec![(
+            "/spec/analysis/metrics",
+            json!([
+                {"name": "request-success-rate", "thresholdRange": {"min": 99.5}, "interval": "90s"},
+                {"name": "request-duration", "thresholdRange": {"max": 60000}, "interval": "500ms"},
+                {"name": "mine", "query": "sum(up)", "thresholdRange": {"min": 1, "max": 1}},
+                {"name": "theirs", "templateRef": {"name": "t", "namespace": "n"}, "templateVariables": {"a": "b"}, "thresholdRange": {"max": 1}}
+            ]),
+        )],
+    ] {
+        refusal(&api, &with(canary(), &changes)).await.unwrap_or_else(|words| panic!("{changes:?}: {words}"));
+    }
+}
+
+#[tokio::test]
+async fn what_a_canary_is_bound_to_cannot_be_changed_and_its_scale_can() {
+    let Some(cluster) = Cluster::start("changed").await else { return };
+    let api = cluster.canaries();
+    let named = with(canary(), &[("/spec/service/name", json!("cart"))]);
+    api.create(&PostParams::default(), &serde_json::from_value(named).unwrap()).await.unwrap();
+    for (patch, words) in [
+        (
+            json!({"spec": {"targetRef": {"name": "other"}}}),
+            "spec.targetRef cannot be changed: delete this Canary and create another one",
+        ),
+        (
+            json!({"spec": {"service": {"name": "other"}}}),
+            "spec.service.name cannot be changed: delete this Canary and create another one",
+        ),
+    ] {
+        match api.patch("cart", &PatchParams::default(), &Patch::Merge(&patch)).await {
+            Err(kube::Error::Api(status)) => assert!(status.message.ends_with(words), "{}", status.message),
+            other => panic!("{patch}: {other:?}"),
+        }
+    }
+    // Everything else can, and other tools scale it without knowing what it is.
+    let patch = json!({"spec": {"analysis": {"threshold": 5}}});
+    api.patch("cart", &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
+    let scale = json!({"spec": {"replicas": 4}});
+    api.patch_scale("cart", &PatchParams::default(), &Patch::Merge(&scale)).await.unwrap();
+    assert_eq!(api.get("cart").await.unwrap().data["spec"]["replicas"], json!(4));
+}
+
+#[tokio::test]
+async fn a_status_as_full_as_it_can_be_is_kept_whole() {
+    let Some(cluster) = Cluster::start("status").await else { return };
+    let api = cluster.canaries();
+    api.create(&PostParams::default(), &serde_json::from_value(canary()).unwrap()).await.unwrap();
+    let at = "2026-01-02T03:04:05.123456Z";
+    let gate = json!({
+        "name": "request-success-rate", "verdict": "Inconclusive", "value": 99.5, "primaryValue": 99.75, "limit": ">= 99",
+        "samples": 7, "time": at, "windowSeconds": 12.5, "message": "7 of at least 10 requests", "query": "q".repeat(8192)
+    });
+    let status = json!({
+        "observedGeneration": 1, "phase": "Progressing", "stage": "Judge", "stageSince": at,
+        "traffic": {"primary": "aaaa", "canary": "bbbb", "weight": 10}, "requestedWeight": 10, "effectiveWeight": 10,
+        "weight": "10", "step": 0, "progress": "1/5", "acknowledgedAt": at,
+        "plan": {
+            "revision": "bbbb", "primary": "aaaa", "startedAt": at, "steps": [{"weight": 10}], "analysis": canary()["spec"]["analysis"]
+        },
+        "gates": [gate],
+        "guard": {
+            "signal": "Latency", "weight": 10, "canary": {"requests": 17, "bad": 9, "percent": 52.94},
+            "primary": {"requests": 66, "bad": 0, "percent": 0.5}, "margin": 7.5, "slowAboveMilliseconds": 512.5,
+            "evidence": 12345, "since": at, "at": at
+        },
+        "conditions": [{"type": "Ready", "status": "True", "reason": "R", "message": "m", "lastTransitionTime": at}]
+    });
+    // Nothing is pruned from the copy of the analysis, and times keep their microseconds.
+    let written =
+        api.patch_status("cart", &PatchParams::default(), &Patch::Merge(&json!({"status": status}))).await.unwrap();
+    for (field, value) in status.as_object().unwrap() {
+        assert_eq!(written.data["status"][field], *value, "{field}");
+    }
+    let typed: sluice_crds::Canary = serde_json::from_value(serde_json::to_value(&written).unwrap()).unwrap();
+    assert_eq!(typed.status.unwrap().gates[0].samples, Some(7.0));
+}
+
+#[tokio::test]
+async fn metric_templates_name_a_provider_that_exists() {
+    let Some(cluster) = Cluster::start("templates").await else { return };
+    let api = cluster.api("MetricTemplate", "metrictemplates");
+    let base = json!({
+        "apiVersion": "sluice.dev/v1beta1", "kind": "MetricTemplate", "metadata": {"name": "errors"},
+        "spec": {"provider": {"type": "prometheus", "address": "http://prometheus.monitoring:9090"}, "query": "sum(errors)"}
+    });
+    let accepted = refusal(&api, &base).await.unwrap();
+    assert_eq!(accepted.data["spec"]["provider"]["insecureSkipVerify"], json!(false));
+    let full = [
+        ("/spec/provider/secretRef", json!({"name": "access"})),
+        ("/spec/provider/headers", json!({"X-Scope-OrgID": ["shop"]})),
+        ("/spec/provider/insecureSkipVerify", json!(true)),
+    ];
+    refusal(&api, &with(base.clone(), &full)).await.unwrap();
+    let cases: Vec<(Vec<(&str, Value)>, &str)> = vec![
+        (
+            vec![("/spec/provider/type", json!("datadog"))],
+            "spec.provider.type: Unsupported value: \"datadog\": supported values: \"prometheus\"",
+        ),
+        (
+            vec![("/spec/provider/address", json!("prometheus:9090"))],
+            "spec.provider.address in body should match '^https?://'",
+        ),
+        (vec![("/spec/provider/address", Value::Null)], "spec.provider.address: Required value"),
+        (
+            vec![("/spec/provider/region", json!("eu-west-1"))],
+            "provider.region belongs to a provider that is not supported in this version",
+        ),
+        (vec![("/spec/query", json!(""))], "spec.query in body should be at least 1 chars long"),
+        (vec![("/spec/query", json!("q".repeat(8193)))], "spec.query: Too long: may not be more than 8192 bytes"),
+    ];
+    let table: Vec<(&[(&str, Value)], &str)> =
+        cases.iter().map(|(changes, words)| (changes.as_slice(), *words)).collect();
+    check(&api, &base, &table).await;
+}

@@ -1,0 +1,98 @@
+//! The access log: one JSON object a line on standard output, off by default.
+//!
+//! Workers never wait for it: lines go through a bounded queue to a thread of its own; when that is full (nobody reads
+//! our output), lines are dropped and counted in `sluice_access_log_dropped_total`.
+
+use std::{
+    io::{self, BufWriter, Write},
+    sync::{
+        Arc,
+        mpsc::{self, SyncSender, TrySendError},
+    },
+    thread,
+};
+
+use serde::Serialize;
+
+use crate::metrics::Metrics;
+
+/// Lines that may wait to be written.
+const QUEUE: usize = 8192;
+
+/// What is said about one request. Times in milliseconds.
+#[derive(Debug, Serialize)]
+pub struct Entry<'a> {
+    pub time: String,
+    pub listener: &'a str,
+    pub peer: String,
+    pub protocol: &'static str,
+    pub method: &'a str,
+    pub authority: &'a str,
+    pub path: &'a str,
+    pub user_agent: &'a str,
+    pub status: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grpc_status: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub flag: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub upstream: Option<String>,
+    pub attempts: u32,
+    pub duration_ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_byte_ms: Option<f64>,
+    pub response_bytes: u64,
+}
+
+#[derive(Debug, Clone)]
+pub struct AccessLog {
+    lines: SyncSender<String>,
+    metrics: Arc<Metrics>,
+}
+
+impl AccessLog {
+    /// Writes to standard output from now on.
+    ///
+    /// # Errors
+    /// When the thread cannot be started.
+    pub fn stdout(metrics: Arc<Metrics>) -> io::Result<Self> {
+        Self::start(metrics, io::stdout())
+    }
+
+    /// Writes to `output`; the thread ends when the last clone is dropped.
+    ///
+    /// # Errors
+    /// When the thread cannot be started.
+    pub fn start(metrics: Arc<Metrics>, output: impl Write + Send + 'static) -> io::Result<Self> {
+        let (lines, queue) = mpsc::sync_channel::<String>(QUEUE);
+        thread::Builder::new().name("access-log".to_owned()).spawn(move || {
+            let mut output = BufWriter::with_capacity(64 * 1024, output);
+            while let Ok(line) = queue.recv() {
+                // Flushed when nothing more waits, so that a line is seen at once and a burst is written in one go.
+                let mut next = Some(line);
+                while let Some(line) = next {
+                    if writeln!(output, "{line}").is_err() {
+                        return; // Nobody listens any more; further lines count as dropped.
+                    }
+                    next = queue.try_recv().ok();
+                }
+                if output.flush().is_err() {
+                    return;
+                }
+            }
+        })?;
+        Ok(Self { lines, metrics })
+    }
+
+    pub fn write(&self, entry: &Entry<'_>) {
+        let Ok(line) = serde_json::to_string(entry) else {
+            return;
+        };
+        match self.lines.try_send(line) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => self.metrics.access_log_dropped(),
+        }
+    }
+}

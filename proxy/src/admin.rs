@@ -1,0 +1,230 @@
+//! What the kubelet, Prometheus and people ask this proxy: `/healthz/*` and `/metrics` on a port of the Pod, the rest on
+//! localhost.
+//!
+//! It runs on the control thread, so it answers when the workers do not; liveness asks each of them for a sign of life.
+
+use std::{
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
+use http_body_util::Full;
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, watch},
+    task::JoinSet,
+};
+
+use crate::{
+    ads::State,
+    identity::Certificate,
+    metrics::Metrics,
+    workers::{Role, Workers},
+};
+
+/// How long a worker may take to answer before it counts as stuck.
+const PING: Duration = Duration::from_secs(3);
+/// For a request's head, and for idle connections.
+const HEADER: Duration = Duration::from_secs(30);
+/// More connections than this wait to be accepted.
+const CONNECTIONS: usize = 64;
+
+/// What the admin server reports on and acts on.
+#[derive(Debug)]
+pub struct Admin {
+    pub role: Role,
+    pub workers: Arc<Workers>,
+    pub metrics: Arc<Metrics>,
+    pub ads: Arc<State>,
+    pub certificate: watch::Receiver<Option<Arc<Certificate>>>,
+    /// True once this proxy is on its way out.
+    pub draining: watch::Sender<bool>,
+}
+
+/// Which questions a port answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Port {
+    /// `/healthz/startup`, `/healthz/ready`, `/healthz/live`, `/metrics`: for the cluster.
+    Health,
+    /// `/config_dump`, `/ready`, `POST /drain`: for who is in the Pod.
+    Admin,
+}
+
+impl Admin {
+    /// Serves one port for ever.
+    pub async fn serve(self: Arc<Self>, listener: TcpListener, port: Port) -> Infallible {
+        let slots = Arc::new(Semaphore::new(CONNECTIONS));
+        let mut connections = JoinSet::new();
+        loop {
+            // Never closed, so there is always a permit in the end.
+            let slot = Arc::clone(&slots).acquire_owned().await;
+            while connections.try_join_next().is_some() {}
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let admin = Arc::clone(&self);
+                    connections.spawn(async move {
+                        let _slot = slot;
+                        admin.connection(stream, port).await;
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "the admin server cannot accept a connection");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+
+    async fn connection(self: Arc<Self>, stream: TcpStream, port: Port) {
+        let service = service_fn(|request: Request<Incoming>| {
+            let admin = Arc::clone(&self);
+            async move {
+                let answer = admin.answer(port, request.method(), request.uri().path()).await;
+                Ok::<_, Infallible>(answer)
+            }
+        });
+        let mut http = hyper::server::conn::http1::Builder::new();
+        http.timer(TokioTimer::new()).header_read_timeout(HEADER);
+        if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
+            tracing::debug!(%error, "a connection to the admin server broke");
+        }
+    }
+
+    async fn answer(&self, port: Port, method: &Method, path: &str) -> Response<Full<Bytes>> {
+        match (port, method, path) {
+            // The workers are started before this server is.
+            (Port::Health, &Method::GET, "/healthz/startup") => text(StatusCode::OK, "up"),
+            (Port::Health, &Method::GET, "/healthz/ready") | (Port::Admin, &Method::GET, "/ready") => {
+                match self.not_ready() {
+                    None => text(StatusCode::OK, "ready"),
+                    Some(reason) => text(StatusCode::SERVICE_UNAVAILABLE, reason),
+                }
+            }
+            (Port::Health, &Method::GET, "/healthz/live") => match self.workers.ping(PING).await {
+                Ok(()) => text(StatusCode::OK, "alive"),
+                Err(error) => {
+                    tracing::error!(%error, "not alive");
+                    text(StatusCode::SERVICE_UNAVAILABLE, error.to_string())
+                }
+            },
+            (Port::Health, &Method::GET, "/metrics") => {
+                response(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", self.metrics())
+            }
+            (Port::Admin, &Method::GET, "/config_dump") => {
+                response(StatusCode::OK, "application/json", format!("{:#}\n", self.ads.dump()))
+            }
+            (Port::Admin, &Method::POST, "/drain") => {
+                self.drain().await;
+                text(StatusCode::OK, "draining")
+            }
+            (Port::Health, _, "/healthz/startup" | "/healthz/ready" | "/healthz/live" | "/metrics")
+            | (Port::Admin, _, "/ready" | "/config_dump" | "/drain") => {
+                text(StatusCode::METHOD_NOT_ALLOWED, "GET for all but POST /drain")
+            }
+            (Port::Health | Port::Admin, _, _) => text(StatusCode::NOT_FOUND, "no such page"),
+        }
+    }
+
+    /// Why no traffic should come here; `None` if it should.
+    #[must_use]
+    pub fn not_ready(&self) -> Option<&'static str> {
+        let valid = |held: &Arc<Certificate>| held.valid_at(SystemTime::now());
+        if *self.draining.borrow() {
+            Some("draining")
+        } else if !self.certificate.borrow().as_ref().is_some_and(valid) {
+            Some("no valid certificate; see the log for what the controller answered")
+        } else if !self.ads.configured() {
+            Some("the first configuration is not complete; see /config_dump on the admin port")
+        } else {
+            None
+        }
+    }
+
+    /// Begins to drain: not ready from now on. A sidecar asks its connections to go elsewhere at once, and serves
+    /// whatever comes until it is told to end, which is when its application has ended (KEP-753). A fleet proxy goes on
+    /// as it is until it is told to end, since the cluster does not know yet.
+    pub async fn drain(&self) {
+        if self.draining.send_replace(true) {
+            return;
+        }
+        tracing::info!("draining: not ready any more");
+        match self.role {
+            Role::Fleet => {}
+            Role::Sidecar => {
+                if let Err(error) = self.workers.announce_drain().await {
+                    tracing::error!(%error, "connections cannot be asked to end");
+                }
+            }
+        }
+    }
+
+    fn metrics(&self) -> String {
+        let mut text = self.metrics.render();
+        self.ads.render(&mut text);
+        if let Some(certificate) = self.certificate.borrow().as_ref() {
+            text.push_str(&certificate_series(certificate.not_after));
+        }
+        text
+    }
+}
+
+/// The series about a certificate that ends then, in the Prometheus text format.
+#[must_use]
+pub fn certificate_series(not_after: SystemTime) -> String {
+    let expires = not_after.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    format!(
+        "# HELP sluice_certificate_expires_timestamp_seconds When this proxy's certificate ends.\n\
+         # TYPE sluice_certificate_expires_timestamp_seconds gauge\n\
+         sluice_certificate_expires_timestamp_seconds {expires}\n"
+    )
+}
+
+/// A listening socket for the health port: on every address of both families, or of IPv4 where there is no IPv6.
+///
+/// # Errors
+/// When the port is taken.
+pub fn listen_everywhere(port: u16) -> io::Result<TcpListener> {
+    let both = || {
+        let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_only_v6(false)?;
+        listen_on(&socket, SocketAddr::from(([0_u16; 8], port)))?;
+        TcpListener::from_std(socket.into())
+    };
+    both().or_else(|_| listen(SocketAddr::from(([0_u8; 4], port))))
+}
+
+/// A listening socket on one address.
+///
+/// # Errors
+/// When the address is taken or not ours.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    listen_on(&socket, address)?;
+    TcpListener::from_std(socket.into())
+}
+
+fn listen_on(socket: &Socket, address: SocketAddr) -> io::Result<()> {
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(128)
+}
+
+fn text(status: StatusCode, text: impl Into<String>) -> Response<Full<Bytes>> {
+    response(status, "text/plain; charset=utf-8", text.into() + "\n")
+}
+
+fn response(status: StatusCode, kind: &'static str, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static(kind));
+    response
+}

@@ -1,0 +1,82 @@
+//! What this proxy holds, for people. There is nothing secret in it: keys never come over xDS.
+
+use serde_json::{Value, json};
+use sluice_xds::TypeUrl;
+
+use super::{Resources, resources::Staged};
+use crate::snapshot::{Action, Cluster, Listener, Protocol, Split, Upstream};
+
+impl Resources {
+    /// The versions of all resources, what was refused and why, and the snapshot that serves.
+    #[must_use]
+    pub fn dump(&self) -> Value {
+        let types = TypeUrl::ALL.map(|kind| {
+            let mut of_kind = json!({ "versions": self.versions(kind) });
+            let waiting = match kind {
+                TypeUrl::Cluster | TypeUrl::Endpoints => Value::Null,
+                TypeUrl::Listener => pending(self.listeners.iter()),
+                TypeUrl::Route => pending(self.routes.iter()),
+            };
+            if !waiting.is_null() {
+                of_kind["waiting"] = waiting;
+            }
+            if let Some(refused) = self.rejected.get(&kind).filter(|refused| !refused.is_empty()) {
+                of_kind["rejected"] =
+                    refused.iter().map(|(name, why)| (name.clone(), Value::String(why.to_string()))).collect();
+            }
+            (short_name(kind).to_owned(), of_kind)
+        });
+        let listeners = self.snapshot().listeners.iter().map(|(name, it)| (name.clone(), listener(it)));
+        json!({
+            "resources": Value::Object(types.into_iter().collect()),
+            "serving": Value::Object(listeners.collect()),
+        })
+    }
+}
+
+/// The name of a type in our dump and metrics.
+#[must_use]
+pub fn short_name(kind: TypeUrl) -> &'static str {
+    match kind {
+        TypeUrl::Cluster => "clusters",
+        TypeUrl::Endpoints => "endpoints",
+        TypeUrl::Listener => "listeners",
+        TypeUrl::Route => "routes",
+    }
+}
+
+fn pending<'a, T: 'a>(of: impl Iterator<Item = (&'a String, &'a Staged<T>)>) -> Value {
+    let versions: serde_json::Map<String, Value> =
+        of.filter_map(|(name, staged)| Some((name.clone(), staged.pending.as_ref()?.version.clone().into()))).collect();
+    if versions.is_empty() { Value::Null } else { Value::Object(versions) }
+}
+
+fn listener(it: &Listener) -> Value {
+    let chains = it.chains.iter().map(|chain| {
+        json!({
+            "serverName": chain.server_name,
+            "clientId": chain.tls.as_ref().map(|tls| &tls.client_id),
+            "protocol": match &chain.protocol {
+                Protocol::Http(Action::Forward(of)) => json!({ "http": split(of) }),
+                Protocol::Http(Action::Respond(status)) => json!({ "http": { "status": status.as_u16() } }),
+                Protocol::Tcp(of) => json!({ "tcp": split(of) }),
+            },
+        })
+    });
+    json!({ "address": it.address.to_string(), "chains": chains.collect::<Vec<_>>() })
+}
+
+fn split(it: &Split) -> Value {
+    it.targets.iter().map(|(of, weight)| json!({ "weight": weight, "cluster": cluster(of) })).collect()
+}
+
+fn cluster(it: &Cluster) -> Value {
+    json!({
+        "name": it.name,
+        "upstream": match &it.upstream {
+            Upstream::Endpoints(addresses) => addresses.iter().map(ToString::to_string).collect::<Value>(),
+            Upstream::OriginalDst { port } => json!({ "originalDst": { "port": port } }),
+        },
+        "tls": it.tls.as_ref().map(|tls| json!({ "sni": tls.sni, "serverId": tls.server_id })),
+    })
+}

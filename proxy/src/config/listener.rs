@@ -1,0 +1,252 @@
+//! `Listener`: a port, and what its connections carry.
+
+use std::{collections::BTreeSet, net::SocketAddr};
+
+use prost::Name;
+use sluice_xds::{
+    TYPE_URL_PREFIX,
+    envoy::{
+        config::listener::v3::{
+            Filter, FilterChain, Listener as Message, filter::ConfigType as FilterConfig,
+            listener_filter::ConfigType as ListenerFilterConfig,
+        },
+        extensions::filters::{
+            http::router::v3::Router,
+            listener::{http_inspector::v3::HttpInspector, tls_inspector::v3::TlsInspector},
+            network::{
+                http_connection_manager::v3::{
+                    HttpConnectionManager,
+                    http_connection_manager::{CodecType, RouteSpecifier},
+                    http_filter::ConfigType as HttpFilterConfig,
+                },
+                tcp_proxy::v3::{TcpProxy, tcp_proxy::ClusterSpecifier},
+            },
+        },
+    },
+};
+
+use super::{
+    ConfigError, cluster, endpoints,
+    route::{self, Action, Targets},
+    tls,
+};
+use crate::snapshot::ServerTls;
+
+/// Ports of the proxy itself (docs/xds.md, "Ports").
+const OWN_PORTS: [u16; 2] = [20444, 20445];
+
+/// A checked listener, before its routes and clusters are known.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Listener {
+    pub(super) address: SocketAddr,
+    pub(super) chains: Vec<Chain>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Chain {
+    pub(super) server_name: Option<String>,
+    pub(super) tls: Option<ServerTls>,
+    pub(super) protocol: Protocol,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Protocol {
+    /// HTTP by the `RouteConfiguration` of this name.
+    Rds(String),
+    Http(Action),
+    Tcp(Targets),
+}
+
+impl Listener {
+    /// The names of the `RouteConfiguration`s that it needs.
+    pub(super) fn routes(&self) -> impl Iterator<Item = &str> {
+        self.chains.iter().filter_map(|chain| match &chain.protocol {
+            Protocol::Rds(name) => Some(name.as_str()),
+            Protocol::Http(_) | Protocol::Tcp(_) => None,
+        })
+    }
+
+    /// The clusters that it names itself, not by way of a route of its own version.
+    pub(super) fn clusters(&self) -> impl Iterator<Item = &str> {
+        self.chains.iter().flat_map(|chain| {
+            let (action, targets) = match &chain.protocol {
+                Protocol::Rds(_) => (None, None),
+                Protocol::Http(action) => (Some(action), None),
+                Protocol::Tcp(targets) => (None, Some(targets)),
+            };
+            let inline = action.into_iter().flat_map(Action::clusters);
+            inline.chain(targets.into_iter().flatten().map(|(name, _)| name.as_str()))
+        })
+    }
+}
+
+pub(super) fn parse(message: &Message) -> Result<Listener, ConfigError> {
+    let address = endpoints::address(message.address.as_ref(), "address")?;
+    if OWN_PORTS.contains(&address.port()) {
+        return Err(ConfigError::invalid("address", address, "the proxy needs this port itself"));
+    }
+    for (at, filter) in message.listener_filters.iter().enumerate() {
+        let found = match &filter.config_type {
+            Some(ListenerFilterConfig::TypedConfig(any)) => any.type_url.as_str(),
+            None => "",
+        };
+        // Both only look at the first bytes, which the data path does wherever it needs to.
+        if ![TlsInspector::full_name(), HttpInspector::full_name()].iter().any(|name| is_type(found, name)) {
+            let field = format!("listener_filters[{at}].typed_config");
+            return Err(ConfigError::unsupported(field, found, "TlsInspector and HttpInspector"));
+        }
+    }
+
+    let mut chains = Vec::with_capacity(message.filter_chains.len() + 1);
+    for (at, chain) in message.filter_chains.iter().enumerate() {
+        chains.push(parse_chain(chain, &format!("filter_chains[{at}]"))?);
+    }
+    if let Some(chain) = &message.default_filter_chain {
+        let chain = parse_chain(chain, "default_filter_chain")?;
+        if chain.server_name.is_some() {
+            return Err(ConfigError::invalid(
+                "default_filter_chain.filter_chain_match",
+                "set",
+                "the default takes what no other chain matches",
+            ));
+        }
+        chains.push(chain);
+    }
+    distinct(&chains)?;
+    Ok(Listener { address, chains })
+}
+
+/// Each connection has exactly one chain: by its SNI, or the one without a name.
+fn distinct(chains: &[Chain]) -> Result<(), ConfigError> {
+    let Some(first) = chains.first() else {
+        return Err(ConfigError::missing("filter_chains"));
+    };
+    let mut names = BTreeSet::new();
+    for (at, chain) in chains.iter().enumerate() {
+        let name = chain.server_name.as_deref();
+        if !names.insert(name) {
+            let field = format!("filter_chains[{at}].filter_chain_match.server_names");
+            return Err(ConfigError::invalid(field, name.unwrap_or("any"), "an earlier chain takes the same"));
+        }
+        if chain.tls.is_some() != first.tls.is_some() {
+            let field = format!("filter_chains[{at}].transport_socket");
+            return Err(ConfigError::unsupported(field, "mixed", "TLS for all chains of a listener or for none"));
+        }
+    }
+    Ok(())
+}
+
+fn parse_chain(chain: &FilterChain, field: &str) -> Result<Chain, ConfigError> {
+    let tls = chain.transport_socket.as_ref().map(tls::server).transpose()?;
+    let server_name = server_name(chain, tls.is_some(), &format!("{field}.filter_chain_match"))?;
+    let [filter] = chain.filters.as_slice() else {
+        let found = format!("{} filters", chain.filters.len());
+        return Err(ConfigError::unsupported(format!("{field}.filters"), found, "exactly one"));
+    };
+    let protocol = protocol(filter, &format!("{field}.filters[0]"))?;
+    Ok(Chain { server_name, tls, protocol })
+}
+
+fn server_name(chain: &FilterChain, tls: bool, field: &str) -> Result<Option<String>, ConfigError> {
+    let Some(rule) = &chain.filter_chain_match else {
+        return Ok(None);
+    };
+    if let Some(port) = rule.destination_port {
+        return Err(ConfigError::unsupported(format!("{field}.destination_port"), port, "no such match"));
+    }
+    if !rule.application_protocols.is_empty() {
+        let found = rule.application_protocols.join(", ");
+        return Err(ConfigError::unsupported(format!("{field}.application_protocols"), found, "no such match"));
+    }
+    let transport = rule.transport_protocol.as_str();
+    if !(transport.is_empty() || transport == if tls { "tls" } else { "raw_buffer" }) {
+        let field = format!("{field}.transport_protocol");
+        return Err(ConfigError::invalid(field, transport, "it must fit the transport_socket of the chain"));
+    }
+    match rule.server_names.as_slice() {
+        [] => Ok(None),
+        [_] if !tls => Err(ConfigError::invalid(format!("{field}.server_names"), "set", "only TLS has a server name")),
+        // Matched against what rustls hands out, which is lower case without a final dot.
+        [name] => match rustls::pki_types::DnsName::try_from(name.as_str()) {
+            Ok(_) if !name.ends_with('.') && !name.starts_with('*') => Ok(Some(name.to_ascii_lowercase())),
+            Ok(_) | Err(_) => {
+                Err(ConfigError::invalid(format!("{field}.server_names[0]"), name, "it must be a full DNS name"))
+            }
+        },
+        several => {
+            let found = several.join(", ");
+            Err(ConfigError::unsupported(format!("{field}.server_names"), found, "one name for each chain"))
+        }
+    }
+}
+
+fn protocol(filter: &Filter, field: &str) -> Result<Protocol, ConfigError> {
+    let Some(FilterConfig::TypedConfig(any)) = &filter.config_type else {
+        return Err(ConfigError::missing(format!("{field}.typed_config")));
+    };
+    let field = format!("{field}.typed_config");
+    if is_type(&any.type_url, &HttpConnectionManager::full_name()) {
+        http(&tls::read(any, &field)?, &field)
+    } else if is_type(&any.type_url, &TcpProxy::full_name()) {
+        tcp(&tls::read(any, &field)?, &field)
+    } else {
+        Err(ConfigError::unsupported(field, &any.type_url, "HttpConnectionManager and TcpProxy"))
+    }
+}
+
+fn http(manager: &HttpConnectionManager, field: &str) -> Result<Protocol, ConfigError> {
+    if manager.codec_type != i32::from(CodecType::Auto) {
+        return Err(ConfigError::unsupported(format!("{field}.codec_type"), manager.codec_type, "AUTO"));
+    }
+    for (at, upgrade) in manager.upgrade_configs.iter().enumerate() {
+        if !upgrade.upgrade_type.eq_ignore_ascii_case("websocket") {
+            let field = format!("{field}.upgrade_configs[{at}].upgrade_type");
+            return Err(ConfigError::unsupported(field, &upgrade.upgrade_type, "websocket"));
+        }
+    }
+    let mut router = false;
+    for (at, filter) in manager.http_filters.iter().enumerate() {
+        let found = match &filter.config_type {
+            Some(HttpFilterConfig::TypedConfig(any)) => any.type_url.as_str(),
+            None => "",
+        };
+        router = is_type(found, &Router::full_name());
+        // gRFC A39: a filter may be left out only if it says so itself.
+        if !router && !filter.is_optional && !filter.disabled {
+            let field = format!("{field}.http_filters[{at}].typed_config");
+            return Err(ConfigError::unsupported(field, found, "Router"));
+        }
+    }
+    if !router {
+        return Err(ConfigError::missing(format!("{field}.http_filters (Router, at the end)")));
+    }
+    match &manager.route_specifier {
+        Some(RouteSpecifier::Rds(rds)) => {
+            cluster::from_ads(rds.config_source.as_ref(), &format!("{field}.rds.config_source"))?;
+            if rds.route_config_name.is_empty() {
+                return Err(ConfigError::missing(format!("{field}.rds.route_config_name")));
+            }
+            Ok(Protocol::Rds(rds.route_config_name.clone()))
+        }
+        Some(RouteSpecifier::RouteConfig(config)) => {
+            Ok(Protocol::Http(route::parse(config, &format!("{field}.route_config."))?))
+        }
+        None => Err(ConfigError::missing(format!("{field}.rds"))),
+    }
+}
+
+fn tcp(proxy: &TcpProxy, field: &str) -> Result<Protocol, ConfigError> {
+    let targets = match &proxy.cluster_specifier {
+        Some(ClusterSpecifier::Cluster(name)) => route::targets([(name.as_str(), 1)], &format!("{field}.cluster")),
+        Some(ClusterSpecifier::WeightedClusters(weighted)) => route::targets(
+            weighted.clusters.iter().map(|cluster| (cluster.name.as_str(), cluster.weight)),
+            &format!("{field}.weighted_clusters.clusters"),
+        ),
+        None => Err(ConfigError::missing(format!("{field}.weighted_clusters"))),
+    }?;
+    Ok(Protocol::Tcp(targets))
+}
+
+fn is_type(url: &str, name: &str) -> bool {
+    url.strip_prefix(TYPE_URL_PREFIX).is_some_and(|found| found == name)
+}

@@ -1,0 +1,448 @@
+//! What was accepted, and the snapshot that follows from it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::Arc,
+};
+
+use sluice_xds::{
+    TypeUrl, UnpackError,
+    envoy::{
+        config::{
+            cluster::v3::Cluster as ClusterMessage, endpoint::v3::ClusterLoadAssignment,
+            listener::v3::Listener as ListenerMessage, route::v3::RouteConfiguration,
+        },
+        service::discovery::v3::Resource,
+    },
+};
+
+use super::{
+    ConfigError, Rejected,
+    cluster::{self, Discovery},
+    endpoints,
+    listener::{self, Protocol as ListenerProtocol},
+    route::{self, Action as RouteAction, Targets},
+};
+use crate::snapshot::{Action, Cluster, FilterChain, Listener, Protocol, Snapshot, Split, Upstream};
+
+/// A resource in the version that the server gave it.
+#[derive(Debug, Clone)]
+pub(super) struct Held<T> {
+    pub(super) version: String,
+    pub(super) value: T,
+}
+
+/// A resource that names others, so that a new version may have to wait for them while the old one serves.
+#[derive(Debug)]
+pub(super) struct Staged<T> {
+    pub(super) effective: Option<Held<T>>,
+    pub(super) pending: Option<Held<T>>,
+}
+
+impl<T> Default for Staged<T> {
+    fn default() -> Self {
+        Self { effective: None, pending: None }
+    }
+}
+
+impl<T> Staged<T> {
+    fn values(&self) -> impl Iterator<Item = &T> {
+        [&self.effective, &self.pending].into_iter().flatten().map(|held| &held.value)
+    }
+
+    fn newest(&self) -> Option<&Held<T>> {
+        self.pending.as_ref().or(self.effective.as_ref())
+    }
+
+    fn promote(&mut self) {
+        if let Some(held) = self.pending.take() {
+            self.effective = Some(held);
+        }
+    }
+}
+
+/// Everything that the control plane told this proxy, as far as it was good.
+///
+/// A new version of a route or a listener takes effect when all that it names is there; until then the last complete
+/// one stays, with the clusters that it needs, even if the control plane has removed them.
+#[derive(Debug, Default)]
+pub struct Resources {
+    pub(super) clusters: BTreeMap<String, Held<cluster::Cluster>>,
+    pub(super) endpoints: BTreeMap<String, Held<Vec<SocketAddr>>>,
+    pub(super) listeners: BTreeMap<String, Staged<listener::Listener>>,
+    pub(super) routes: BTreeMap<String, Staged<RouteAction>>,
+    /// Why the newest version of a resource does not serve, until a good version comes.
+    pub(super) rejected: BTreeMap<TypeUrl, BTreeMap<String, ConfigError>>,
+    /// Clusters that are here with their endpoints.
+    built: BTreeMap<String, Arc<Cluster>>,
+    /// Clusters that are gone or incomplete, in their last good version, because something that serves names them.
+    retained: BTreeMap<String, Arc<Cluster>>,
+    snapshot: Arc<Snapshot>,
+}
+
+/// One response of the server.
+#[derive(Debug, Clone, Copy)]
+pub struct Change<'a> {
+    pub kind: TypeUrl,
+    pub resources: &'a [Resource],
+    pub removed: &'a [String],
+}
+
+/// The names to ask for, beside all listeners and clusters.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Subscriptions {
+    pub endpoints: BTreeSet<String>,
+    pub routes: BTreeSet<String>,
+}
+
+impl Resources {
+    /// Takes in a response. The returned resources are not in it: they keep their last good version. Call
+    /// [`build`](Self::build) to see the effect.
+    pub fn update(&mut self, change: Change<'_>) -> Vec<Rejected> {
+        for name in change.removed {
+            self.remove(change.kind, name);
+        }
+        let mut rejected = Vec::new();
+        for resource in change.resources {
+            self.clear_rejected(change.kind, &resource.name);
+            if let Err(error) = self.accept(change.kind, resource) {
+                self.drop_pending(change.kind, &resource.name);
+                let entry = Rejected { name: resource.name.clone(), error };
+                self.note_rejected(change.kind, &entry);
+                rejected.push(entry);
+            }
+        }
+        rejected
+    }
+
+    /// Remembers that the server was told that this resource does not serve. A version that waits goes on waiting.
+    pub fn note_rejected(&mut self, kind: TypeUrl, rejected: &Rejected) {
+        let refused = self.rejected.entry(kind).or_default();
+        refused.insert(rejected.name.clone(), rejected.error.clone());
+    }
+
+    fn clear_rejected(&mut self, kind: TypeUrl, name: &str) {
+        if let Some(refused) = self.rejected.get_mut(&kind) {
+            refused.remove(name);
+        }
+    }
+
+    /// A newer version was refused, so the one that waits is no longer wanted either.
+    fn drop_pending(&mut self, kind: TypeUrl, name: &str) {
+        match kind {
+            TypeUrl::Cluster | TypeUrl::Endpoints => {}
+            TypeUrl::Listener => {
+                if let Some(staged) = self.listeners.get_mut(name) {
+                    staged.pending = None;
+                }
+                self.listeners.retain(|_, staged| staged.newest().is_some());
+            }
+            TypeUrl::Route => {
+                if let Some(staged) = self.routes.get_mut(name) {
+                    staged.pending = None;
+                }
+            }
+        }
+    }
+
+    fn remove(&mut self, kind: TypeUrl, name: &str) {
+        self.clear_rejected(kind, name);
+        match kind {
+            TypeUrl::Cluster => {
+                self.clusters.remove(name);
+            }
+            TypeUrl::Listener => {
+                self.listeners.remove(name);
+            }
+            // Both belong to a cluster or a listener that asked for them, and go with it (`build`). The server names
+            // them here when it does not have them: until it does, the last good version serves.
+            TypeUrl::Endpoints | TypeUrl::Route => {}
+        }
+    }
+
+    fn accept(&mut self, kind: TypeUrl, resource: &Resource) -> Result<(), ConfigError> {
+        let name = resource.name.clone();
+        let version = resource.version.clone();
+        match kind {
+            TypeUrl::Cluster => {
+                let message: ClusterMessage = open(resource)?;
+                same_name(&name, &message.name, "name")?;
+                let value = cluster::parse(&message)?;
+                self.clusters.insert(name, Held { version, value });
+            }
+            TypeUrl::Endpoints => {
+                let message: ClusterLoadAssignment = open(resource)?;
+                same_name(&name, &message.cluster_name, "cluster_name")?;
+                let value = endpoints::parse(&message)?;
+                self.endpoints.insert(name, Held { version, value });
+            }
+            TypeUrl::Listener => {
+                let message: ListenerMessage = open(resource)?;
+                same_name(&name, &message.name, "name")?;
+                let value = listener::parse(&message)?;
+                self.free_port(&name, value.address)?;
+                self.listeners.entry(name).or_default().pending = Some(Held { version, value });
+            }
+            TypeUrl::Route => {
+                let message: RouteConfiguration = open(resource)?;
+                same_name(&name, &message.name, "name")?;
+                let value = route::parse(&message, "")?;
+                self.routes.entry(name).or_default().pending = Some(Held { version, value });
+            }
+        }
+        Ok(())
+    }
+
+    /// Two listeners on one port would share its connections by chance.
+    fn free_port(&self, name: &str, address: SocketAddr) -> Result<(), ConfigError> {
+        let mut others = self.listeners.iter().filter(|(other, _)| other.as_str() != name);
+        if others.any(|(_, staged)| staged.values().any(|listener| listener.address.port() == address.port())) {
+            return Err(ConfigError::invalid("address", address, "another listener has this port"));
+        }
+        Ok(())
+    }
+
+    /// The names that are needed now.
+    #[must_use]
+    pub fn subscriptions(&self) -> Subscriptions {
+        let endpoints = self.clusters.values().filter_map(|held| match &held.value.discovery {
+            Discovery::Eds(name) => Some(name.clone()),
+            Discovery::Static(_) | Discovery::OriginalDst { .. } => None,
+        });
+        let listeners = self.listeners.values().flat_map(Staged::values);
+        Subscriptions {
+            endpoints: endpoints.collect(),
+            routes: listeners.flat_map(listener::Listener::routes).map(str::to_owned).collect(),
+        }
+    }
+
+    /// Name and version of what serves, for `initial_resource_versions`. Versions that wait or were rejected are not
+    /// in it, so that the server sends them again.
+    #[must_use]
+    pub fn versions(&self, kind: TypeUrl) -> BTreeMap<String, String> {
+        fn held<T>(of: &BTreeMap<String, Held<T>>) -> BTreeMap<String, String> {
+            of.iter().map(|(name, held)| (name.clone(), held.version.clone())).collect()
+        }
+        fn staged<T>(of: &BTreeMap<String, Staged<T>>) -> BTreeMap<String, String> {
+            let effective = of.iter().filter_map(|(name, staged)| Some((name, staged.effective.as_ref()?)));
+            effective.map(|(name, held)| (name.clone(), held.version.clone())).collect()
+        }
+        match kind {
+            TypeUrl::Cluster => held(&self.clusters),
+            TypeUrl::Endpoints => held(&self.endpoints),
+            TypeUrl::Listener => staged(&self.listeners),
+            TypeUrl::Route => staged(&self.routes),
+        }
+    }
+
+    /// How many resources of a type are held, and how many are refused.
+    #[must_use]
+    pub fn count(&self, kind: TypeUrl) -> (usize, usize) {
+        let held = match kind {
+            TypeUrl::Cluster => self.clusters.len(),
+            TypeUrl::Endpoints => self.endpoints.len(),
+            TypeUrl::Listener => self.listeners.len(),
+            TypeUrl::Route => self.routes.len(),
+        };
+        (held, self.rejected.get(&kind).map_or(0, BTreeMap::len))
+    }
+
+    /// A stream ended: what waits on it is dropped, because the next stream brings it again.
+    pub fn forget_pending(&mut self) {
+        for staged in self.listeners.values_mut() {
+            staged.pending = None;
+        }
+        for staged in self.routes.values_mut() {
+            staged.pending = None;
+        }
+        self.listeners.retain(|_, staged| staged.newest().is_some());
+        self.rejected.clear();
+    }
+
+    /// A cluster that the newest version of this resource names and that is not there. Then that version does not
+    /// serve.
+    #[must_use]
+    pub fn missing_cluster(&self, kind: TypeUrl, name: &str) -> Option<&str> {
+        let gone = |cluster: &&str| !self.built.contains_key(*cluster);
+        match kind {
+            TypeUrl::Cluster | TypeUrl::Endpoints => None,
+            TypeUrl::Listener => self.listeners.get(name)?.pending.as_ref()?.value.clusters().find(gone),
+            TypeUrl::Route => self.routes.get(name)?.pending.as_ref()?.value.clusters().find(gone),
+        }
+    }
+
+    /// Whether every listener that is known takes connections in its newest version.
+    #[must_use]
+    pub fn complete(&self) -> bool {
+        let refused = self.rejected.get(&TypeUrl::Listener);
+        let waiting = |(name, staged): (&String, &Staged<listener::Listener>)| {
+            staged.pending.is_some() && refused.is_none_or(|refused| !refused.contains_key(name))
+        };
+        !self.listeners.iter().any(waiting)
+    }
+
+    /// The listeners that serve this route.
+    pub fn listeners_of<'a>(&'a self, route: &'a str) -> impl Iterator<Item = &'a str> {
+        let serving = self.listeners.iter().filter(move |(_, staged)| {
+            staged.effective.as_ref().is_some_and(|held| held.value.routes().any(|name| name == route))
+        });
+        serving.map(|(name, _)| name.as_str())
+    }
+
+    /// The snapshot of all that is complete. The same `Arc` as before if nothing changed in it, and in a new one the
+    /// same `Arc`s for the parts that did not change.
+    pub fn build(&mut self) -> Arc<Snapshot> {
+        let before = self.build_clusters();
+        self.promote();
+        self.prune();
+        self.keep_clusters_in_use(&before);
+
+        let mut listeners = BTreeMap::new();
+        for (name, staged) in &self.listeners {
+            let Some(listener) = staged.effective.as_ref().and_then(|held| self.resolve(name, &held.value)) else {
+                continue;
+            };
+            let old = self.snapshot.listeners.get(name).filter(|old| ***old == listener);
+            let listener = old.cloned().unwrap_or_else(|| Arc::new(listener));
+            listeners.insert(name.clone(), listener);
+        }
+        let same = listeners.len() == self.snapshot.listeners.len()
+            && listeners.values().zip(self.snapshot.listeners.values()).all(|(new, old)| Arc::ptr_eq(new, old));
+        if !same {
+            self.snapshot = Arc::new(Snapshot { listeners });
+        }
+        self.snapshot.clone()
+    }
+
+    /// What [`build`](Self::build) gave last.
+    #[must_use]
+    pub fn snapshot(&self) -> &Arc<Snapshot> {
+        &self.snapshot
+    }
+
+    /// Replaces `built` by the clusters that are complete. Returns all that could be used before.
+    fn build_clusters(&mut self) -> BTreeMap<String, Arc<Cluster>> {
+        let mut before = std::mem::take(&mut self.retained);
+        before.append(&mut self.built);
+        for (name, held) in &self.clusters {
+            let old = before.get(name);
+            let upstream = match &held.value.discovery {
+                Discovery::Eds(service) => match self.endpoints.get(service) {
+                    Some(endpoints) => Upstream::Endpoints(endpoints.value.clone()),
+                    None => continue,
+                },
+                Discovery::Static(addresses) => Upstream::Endpoints(addresses.clone()),
+                Discovery::OriginalDst { port } => Upstream::OriginalDst { port: *port },
+            };
+            let cluster = Cluster {
+                name: name.clone(),
+                labels: held.value.labels.clone(),
+                upstream,
+                tls: held.value.tls.clone(),
+                connect_timeout: held.value.connect_timeout,
+            };
+            let cluster = old.filter(|old| ***old == cluster).cloned().unwrap_or_else(|| Arc::new(cluster));
+            self.built.insert(name.clone(), cluster);
+        }
+        before
+    }
+
+    /// Puts new versions into effect whose parts are all there: routes first, since listeners need them.
+    fn promote(&mut self) {
+        let built = &self.built;
+        let ready = |name: &str| built.contains_key(name);
+        let mut effective = Vec::new();
+        for (name, staged) in &mut self.routes {
+            if staged.pending.as_ref().is_some_and(|held| held.value.clusters().all(ready)) {
+                staged.promote();
+                effective.push((TypeUrl::Route, name.clone()));
+            }
+        }
+        let routes = &self.routes;
+        let served = |name: &str| routes.get(name).is_some_and(|staged| staged.effective.is_some());
+        for (name, staged) in &mut self.listeners {
+            let complete =
+                |held: &Held<listener::Listener>| held.value.clusters().all(ready) && held.value.routes().all(served);
+            if staged.pending.as_ref().is_some_and(complete) {
+                staged.promote();
+                effective.push((TypeUrl::Listener, name.clone()));
+            }
+        }
+        for (kind, name) in effective {
+            self.clear_rejected(kind, &name);
+        }
+    }
+
+    /// Drops routes and endpoints that nobody asks for any more.
+    fn prune(&mut self) {
+        let wanted = self.subscriptions();
+        self.routes.retain(|name, _| wanted.routes.contains(name));
+        self.endpoints.retain(|name, _| wanted.endpoints.contains(name));
+        for (kind, wanted) in [(TypeUrl::Route, &wanted.routes), (TypeUrl::Endpoints, &wanted.endpoints)] {
+            if let Some(refused) = self.rejected.get_mut(&kind) {
+                refused.retain(|name, _| wanted.contains(name));
+            }
+        }
+    }
+
+    /// What serves keeps its clusters, whatever was removed or became incomplete meanwhile.
+    fn keep_clusters_in_use(&mut self, before: &BTreeMap<String, Arc<Cluster>>) {
+        let listeners = self.listeners.values().filter_map(|staged| staged.effective.as_ref());
+        let routes = self.routes.values().filter_map(|staged| staged.effective.as_ref());
+        let names =
+            listeners.flat_map(|held| held.value.clusters()).chain(routes.flat_map(|held| held.value.clusters()));
+        let missing: Vec<String> = names.filter(|name| !self.built.contains_key(*name)).map(str::to_owned).collect();
+        for name in missing {
+            if let Some(cluster) = before.get(&name) {
+                self.retained.insert(name, cluster.clone());
+            }
+        }
+    }
+
+    /// `None` if a part is not there, which `promote` and `keep_clusters_in_use` rule out for what is effective.
+    fn resolve(&self, name: &str, listener: &listener::Listener) -> Option<Listener> {
+        let mut chains = Vec::with_capacity(listener.chains.len());
+        for chain in &listener.chains {
+            let protocol = match &chain.protocol {
+                ListenerProtocol::Rds(route) => {
+                    Protocol::Http(self.resolve_action(&self.routes.get(route)?.effective.as_ref()?.value)?)
+                }
+                ListenerProtocol::Http(action) => Protocol::Http(self.resolve_action(action)?),
+                ListenerProtocol::Tcp(targets) => Protocol::Tcp(self.resolve_split(targets)?),
+            };
+            chains.push(FilterChain { server_name: chain.server_name.clone(), tls: chain.tls.clone(), protocol });
+        }
+        Some(Listener { name: name.to_owned(), address: listener.address, chains })
+    }
+
+    fn cluster(&self, name: &str) -> Option<&Arc<Cluster>> {
+        self.built.get(name).or_else(|| self.retained.get(name))
+    }
+
+    fn resolve_action(&self, action: &RouteAction) -> Option<Action> {
+        match action {
+            RouteAction::Forward(targets) => self.resolve_split(targets).map(Action::Forward),
+            RouteAction::Respond(status) => Some(Action::Respond(*status)),
+        }
+    }
+
+    fn resolve_split(&self, targets: &Targets) -> Option<Split> {
+        let targets = targets.iter().map(|(name, weight)| Some((self.cluster(name)?.clone(), *weight)));
+        Some(Split { targets: targets.collect::<Option<_>>()? })
+    }
+}
+
+fn open<M: prost::Message + prost::Name + Default>(resource: &Resource) -> Result<M, ConfigError> {
+    let any = resource.resource.as_ref().ok_or_else(|| ConfigError::missing("resource"))?;
+    sluice_xds::unpack(any)
+        .map_err(|source: UnpackError| ConfigError::Encoding { field: "resource".to_owned(), source })
+}
+
+fn same_name(outer: &str, inner: &str, field: &str) -> Result<(), ConfigError> {
+    if outer == inner && !outer.is_empty() {
+        Ok(())
+    } else {
+        Err(ConfigError::invalid(field, inner, "it must be the name of the resource"))
+    }
+}

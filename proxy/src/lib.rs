@@ -1,0 +1,17 @@
+//! The data plane: one binary in two roles, configured by delta ADS.
+#![forbid(unsafe_code)]
+
+pub mod access_log;
+pub mod admin;
+pub mod ads;
+pub mod config;
+pub mod controller;
+pub mod failure;
+pub mod identity;
+pub mod metrics;
+pub mod outcomes;
+pub mod process;
+pub mod snapshot;
+pub mod tls;
+mod worker;
+pub mod workers;

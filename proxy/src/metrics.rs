@@ -1,0 +1,575 @@
+//! What the data path counts, as Prometheus text. Handles are resolved when the configuration arrives; a request only
+//! adds to cells that its own worker thread alone writes, and a scrape sums over the threads.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write,
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use http::StatusCode;
+
+use sluice_xds::sluice::guard::v1::Outcomes;
+
+use crate::{failure::Flag, snapshot::MetricLabels};
+
+/// Upper bounds of the duration buckets in microseconds. Fixed for good: gates compare quantiles across versions.
+const BOUNDS_US: [u64; 28] = [
+    1_000, 2_000, 3_000, 5_000, 7_000, 10_000, 15_000, 20_000, 30_000, 50_000, 75_000, 100_000, 150_000, 200_000,
+    300_000, 500_000, 750_000, 1_000_000, 1_500_000, 2_000_000, 3_000_000, 5_000_000, 7_500_000, 10_000_000,
+    15_000_000, 20_000_000, 30_000_000, 60_000_000,
+];
+
+/// The `grpc_status` of a request that is not gRPC, then the codes by number
+/// (<https://grpc.github.io/grpc/core/md_doc_statuscodes.html>).
+const GRPC: [&str; 18] = [
+    "",
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+];
+/// The codes that say that the server failed, whatever the HTTP status, as indices of [`GRPC`]: UNKNOWN, DEADLINE_EXCEEDED,
+/// INTERNAL, UNAVAILABLE, DATA_LOSS.
+const BAD_GRPC: [usize; 5] = [3, 5, 14, 15, 16];
+const CLASSES: [&str; 4] = ["2xx", "3xx", "4xx", "5xx"];
+
+/// A number that one thread writes and any thread reads.
+#[derive(Debug, Default)]
+pub struct Cell(AtomicU64);
+
+impl Cell {
+    /// Only for the thread that owns the cell: no read-modify-write, so no locked instruction on the hot path.
+    pub fn add(&self, n: u64) {
+        self.0.store(self.0.load(Relaxed).wrapping_add(n), Relaxed);
+    }
+
+    /// See [`Cell::add`].
+    pub fn sub(&self, n: u64) {
+        self.0.store(self.0.load(Relaxed).wrapping_sub(n), Relaxed);
+    }
+
+    #[must_use]
+    pub fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+/// How a gRPC call ended: a canonical code from 0 to 16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GrpcStatus(u8);
+
+impl GrpcStatus {
+    pub const UNKNOWN: Self = Self(2);
+    pub const UNAVAILABLE: Self = Self(14);
+
+    /// The value of `grpc-status`; what is no canonical code is UNKNOWN.
+    #[must_use]
+    pub fn parse(value: &[u8]) -> Self {
+        match std::str::from_utf8(value).ok().and_then(|text| text.parse::<u8>().ok()) {
+            Some(code) if code <= 16 => Self(code),
+            Some(_) | None => Self::UNKNOWN,
+        }
+    }
+
+    /// What a gRPC client makes of an answer without `grpc-status`
+    /// (<https://github.com/grpc/grpc/blob/master/doc/http-grpc-status-mapping.md>).
+    #[must_use]
+    pub fn of_http(status: StatusCode) -> Self {
+        Self(match status.as_u16() {
+            400 => 13,
+            401 => 16,
+            403 => 7,
+            404 => 12,
+            429 | 502 | 503 | 504 => 14,
+            _ => 2,
+        })
+    }
+
+    #[must_use]
+    pub fn code(self) -> u8 {
+        self.0
+    }
+
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        GRPC[usize::from(self.0) + 1]
+    }
+}
+
+#[derive(Debug, Default)]
+struct Histogram {
+    buckets: [Cell; BOUNDS_US.len() + 1],
+    sum_ns: Cell,
+}
+
+impl Histogram {
+    fn observe(&self, value: Duration) {
+        let ns = u64::try_from(value.as_nanos()).unwrap_or(u64::MAX);
+        // Compared in nanoseconds: 1.0004 ms is not within 1 ms.
+        self.buckets[BOUNDS_US.partition_point(|bound| bound * 1000 < ns)].add(1);
+        self.sum_ns.add(ns);
+    }
+}
+
+/// Cells of one revision on one thread, on cache lines of their own.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct RevisionShard {
+    requests: [[Cell; GRPC.len()]; CLASSES.len()],
+    duration: Histogram,
+    first_byte: Histogram,
+}
+
+impl RevisionShard {
+    fn outcomes(&self, slow_above: Duration) -> Outcomes {
+        let limit = u64::try_from(slow_above.as_micros()).unwrap_or(u64::MAX);
+        // The bucket of the next bound holds what is not slow, too.
+        let slow = BOUNDS_US.partition_point(|bound| *bound < limit) + 1;
+        let slow = self.duration.buckets.iter().skip(if limit == 0 { usize::MAX } else { slow });
+        let [served @ .., failed] = &self.requests;
+        let bad = served.iter().flat_map(|class| BAD_GRPC.iter().map(|grpc| class[*grpc].get()));
+        Outcomes {
+            requests: self.requests.iter().flatten().map(Cell::get).sum(),
+            bad: bad.chain(failed.iter().map(Cell::get)).sum(),
+            slow: slow.map(Cell::get).sum(),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct RevisionSeries {
+    shards: Box<[RevisionShard]>,
+}
+
+/// One thread's way to the series of one revision.
+#[derive(Debug, Clone)]
+pub struct RevisionMetrics {
+    series: Arc<RevisionSeries>,
+    thread: usize,
+}
+
+impl RevisionMetrics {
+    /// One finished request. `first_byte` is `None` if no answer of the upstream arrived.
+    pub fn record(
+        &self,
+        status: StatusCode,
+        grpc: Option<GrpcStatus>,
+        duration: Duration,
+        first_byte: Option<Duration>,
+    ) {
+        let shard = &self.series.shards[self.thread];
+        // A final 1xx does not exist; one that is none of the four classes (999) is an error of the upstream.
+        let class = match status.as_u16() {
+            ..300 => 0,
+            300..400 => 1,
+            400..500 => 2,
+            500.. => 3,
+        };
+        let grpc = grpc.map_or(0, |status| usize::from(status.0) + 1);
+        shard.requests[class][grpc].add(1);
+        shard.duration.observe(duration);
+        if let Some(first_byte) = first_byte {
+            shard.first_byte.observe(first_byte);
+        }
+    }
+}
+
+/// Why a request was sent again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retry {
+    /// The endpoint could not be connected to.
+    Connect,
+    /// A kept connection had been closed by the other side.
+    Stale,
+    /// The other side said that it did not process the request.
+    NotProcessed,
+}
+
+impl Retry {
+    const ALL: [(Self, &'static str); 3] =
+        [(Self::Connect, "connect"), (Self::Stale, "stale"), (Self::NotProcessed, "not_processed")];
+}
+
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct ListenerShard {
+    connections: Cell,
+    open: Cell,
+    active: Cell,
+    tls_failures: Cell,
+    aborts: Cell,
+    upgrades: Cell,
+    local_errors: [Cell; Flag::ALL.len()],
+    retries: [Cell; Retry::ALL.len()],
+}
+
+#[derive(Debug)]
+struct ListenerSeries {
+    shards: Box<[ListenerShard]>,
+}
+
+/// One thread's way to the series of one listener.
+#[derive(Debug, Clone)]
+pub struct ListenerMetrics {
+    series: Arc<ListenerSeries>,
+    thread: usize,
+}
+
+impl ListenerMetrics {
+    fn shard(&self) -> &ListenerShard {
+        &self.series.shards[self.thread]
+    }
+
+    pub fn opened(&self) {
+        self.shard().connections.add(1);
+        self.shard().open.add(1);
+    }
+
+    pub fn closed(&self) {
+        self.shard().open.sub(1);
+    }
+
+    pub fn request_started(&self) {
+        self.shard().active.add(1);
+    }
+
+    pub fn request_ended(&self) {
+        self.shard().active.sub(1);
+    }
+
+    pub fn tls_failed(&self) {
+        self.shard().tls_failures.add(1);
+    }
+
+    pub fn client_aborted(&self) {
+        self.shard().aborts.add(1);
+    }
+
+    pub fn upgraded(&self) {
+        self.shard().upgrades.add(1);
+    }
+
+    pub fn local_error(&self, flag: Flag) {
+        self.shard().local_errors[flag as usize].add(1);
+    }
+
+    pub fn retried(&self, why: Retry) {
+        self.shard().retries[why as usize].add(1);
+    }
+}
+
+/// All series of this process's data path.
+#[derive(Debug)]
+pub struct Metrics {
+    member: String,
+    threads: usize,
+    families: Mutex<Families>,
+    /// Written by any thread, but only when the log cannot keep up.
+    access_log_dropped: AtomicU64,
+}
+
+/// Weak, so that the series of a removed cluster or listener go away with its last user, a draining connection.
+#[derive(Debug, Default)]
+struct Families {
+    revisions: BTreeMap<MetricLabels, Weak<RevisionSeries>>,
+    listeners: BTreeMap<String, Weak<ListenerSeries>>,
+}
+
+impl Metrics {
+    /// `member` is the name of this proxy's Pod; `threads` how many workers will write.
+    #[must_use]
+    pub fn new(member: impl Into<String>, threads: usize) -> Arc<Self> {
+        Arc::new(Self {
+            member: member.into(),
+            threads,
+            families: Mutex::default(),
+            access_log_dropped: AtomicU64::new(0),
+        })
+    }
+
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// The series of a revision for the thread with this index; they exist, at 0, from now on.
+    pub fn revision(&self, labels: &MetricLabels, thread: usize) -> RevisionMetrics {
+        let mut families = self.families.lock().unwrap_or_else(PoisonError::into_inner);
+        let series = families.revisions.get(labels).and_then(Weak::upgrade).unwrap_or_else(|| {
+            let shards = (0..self.threads).map(|_| RevisionShard::default()).collect();
+            let series = Arc::new(RevisionSeries { shards });
+            families.revisions.insert(labels.clone(), Arc::downgrade(&series));
+            series
+        });
+        RevisionMetrics { series, thread }
+    }
+
+    /// How the requests of a revision have ended so far; 0 while it is not configured. A request is slow that lasted longer than
+    /// the first bound that is not below `slow_above`; none is if that is 0, or above the last bound.
+    #[must_use]
+    pub fn outcomes(&self, labels: &MetricLabels, slow_above: Duration) -> Outcomes {
+        let series = {
+            let families = self.families.lock().unwrap_or_else(PoisonError::into_inner);
+            families.revisions.get(labels).and_then(Weak::upgrade)
+        };
+        let mut sum = Outcomes::default();
+        for shard in series.iter().flat_map(|series| series.shards.iter()) {
+            let Outcomes { requests, bad, slow } = shard.outcomes(slow_above);
+            sum.requests += requests;
+            sum.bad += bad;
+            sum.slow += slow;
+        }
+        sum
+    }
+
+    /// The series of a listener for the thread with this index.
+    pub fn listener(&self, name: &str, thread: usize) -> ListenerMetrics {
+        let mut families = self.families.lock().unwrap_or_else(PoisonError::into_inner);
+        let series = families.listeners.get(name).and_then(Weak::upgrade).unwrap_or_else(|| {
+            let shards = (0..self.threads).map(|_| ListenerShard::default()).collect();
+            let series = Arc::new(ListenerSeries { shards });
+            families.listeners.insert(name.to_owned(), Arc::downgrade(&series));
+            series
+        });
+        ListenerMetrics { series, thread }
+    }
+
+    pub fn access_log_dropped(&self) {
+        self.access_log_dropped.fetch_add(1, Relaxed);
+    }
+
+    /// The Prometheus text exposition format, version 0.0.4.
+    #[must_use]
+    pub fn render(&self) -> String {
+        let (revisions, listeners) = {
+            let mut families = self.families.lock().unwrap_or_else(PoisonError::into_inner);
+            families.revisions.retain(|_, series| series.strong_count() > 0);
+            families.listeners.retain(|_, series| series.strong_count() > 0);
+            let revisions: Vec<_> =
+                families.revisions.iter().filter_map(|(key, s)| Some((revision_labels(key), s.upgrade()?))).collect();
+            let listeners: Vec<_> = families
+                .listeners
+                .iter()
+                .filter_map(|(name, s)| Some((format!("listener=\"{}\"", escape(name)), s.upgrade()?)))
+                .collect();
+            (revisions, listeners)
+        };
+        let mut out = String::with_capacity(4096 + revisions.len() * 8192 + listeners.len() * 2048);
+
+        head(&mut out, "sluice_member_info", "gauge", "This member of the fleet.");
+        line(&mut out, "sluice_member_info", &format!("member=\"{}\"", escape(&self.member)), 1);
+
+        head(&mut out, "sluice_requests_total", "counter", "Requests of users by how they ended, after retries.");
+        for (labels, series) in &revisions {
+            for (class, class_name) in CLASSES.iter().enumerate() {
+                for (grpc, grpc_name) in GRPC.iter().enumerate() {
+                    let count: u64 = series.shards.iter().map(|shard| shard.requests[class][grpc].get()).sum();
+                    if count > 0 || grpc == 0 {
+                        let labels = format!("{labels},code_class=\"{class_name}\",grpc_status=\"{grpc_name}\"");
+                        line(&mut out, "sluice_requests_total", &labels, count);
+                    }
+                }
+            }
+        }
+        histogram(
+            &mut out,
+            "sluice_request_duration_seconds",
+            "From the request's headers received to the last byte from the upstream.",
+            &revisions,
+            |shard| &shard.duration,
+        );
+        histogram(
+            &mut out,
+            "sluice_request_first_byte_seconds",
+            "From the request's headers received to the response's headers from the upstream.",
+            &revisions,
+            |shard| &shard.first_byte,
+        );
+
+        let mut family = |name: &str, kind: &str, help: &str, value: fn(&ListenerShard) -> &Cell| {
+            head(&mut out, name, kind, help);
+            for (labels, series) in &listeners {
+                // Wrapping: a gauge that rose on one thread never falls on another, so each is right by itself.
+                line(&mut out, name, labels, series.shards.iter().map(|shard| value(shard).get()).sum());
+            }
+        };
+        family("sluice_connections_total", "counter", "Connections accepted.", |s| &s.connections);
+        family("sluice_connections_open", "gauge", "Connections and tunnels open now.", |s| &s.open);
+        family("sluice_requests_active", "gauge", "Requests being served now.", |s| &s.active);
+        family("sluice_tls_failures_total", "counter", "Connections refused in the TLS handshake.", |s| {
+            &s.tls_failures
+        });
+        family("sluice_client_aborts_total", "counter", "Requests that their client gave up.", |s| &s.aborts);
+        family("sluice_upgrades_total", "counter", "Requests that became a tunnel.", |s| &s.upgrades);
+
+        head(&mut out, "sluice_local_errors_total", "counter", "Requests that this proxy failed, by response flag.");
+        for (labels, series) in &listeners {
+            for flag in Flag::ALL {
+                let count = series.shards.iter().map(|shard| shard.local_errors[flag as usize].get()).sum();
+                let labels = format!("{labels},flag=\"{}\"", flag.name());
+                line(&mut out, "sluice_local_errors_total", &labels, count);
+            }
+        }
+        head(&mut out, "sluice_retries_total", "counter", "Requests sent again, within their revision.");
+        for (labels, series) in &listeners {
+            for (why, name) in Retry::ALL {
+                let count = series.shards.iter().map(|shard| shard.retries[why as usize].get()).sum();
+                line(&mut out, "sluice_retries_total", &format!("{labels},reason=\"{name}\""), count);
+            }
+        }
+        head(&mut out, "sluice_access_log_dropped_total", "counter", "Lines that the access log could not take.");
+        line(&mut out, "sluice_access_log_dropped_total", "", self.access_log_dropped.load(Relaxed));
+        out
+    }
+}
+
+fn histogram(
+    out: &mut String,
+    name: &str,
+    help: &str,
+    revisions: &[(String, Arc<RevisionSeries>)],
+    pick: fn(&RevisionShard) -> &Histogram,
+) {
+    head(out, name, "histogram", help);
+    let (bucket, sum, count) = (format!("{name}_bucket"), format!("{name}_sum"), format!("{name}_count"));
+    for (labels, series) in revisions {
+        let mut total = 0;
+        for (index, bound) in BOUNDS_US.iter().enumerate() {
+            total += series.shards.iter().map(|shard| pick(shard).buckets[index].get()).sum::<u64>();
+            // Microseconds are exact in an f64, and its Display is the shortest that reads back: "0.001", "1.5", "60".
+            #[expect(clippy::cast_precision_loss, reason = "at most 60,000,000")]
+            let le = *bound as f64 / 1e6;
+            line(out, &bucket, &format!("{labels},le=\"{le}\""), total);
+        }
+        total += series.shards.iter().map(|shard| pick(shard).buckets[BOUNDS_US.len()].get()).sum::<u64>();
+        line(out, &bucket, &format!("{labels},le=\"+Inf\""), total);
+        let nanoseconds: u128 = series.shards.iter().map(|shard| u128::from(pick(shard).sum_ns.get())).sum();
+        let _ = writeln!(out, "{sum}{{{labels}}} {}.{:09}", nanoseconds / 1_000_000_000, nanoseconds % 1_000_000_000);
+        line(out, &count, labels, total);
+    }
+}
+
+fn head(out: &mut String, name: &str, kind: &str, help: &str) {
+    let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
+}
+
+fn line(out: &mut String, name: &str, labels: &str, value: u64) {
+    // Writing to a String cannot fail.
+    let _ =
+        if labels.is_empty() { writeln!(out, "{name} {value}") } else { writeln!(out, "{name}{{{labels}}} {value}") };
+}
+
+fn revision_labels(labels: &MetricLabels) -> String {
+    format!(
+        "destination_namespace=\"{}\",destination_service=\"{}\",revision=\"{}\"",
+        escape(&labels.destination_namespace),
+        escape(&labels.destination_service),
+        escape(&labels.revision)
+    )
+}
+
+fn escape(value: &str) -> String {
+    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn labels() -> MetricLabels {
+        MetricLabels {
+            destination_namespace: "shop".into(),
+            destination_service: "cart".into(),
+            revision: "abc".into(),
+        }
+    }
+
+    #[test]
+    fn series_of_a_configured_revision_exist_at_zero_and_go_with_their_last_user() {
+        let metrics = Metrics::new("fleet-0", 2);
+        let handle = metrics.revision(&labels(), 0);
+        let text = metrics.render();
+        for class in CLASSES {
+            let series = format!(
+                "sluice_requests_total{{destination_namespace=\"shop\",destination_service=\"cart\",\
+                 revision=\"abc\",code_class=\"{class}\",grpc_status=\"\"}} 0\n"
+            );
+            assert!(text.contains(&series), "{series} is missing in\n{text}");
+        }
+        assert!(text.contains("sluice_member_info{member=\"fleet-0\"} 1\n"));
+        assert!(text.contains("revision=\"abc\",le=\"0.001\"} 0\n"));
+        drop(handle);
+        assert!(!metrics.render().contains("revision=\"abc\""));
+    }
+
+    #[test]
+    fn threads_are_summed_and_a_bound_includes_its_own_value() {
+        let metrics = Metrics::new("m", 2);
+        let (first, second) = (metrics.revision(&labels(), 0), metrics.revision(&labels(), 1));
+        first.record(StatusCode::OK, None, Duration::from_millis(1), Some(Duration::from_micros(900)));
+        second.record(StatusCode::OK, Some(GrpcStatus::parse(b"0")), Duration::from_nanos(1_000_001), None);
+        second.record(StatusCode::BAD_GATEWAY, None, Duration::from_secs(90), None);
+        let text = metrics.render();
+        assert!(text.contains("code_class=\"2xx\",grpc_status=\"\"} 1\n"));
+        assert!(text.contains("code_class=\"2xx\",grpc_status=\"OK\"} 1\n"));
+        assert!(text.contains("code_class=\"5xx\",grpc_status=\"\"} 1\n"));
+        assert!(text.contains("duration_seconds_bucket{destination_namespace=\"shop\",destination_service=\"cart\",revision=\"abc\",le=\"0.001\"} 1\n"));
+        assert!(text.contains("revision=\"abc\",le=\"0.002\"} 2\n"));
+        assert!(text.contains("revision=\"abc\",le=\"60\"} 2\n"));
+        assert!(text.contains("revision=\"abc\",le=\"+Inf\"} 3\n"));
+        assert!(text.contains("revision=\"abc\"} 90.002000001\n"), "{text}");
+    }
+
+    #[test]
+    fn outcomes_are_counted_as_the_gates_count_them() {
+        let metrics = Metrics::new("m", 2);
+        let limit = Duration::from_millis(400);
+        assert_eq!(metrics.outcomes(&labels(), limit), Outcomes::default(), "not configured");
+        let threads = [metrics.revision(&labels(), 0), metrics.revision(&labels(), 1)];
+        let mut bad = 0;
+        for (index, name) in GRPC.iter().enumerate().skip(1) {
+            let status = GrpcStatus(u8::try_from(index - 1).unwrap());
+            threads[index % 2].record(StatusCode::OK, Some(status), Duration::from_millis(1), None);
+            bad += u64::from(["UNKNOWN", "DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"].contains(name));
+        }
+        for status in [200, 302, 404, 500, 503] {
+            threads[0].record(StatusCode::from_u16(status).unwrap(), None, Duration::from_millis(1), None);
+        }
+        // 500 ms is the next bound above 400 ms, and the last one is 60 s.
+        for milliseconds in [450, 500, 501, 90_000] {
+            threads[1].record(StatusCode::OK, None, Duration::from_millis(milliseconds), None);
+        }
+        let outcomes = metrics.outcomes(&labels(), limit);
+        assert_eq!(outcomes, Outcomes { requests: 17 + 5 + 4, bad: bad + 2, slow: 2 });
+        assert_eq!(bad, 5);
+        let slow = |limit| metrics.outcomes(&labels(), limit).slow;
+        assert_eq!((slow(Duration::from_millis(500)), slow(Duration::from_micros(500_001))), (2, 1));
+        assert_eq!((slow(Duration::ZERO), slow(Duration::from_secs(60)), slow(Duration::from_secs(61))), (0, 1, 0));
+    }
+
+    #[test]
+    fn what_is_no_canonical_grpc_code_is_unknown() {
+        for value in [&b"17"[..], b"-1", b"", b"OK", b"256"] {
+            assert_eq!(GrpcStatus::parse(value), GrpcStatus::UNKNOWN);
+        }
+        assert_eq!(GrpcStatus::parse(b"14").name(), "UNAVAILABLE");
+    }
+}

@@ -1,0 +1,303 @@
+//! The process: what is started, in which order, and how it ends.
+
+use std::{collections::BTreeMap, io, net::SocketAddr, num::NonZeroUsize, path::PathBuf, sync::Arc, time::Duration};
+
+use sluice_xds::SpiffeId;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+    task::JoinSet,
+};
+
+use crate::{
+    access_log::AccessLog,
+    admin::{self, Admin, Port},
+    ads::{Apply, Client, Introduction, State},
+    controller::Controller,
+    identity::Renewer,
+    metrics::Metrics,
+    snapshot::Snapshot,
+    tls::IdentityHandle,
+    workers::{Options, Role, Timing, Workers, WorkersError},
+};
+
+/// The port of `/healthz/*` and `/metrics`.
+pub const HEALTH_PORT: u16 = 20444;
+/// The port of the admin server, on localhost.
+pub const ADMIN_PORT: u16 = 20445;
+
+/// What a proxy is told by its environment (docs/xds.md, "A proxy's environment").
+#[derive(Debug, Clone, clap::Args)]
+pub struct Settings {
+    /// Name of this Pod; it stands in the metrics and in the controller's log.
+    #[arg(long, env = "POD_NAME")]
+    pub pod_name: String,
+
+    /// The controllers, as host:port.
+    #[arg(long, env = "SLUICE_CONTROLLER", value_parser = host_and_port)]
+    pub controller: (String, u16),
+
+    /// SPIFFE id of the controller.
+    #[arg(long, env = "SLUICE_CONTROLLER_ID")]
+    pub controller_id: SpiffeId,
+
+    /// File of the projected service-account token.
+    #[arg(long, env = "SLUICE_TOKEN", default_value = "/var/run/secrets/sluice.dev/token")]
+    pub token: PathBuf,
+
+    /// File of the trust bundle, PEM.
+    #[arg(long, env = "SLUICE_TRUST_BUNDLE", default_value = "/var/run/secrets/sluice.dev/ca.crt")]
+    pub trust_bundle: PathBuf,
+
+    /// Worker threads. Default: the CPU quota of the cgroup, rounded down, at least 1; 1 for a sidecar.
+    #[arg(long, env = "SLUICE_WORKERS")]
+    pub workers: Option<NonZeroUsize>,
+
+    /// Longest drain in seconds, counted from SIGTERM. Default: 60 for the fleet, 25 for a sidecar.
+    #[arg(long, env = "SLUICE_DRAIN_SECONDS")]
+    pub drain_seconds: Option<u64>,
+
+    /// `json` writes a line for each request to standard output.
+    #[arg(long, env = "SLUICE_ACCESS_LOG", default_value = "off", value_parser = access_log)]
+    pub access_log: bool,
+
+    /// Address of `/healthz/*` and `/metrics`. Default: port 20444 of every address.
+    #[arg(long, hide = true)]
+    pub health_address: Option<SocketAddr>,
+
+    /// Address of the admin server. Default: port 20445 on localhost.
+    #[arg(long, hide = true)]
+    pub admin_address: Option<SocketAddr>,
+}
+
+fn host_and_port(text: &str) -> Result<(String, u16), String> {
+    let parsed = text.rsplit_once(':').and_then(|(host, port)| {
+        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        let port = port.parse::<u16>().ok().filter(|port| *port != 0)?;
+        (!host.is_empty()).then(|| (host.to_owned(), port))
+    });
+    parsed.ok_or_else(|| "it must be host:port, for example sluice-controller.sluice-system.svc:18000".to_owned())
+}
+
+fn access_log(text: &str) -> Result<bool, String> {
+    match text {
+        "json" => Ok(true),
+        "" | "off" => Ok(false),
+        _ => Err("it must be json or off".to_owned()),
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    #[error(transparent)]
+    Workers(#[from] WorkersError),
+    #[error("cannot start the access log: {0}")]
+    AccessLog(#[source] io::Error),
+    #[error("cannot listen on {address} for {what}: {source}; is another proxy running in this Pod?")]
+    Listen { address: String, what: &'static str, source: io::Error },
+    #[error("cannot watch signals: {0}")]
+    Signals(#[source] io::Error),
+    #[error("a task of the control thread has ended: {0}")]
+    Task(String),
+}
+
+/// Runs a proxy until SIGTERM or SIGINT, drains it, and returns.
+///
+/// # Errors
+/// When it cannot start, or a part that must run for ever has ended.
+pub async fn run(role: Role, settings: Settings) -> Result<(), ProcessError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(ProcessError::Signals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(ProcessError::Signals)?;
+
+    let threads = worker_count(role, settings.workers);
+    let metrics = Metrics::new(settings.pod_name.clone(), threads.get());
+    let identity = IdentityHandle::default();
+    let access_log = if settings.access_log {
+        Some(AccessLog::stdout(Arc::clone(&metrics)).map_err(ProcessError::AccessLog)?)
+    } else {
+        None
+    };
+    let mut timing = Timing::of(role);
+    if role == Role::Sidecar {
+        // Its SIGTERM comes after the application has ended (KEP-753): nobody is to be waited for.
+        timing.settle = Duration::ZERO;
+    }
+    let options = Options { role, timing, metrics: Arc::clone(&metrics), identity: identity.clone(), access_log };
+    let workers = Arc::new(Workers::start(&options)?);
+    drop(options);
+
+    let controller = Controller {
+        host: settings.controller.0.clone(),
+        port: settings.controller.1,
+        id: settings.controller_id.clone(),
+        trust_bundle: settings.trust_bundle.clone(),
+    };
+    let renewer = Renewer::new(controller.clone(), settings.token.clone(), identity);
+    let state = Arc::new(State::default());
+    let admin = Arc::new(Admin {
+        role,
+        workers: Arc::clone(&workers),
+        metrics: Arc::clone(&metrics),
+        ads: Arc::clone(&state),
+        certificate: renewer.current(),
+        draining: watch::Sender::new(false),
+    });
+    let (health, local) = listen(&settings)?;
+    let introduction = Introduction {
+        id: settings.pod_name.clone(),
+        role: match role {
+            Role::Fleet => "fleet",
+            Role::Sidecar => "sidecar",
+        },
+        least_listeners: match role {
+            Role::Fleet => 0,
+            Role::Sidecar => 1,
+        },
+    };
+    let mut client = Client::new(controller, introduction, renewer.current(), Switch(Arc::clone(&workers)), state);
+    if role == Role::Fleet {
+        client = client.reporting(metrics);
+    }
+
+    let mut tasks = JoinSet::new();
+    tasks.spawn(Arc::clone(&admin).serve(health, Port::Health));
+    tasks.spawn(Arc::clone(&admin).serve(local, Port::Admin));
+    tasks.spawn(renewer.run());
+    tasks.spawn(client.run());
+    tracing::info!(?role, workers = threads, pod = settings.pod_name, "started");
+
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        Some(ended) = tasks.join_next() => {
+            // They never return, so this is a panic.
+            let error = ended.err().map_or_else(String::new, |error| error.to_string());
+            return Err(ProcessError::Task(error));
+        }
+    }
+    let longest = Duration::from_secs(settings.drain_seconds.unwrap_or(match role {
+        Role::Fleet => 60,
+        Role::Sidecar => 25,
+    }));
+    tracing::info!(?longest, "asked to end: not ready any more, draining");
+    admin.draining.send_replace(true);
+    let drained = workers.drain(longest).await?;
+    tracing::info!(cut = drained.cut, "drained");
+
+    // Joins the threads, which are idle by now. A stuck one must not hold the process.
+    tasks.shutdown().await;
+    drop(admin);
+    let ending = tokio::task::spawn_blocking(move || drop(workers));
+    let _ = tokio::time::timeout(Duration::from_secs(1), ending).await;
+    Ok(())
+}
+
+fn listen(settings: &Settings) -> Result<(tokio::net::TcpListener, tokio::net::TcpListener), ProcessError> {
+    let health = match settings.health_address {
+        Some(address) => admin::listen(address),
+        None => admin::listen_everywhere(HEALTH_PORT),
+    };
+    let health = health.map_err(|source| ProcessError::Listen {
+        address: settings.health_address.map_or_else(|| format!("port {HEALTH_PORT}"), |it| it.to_string()),
+        what: "health and metrics",
+        source,
+    })?;
+    let local = settings.admin_address.unwrap_or_else(admin_address);
+    let local = admin::listen(local).map_err(|source| ProcessError::Listen {
+        address: local.to_string(),
+        what: "the admin server",
+        source,
+    })?;
+    Ok((health, local))
+}
+
+/// Where the admin server of a Pod is.
+#[must_use]
+pub fn admin_address() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], ADMIN_PORT))
+}
+
+/// The standard library takes the quota of cgroup v1 and v2 and the CPU affinity into account, rounded down
+/// (`std::thread::available_parallelism`).
+fn worker_count(role: Role, asked: Option<NonZeroUsize>) -> NonZeroUsize {
+    asked.unwrap_or_else(|| match role {
+        Role::Sidecar => NonZeroUsize::MIN,
+        Role::Fleet => std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
+    })
+}
+
+/// The workers, as the ADS client sees them.
+struct Switch(Arc<Workers>);
+
+impl Apply for Switch {
+    async fn apply(&self, snapshot: Arc<Snapshot>) -> BTreeMap<String, String> {
+        match self.0.apply(&snapshot).await {
+            Ok(report) => report.rejected.into_iter().map(|it| (it.listener, it.reason)).collect(),
+            // Then no listener is known to serve it, and liveness fails.
+            Err(error) => snapshot.listeners.keys().map(|name| (name.clone(), error.to_string())).collect(),
+        }
+    }
+}
+
+/// Asks the proxy at `admin` to begin to drain, and returns when it has begun.
+///
+/// # Errors
+/// When it does not answer within 5 s, or not as expected.
+pub async fn ask_to_drain(admin: SocketAddr) -> Result<(), DrainError> {
+    let asking = async {
+        let stream = tokio::net::TcpStream::connect(admin).await?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(hyper_util::rt::TokioIo::new(stream))
+            .await
+            .map_err(io::Error::other)?;
+        let request = http::Request::post("/drain")
+            .header(http::header::HOST, "localhost")
+            .body(http_body_util::Empty::<bytes::Bytes>::new())
+            .map_err(io::Error::other)?;
+        let answer = async {
+            let answer = sender.send_request(request).await.map_err(io::Error::other);
+            drop(sender);
+            answer
+        };
+        let (answer, _) = tokio::join!(answer, connection);
+        answer.map(|answer| answer.status())
+    };
+    let status = tokio::time::timeout(Duration::from_secs(5), asking)
+        .await
+        .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        .map_err(|source| DrainError::Unreachable { admin, source })?;
+    if status == http::StatusCode::OK { Ok(()) } else { Err(DrainError::Refused { admin, status }) }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DrainError {
+    #[error("the proxy's admin server at {admin} does not answer: {source}; is the proxy running in this Pod?")]
+    Unreachable { admin: SocketAddr, source: io::Error },
+    #[error("the proxy's admin server at {admin} answered {status}; is this another program's port?")]
+    Refused { admin: SocketAddr, status: http::StatusCode },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_controllers_address_may_be_a_name_or_an_ip_of_either_family() {
+        let ok = |host: &str, port| Ok((host.to_owned(), port));
+        assert_eq!(
+            host_and_port("sluice-controller.sluice-system.svc:18000"),
+            ok("sluice-controller.sluice-system.svc", 18000)
+        );
+        assert_eq!(host_and_port("10.0.0.1:1"), ok("10.0.0.1", 1));
+        assert_eq!(host_and_port("[fd00::1]:18000"), ok("fd00::1", 18000));
+        for text in ["", "host", "host:", ":18000", "host:0", "host:70000", "host:http"] {
+            assert!(host_and_port(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_sidecar_has_one_worker_unless_told_otherwise() {
+        assert_eq!(worker_count(Role::Sidecar, None).get(), 1);
+        assert_eq!(worker_count(Role::Sidecar, NonZeroUsize::new(3)).get(), 3);
+        assert!(worker_count(Role::Fleet, None).get() >= 1);
+    }
+}

@@ -1,0 +1,95 @@
+//! What the data path serves: plain values, resolved when the configuration arrives, so that a request looks nothing
+//! up by name. `config` makes a [`Snapshot`] from xDS resources; `workers` serve it.
+//!
+//! A snapshot is immutable. Parts that did not change between two snapshots are the *same* `Arc`s, so that the workers
+//! keep the pools, load counters and metric series that hang on them.
+
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+
+use http::StatusCode;
+
+/// All listeners that should be open, by name.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    pub listeners: BTreeMap<String, Arc<Listener>>,
+}
+
+/// One listening port. Its connections are told apart by SNI where it has more than one chain.
+#[derive(Debug, PartialEq)]
+pub struct Listener {
+    pub name: String,
+    pub address: SocketAddr,
+    pub chains: Vec<FilterChain>,
+}
+
+#[derive(Debug, PartialEq)]
+pub struct FilterChain {
+    /// Exact SNI that selects this chain; `None` takes every connection.
+    pub server_name: Option<String>,
+    /// TLS of ours that the client must speak; `None` is plaintext.
+    pub tls: Option<ServerTls>,
+    pub protocol: Protocol,
+}
+
+/// TLS 1.3 with a required client certificate of our own CA.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ServerTls {
+    /// The exact SPIFFE id that a client must have.
+    pub client_id: String,
+}
+
+#[derive(Debug, PartialEq)]
+pub enum Protocol {
+    /// HTTP/1.1 or HTTP/2, by ALPN or by the connection preface (RFC 9113, 3.4).
+    Http(Action),
+    /// Bytes; the split is drawn once per connection.
+    Tcp(Split),
+}
+
+#[derive(Debug, PartialEq)]
+pub enum Action {
+    Forward(Split),
+    /// Answer without an upstream, e.g. 503 where nothing serves.
+    Respond(StatusCode),
+}
+
+/// Clusters with their weights, out of the sum of all weights. A weight of 0 means never.
+#[derive(Debug, PartialEq)]
+pub struct Split {
+    pub targets: Vec<(Arc<Cluster>, u32)>,
+}
+
+#[derive(Debug, PartialEq)]
+pub struct Cluster {
+    pub name: String,
+    /// Labels of its metric series; `None` is not counted (a sidecar's local application).
+    pub labels: Option<MetricLabels>,
+    pub upstream: Upstream,
+    /// `None` is plaintext.
+    pub tls: Option<ClientTls>,
+    pub connect_timeout: Duration,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct MetricLabels {
+    pub destination_namespace: String,
+    pub destination_service: String,
+    pub revision: String,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Upstream {
+    /// Ready endpoints, sorted; possibly none.
+    Endpoints(Vec<SocketAddr>),
+    /// The address that the downstream connection was made to, at this port
+    /// (`Cluster.OriginalDstLbConfig.upstream_port_override`).
+    OriginalDst { port: u16 },
+}
+
+/// TLS 1.3 with our own certificate towards a proxy of ours.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ClientTls {
+    pub sni: String,
+    /// The exact SPIFFE id that the server must have.
+    pub server_id: String,
+}

@@ -1,0 +1,495 @@
+//! Bodies on their way through: a request's, which can be sent again, and a response's, which is measured.
+
+use std::{
+    cell::RefCell,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use tokio::time::{Instant, timeout};
+
+use super::{
+    connection::Connection,
+    http1::{self, client::AnswerBody, server},
+    pool::{Lease, UpstreamError},
+    stream::Stream,
+    tally::Tally,
+};
+use crate::{failure::Failure, metrics::GrpcStatus};
+
+/// How much of a request's body is kept to send it again, in bytes.
+const MAX_REPLAY: usize = 64 * 1024;
+/// How much of a body that nobody wants is read, in bytes, and for how long.
+const MAX_DISCARD: usize = 256 * 1024;
+const MAX_DISCARD_TIME: Duration = Duration::from_secs(1);
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum BodyError {
+    #[error("reading the request's body from the client failed: {0}")]
+    Client(#[source] ClientError),
+    #[error("reading the response's body from the upstream failed: {0}")]
+    Upstream(#[source] UpstreamError),
+    #[error("the request is being sent again on another connection")]
+    Superseded,
+}
+
+impl BodyError {
+    /// What the client is told, and its request is counted as.
+    pub(super) fn failure(&self) -> Failure {
+        match self {
+            Self::Client(ClientError::Http1(http1::Error::Malformed(malformed))) => malformed.failure(),
+            Self::Client(ClientError::Http1(_) | ClientError::Http2(_)) | Self::Upstream(_) | Self::Superseded => {
+                Failure::ClientGone
+            }
+        }
+    }
+}
+
+/// What went wrong on a connection from a client.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ClientError {
+    #[error(transparent)]
+    Http1(#[from] http1::Error),
+    #[error(transparent)]
+    Http2(#[from] hyper::Error),
+}
+
+/// A request's body as it comes from a client.
+pub(super) enum ClientBody {
+    Http1(server::RequestBody),
+    Http2(Incoming),
+}
+
+impl Body for ClientBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let frame = match &mut *self {
+            Self::Http1(body) => Pin::new(body).poll_frame(cx).map_err(ClientError::Http1),
+            Self::Http2(body) => Pin::new(body).poll_frame(cx).map_err(ClientError::Http2),
+        };
+        frame.map_err(BodyError::Client)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Http1(body) => body.is_end_stream(),
+            Self::Http2(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Http1(body) => body.size_hint(),
+            Self::Http2(body) => body.size_hint(),
+        }
+    }
+}
+
+/// A request's body on its way to an upstream.
+pub(super) enum RequestBody {
+    Empty,
+    /// Cannot be sent again once it was begun.
+    Once(ClientBody),
+    Replayable(Attempt),
+}
+
+impl RequestBody {
+    /// Reads what is left and throws it away, up to a bound. Closing a connection with unread bytes resets it, and the
+    /// reset may overtake the answer (RFC 9112, 9.6).
+    pub(super) async fn discard(&mut self) {
+        discard(self).await;
+    }
+}
+
+/// Reads an answer that is for nobody, so that its connection can be used again.
+pub(super) async fn read_out(mut body: UpstreamBody, lease: Lease) {
+    // What is left of the request is being sent elsewhere.
+    if discard(&mut body).await && body.is_request_sent() {
+        lease.release(body, Instant::now());
+    }
+}
+
+/// A response's body as it comes from an upstream.
+pub(super) enum UpstreamBody {
+    Http1(AnswerBody),
+    Http2(Incoming),
+}
+
+impl UpstreamBody {
+    /// Whether there is nothing to be waited for.
+    fn has_arrived(&self) -> bool {
+        match self {
+            Self::Http1(body) => body.has_arrived(),
+            Self::Http2(body) => body.is_end_stream(),
+        }
+    }
+
+    fn is_request_sent(&self) -> bool {
+        match self {
+            Self::Http1(body) => body.is_request_sent(),
+            Self::Http2(_) => true, // A stream is given up alone.
+        }
+    }
+
+    /// The connection, where it was switched to another protocol.
+    pub(super) fn into_stream(self) -> Option<Stream> {
+        match self {
+            Self::Http1(body) => body.into_stream(),
+            Self::Http2(_) => None,
+        }
+    }
+}
+
+impl Body for UpstreamBody {
+    type Data = Bytes;
+    type Error = UpstreamError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, UpstreamError>>> {
+        match &mut *self {
+            Self::Http1(body) => Pin::new(body).poll_frame(cx).map_err(UpstreamError::Http1),
+            Self::Http2(body) => Pin::new(body).poll_frame(cx).map_err(UpstreamError::Http2),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Http1(body) => body.is_end_stream(),
+            Self::Http2(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Http1(body) => body.size_hint(),
+            Self::Http2(body) => body.size_hint(),
+        }
+    }
+}
+
+/// Returns whether the end was reached.
+async fn discard<B: Body<Data = Bytes> + Unpin>(body: &mut B) -> bool {
+    let read = async {
+        let mut left = MAX_DISCARD;
+        while left > 0 {
+            match body.frame().await {
+                Some(Ok(frame)) => left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len)),
+                Some(Err(_)) => return false,
+                None => return true,
+            }
+        }
+        false
+    };
+    timeout(MAX_DISCARD_TIME, read).await.unwrap_or(false)
+}
+
+/// The body of a request that may have to be sent again: what was sent is kept, until an answer arrives or it is more
+/// than [`MAX_REPLAY`].
+#[derive(Clone)]
+pub(super) struct Replay(Rc<RefCell<Source>>);
+
+struct Source {
+    incoming: ClientBody,
+    kept: Vec<Bytes>,
+    kept_bytes: usize,
+    keep: bool,
+    trailers: Option<HeaderMap>,
+    ended: bool,
+    /// Attempt that may read.
+    attempt: u32,
+}
+
+/// One sending of a [`Replay`].
+pub(super) struct Attempt {
+    source: Rc<RefCell<Source>>,
+    number: u32,
+    /// Frames of `kept` that were given out.
+    position: usize,
+    done: bool,
+    /// What is left of a body of known length.
+    left: Option<u64>,
+}
+
+impl Replay {
+    pub(super) fn new(incoming: ClientBody) -> Self {
+        Self(Rc::new(RefCell::new(Source {
+            incoming,
+            kept: Vec::new(),
+            kept_bytes: 0,
+            keep: true,
+            trailers: None,
+            ended: false,
+            attempt: 0,
+        })))
+    }
+
+    /// The body from its start, if all that was sent of it is still there. An earlier attempt reads no further.
+    pub(super) fn attempt(&self) -> Option<Attempt> {
+        let mut source = self.0.borrow_mut();
+        if !source.keep {
+            return None;
+        }
+        source.attempt += 1;
+        let kept = u64::try_from(source.kept_bytes).unwrap_or(u64::MAX);
+        let left = if source.ended { Some(0) } else { source.incoming.size_hint().exact() };
+        Some(Attempt {
+            source: Rc::clone(&self.0),
+            number: source.attempt,
+            position: 0,
+            done: false,
+            left: left.map(|left| left + kept),
+        })
+    }
+
+    /// An answer has arrived: the request will not be sent again.
+    pub(super) fn settle(&self) {
+        let mut source = self.0.borrow_mut();
+        source.keep = false;
+        // The frames themselves go as they are passed; an attempt still reads those that it has not given out.
+    }
+}
+
+impl Body for Attempt {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = &mut *self;
+        let mut source = this.source.borrow_mut();
+        let source = &mut *source;
+        if source.attempt != this.number {
+            return Poll::Ready(Some(Err(BodyError::Superseded)));
+        }
+        if this.done {
+            return Poll::Ready(None);
+        }
+        if let Some(data) = source.kept.get(this.position) {
+            let data = data.clone();
+            this.position += 1;
+            take(&mut this.left, &data);
+            return Poll::Ready(Some(Ok(Frame::data(data))));
+        }
+        if source.ended {
+            this.done = true;
+            return Poll::Ready(source.trailers.clone().map(|trailers| Ok(Frame::trailers(trailers))));
+        }
+        match ready!(Pin::new(&mut source.incoming).poll_frame(cx)) {
+            Some(Ok(frame)) => match frame.into_data() {
+                Ok(data) => {
+                    if source.keep {
+                        source.kept_bytes += data.len();
+                        if source.kept_bytes <= MAX_REPLAY {
+                            source.kept.push(data.clone());
+                            this.position += 1;
+                        } else {
+                            source.keep = false;
+                        }
+                    }
+                    if !source.keep && this.position == source.kept.len() {
+                        source.kept.clear();
+                        this.position = 0;
+                    }
+                    take(&mut this.left, &data);
+                    Poll::Ready(Some(Ok(Frame::data(data))))
+                }
+                Err(frame) => {
+                    source.ended = true;
+                    this.done = true;
+                    source.trailers = frame.into_trailers().ok();
+                    Poll::Ready(source.trailers.clone().map(|trailers| Ok(Frame::trailers(trailers))))
+                }
+            },
+            Some(Err(error)) => {
+                source.keep = false;
+                Poll::Ready(Some(Err(error)))
+            }
+            None => {
+                source.ended = true;
+                this.done = true;
+                Poll::Ready(None)
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        let source = self.source.borrow();
+        self.done
+            || (self.position == source.kept.len()
+                && source.trailers.is_none()
+                && (source.ended || source.incoming.is_end_stream()))
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.left.map_or_else(SizeHint::default, SizeHint::with_exact)
+    }
+}
+
+fn take(left: &mut Option<u64>, data: &Bytes) {
+    if let Some(left) = left {
+        *left = left.saturating_sub(u64::try_from(data.len()).unwrap_or(u64::MAX));
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match &mut *self {
+            Self::Empty => Poll::Ready(None),
+            Self::Once(body) => Pin::new(body).poll_frame(cx),
+            Self::Replayable(body) => Pin::new(body).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Empty => true,
+            Self::Once(body) => body.is_end_stream(),
+            Self::Replayable(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Empty => SizeHint::with_exact(0),
+            Self::Once(body) => body.size_hint(),
+            Self::Replayable(body) => body.size_hint(),
+        }
+    }
+}
+
+/// A response's body on its way to the client. With its end the request is counted and the upstream's connection is
+/// free again; dropped before, both sides are released and the request counts as given up by the client.
+pub(super) struct ResponseBody {
+    content: Content,
+    tally: Tally,
+}
+
+enum Content {
+    Local(Bytes),
+    Upstream {
+        body: UpstreamBody,
+        lease: Lease,
+    },
+    /// What a connection is from now on whose both sides have switched.
+    Tunnel(Box<(Stream, Lease)>),
+    Ended,
+}
+
+impl ResponseBody {
+    pub(super) fn local(content: Bytes, tally: Tally) -> Self {
+        Self { content: if content.is_empty() { Content::Ended } else { Content::Local(content) }, tally }
+    }
+
+    pub(super) fn upstream(body: UpstreamBody, lease: Lease, tally: Tally) -> Self {
+        let (ended, arrived) = (body.is_end_stream(), body.has_arrived());
+        let mut this = Self { content: Content::Upstream { body, lease }, tally };
+        if arrived {
+            this.tally.arrived();
+        }
+        if ended {
+            this.end(); // A body that says that it is empty is not polled.
+        }
+        this
+    }
+
+    /// The upstream's connection, to be passed on when the answer that says so has been sent.
+    pub(super) fn tunnel(upstream: Stream, lease: Lease, tally: Tally) -> Self {
+        Self { content: Content::Tunnel(Box::new((upstream, lease))), tally }
+    }
+
+    pub(super) fn into_tunnel(self) -> Option<(Stream, Lease)> {
+        match self.content {
+            Content::Tunnel(tunnel) => Some(*tunnel),
+            Content::Local(_) | Content::Upstream { .. } | Content::Ended => None,
+        }
+    }
+
+    pub(super) fn connection(&self) -> &Connection {
+        self.tally.connection()
+    }
+
+    /// The last moment that is known of the request.
+    pub(super) fn latest(&self) -> Instant {
+        self.tally.latest()
+    }
+
+    /// The request turned out not to be valid while it was answered.
+    pub(super) fn fail(mut self, failure: &Failure) {
+        self.tally.fail(failure, Instant::now());
+    }
+
+    fn end(&mut self) {
+        let now = self.tally.last_byte();
+        if let Content::Upstream { body, lease } = std::mem::replace(&mut self.content, Content::Ended) {
+            lease.release(body, now);
+        }
+        self.tally.finish(now);
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = &mut *self;
+        let body = match &mut this.content {
+            Content::Upstream { body, .. } => body,
+            Content::Local(content) => {
+                let content = std::mem::take(content);
+                this.content = Content::Ended;
+                return Poll::Ready(Some(Ok(Frame::data(content))));
+            }
+            Content::Tunnel(_) | Content::Ended => return Poll::Ready(None),
+        };
+        match ready!(Pin::new(&mut *body).poll_frame(cx)) {
+            Some(Ok(frame)) => {
+                let mut ended = body.is_end_stream();
+                if let Some(data) = frame.data_ref() {
+                    this.tally.add_bytes(data.len());
+                } else if let Some(trailers) = frame.trailers_ref() {
+                    ended = true;
+                    if let Some(status) = trailers.get("grpc-status") {
+                        this.tally.set_grpc_status(GrpcStatus::parse(status.as_bytes()));
+                    }
+                }
+                if ended {
+                    this.end();
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Some(Err(error)) => {
+                // The head is out, so the client can only be told by an end that is none (RFC 9112, 8).
+                this.content = Content::Ended;
+                this.tally.fail(&Failure::UpstreamReset, Instant::now());
+                Poll::Ready(Some(Err(BodyError::Upstream(error))))
+            }
+            None => {
+                this.end();
+                Poll::Ready(None)
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(self.content, Content::Ended | Content::Tunnel(_))
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.content {
+            Content::Local(content) => SizeHint::with_exact(u64::try_from(content.len()).unwrap_or(u64::MAX)),
+            Content::Upstream { body, .. } => body.size_hint(),
+            Content::Tunnel(_) | Content::Ended => SizeHint::with_exact(0),
+        }
+    }
+}

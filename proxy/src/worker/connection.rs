@@ -1,0 +1,395 @@
+//! One connection from a client: which configuration it is served by, how it is driven, and how it ends.
+
+use std::{
+    cell::{Cell, OnceCell, RefCell},
+    convert::Infallible,
+    future::{Future, poll_fn},
+    io,
+    net::{IpAddr, SocketAddr},
+    pin::{Pin, pin},
+    rc::Rc,
+    sync::Arc,
+    task::{Context, Poll, Waker, ready},
+    time::Duration,
+};
+
+use http::{HeaderValue, Request};
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    net::TcpStream,
+    time::{Instant, Sleep, sleep, timeout},
+};
+use tokio_rustls::LazyConfigAcceptor;
+
+use super::{
+    body::{ClientBody, RequestBody},
+    http1::server::{self, Sent},
+    pool::{CONNECTION_WINDOW, LocalExecutor, STREAM_WINDOW},
+    request,
+    serving::{Chain, Protocol},
+    slot::Slot,
+    stream::{Socket, Stream},
+    tcp,
+};
+use crate::tls::{ALPN_H2, ALPN_HTTP1};
+
+/// Requests that one client may have open on one HTTP/2 connection.
+const MAX_STREAMS: u32 = 256;
+
+pub(super) struct Connection {
+    pub(super) slot: Rc<Slot>,
+    pub(super) peer: SocketAddr,
+    pub(super) local: SocketAddr,
+    id: u64,
+    chain: RefCell<Option<Rc<Chain>>>,
+    /// The slot's version that `chain` is of.
+    seen: Cell<u64>,
+    draining: Cell<bool>,
+    cut: Cell<bool>,
+    /// Requests that have begun and not ended.
+    active: Cell<u32>,
+    /// Whether it is more than requests: TCP, or a tunnel.
+    tunnel: Cell<bool>,
+    quiet_since: Cell<Instant>,
+    waker: RefCell<Option<Waker>>,
+    peer_value: OnceCell<HeaderValue>,
+}
+
+/// What a request finds when it asks for its configuration.
+pub(super) enum Current {
+    Chain(Rc<Chain>),
+    /// Another client is admitted here now; this connection was made under the old rule.
+    Revoked,
+}
+
+impl Connection {
+    /// `None` if the client has gone already.
+    pub(super) fn accepted(slot: &Rc<Slot>, stream: &TcpStream, peer: SocketAddr) -> Option<Rc<Self>> {
+        let local = stream.local_addr().ok()?;
+        // An IPv4 client of a dual-stack socket is an IPv4 client.
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+        let local = SocketAddr::new(local.ip().to_canonical(), local.port());
+        let connection = slot.opened(|id| {
+            Rc::new(Self {
+                slot: Rc::clone(slot),
+                peer,
+                local,
+                id,
+                chain: RefCell::new(None),
+                seen: Cell::new(0),
+                draining: Cell::new(slot.is_draining()),
+                cut: Cell::new(false),
+                active: Cell::new(0),
+                tunnel: Cell::new(false),
+                quiet_since: Cell::new(Instant::now()),
+                waker: RefCell::new(None),
+                peer_value: OnceCell::new(),
+            })
+        });
+        Some(connection)
+    }
+
+    /// The newest configuration for this connection, loaded once by each request at its start.
+    pub(super) fn current(&self) -> Current {
+        let mut chain = self.chain.borrow_mut();
+        let serving = (self.seen.get() != self.slot.version()).then(|| self.slot.serving());
+        if let (Some(serving), Some(mine)) = (serving, chain.as_mut()) {
+            match serving.successor(mine) {
+                Some(newer) => {
+                    let admitted = |chain: &Chain| chain.tls.as_ref().map(|(tls, _)| tls.clone());
+                    if admitted(newer) != admitted(mine) {
+                        self.drain();
+                        return Current::Revoked;
+                    }
+                    *mine = Rc::clone(newer);
+                }
+                // Nothing replaces it; what was begun is served to its end as it was.
+                None => self.drain(),
+            }
+            self.seen.set(self.slot.version());
+        }
+        chain.as_ref().map_or(Current::Revoked, |chain| Current::Chain(Rc::clone(chain)))
+    }
+
+    pub(super) fn is_tls(&self) -> bool {
+        self.chain.borrow().as_ref().is_some_and(|chain| chain.tls.is_some())
+    }
+
+    /// The client's address as a header value.
+    pub(super) fn peer_value(&self) -> (IpAddr, &HeaderValue) {
+        let ip = self.peer.ip();
+        let value = self.peer_value.get_or_init(|| {
+            HeaderValue::from_str(&ip.to_string()).unwrap_or_else(|_| HeaderValue::from_static("unknown"))
+        });
+        (ip, value)
+    }
+
+    pub(super) fn request_started(&self) {
+        self.active.set(self.active.get() + 1);
+        self.slot.metrics.request_started();
+    }
+
+    /// `at` spares a look at the clock.
+    pub(super) fn request_ended(&self, at: Option<Instant>) {
+        self.active.set(self.active.get() - 1);
+        if self.active.get() == 0 {
+            self.quiet_since.set(at.unwrap_or_else(Instant::now));
+        }
+        self.slot.metrics.request_ended();
+    }
+
+    /// How long it may be open without a request.
+    fn idle_limit(&self) -> Option<Duration> {
+        let timing = &self.slot.worker.timing;
+        if self.is_draining() { timing.drain_idle } else { timing.downstream_idle }
+    }
+
+    /// How often it is looked whether it has been open for too long.
+    fn look_every(&self) -> Duration {
+        let header = self.slot.worker.timing.header;
+        self.idle_limit().map_or(header, |limit| limit.min(header))
+    }
+
+    /// Asks the connection to end when its requests have.
+    pub(super) fn drain(&self) {
+        self.draining.set(true);
+        self.wake();
+    }
+
+    pub(super) fn is_draining(&self) -> bool {
+        self.draining.get()
+    }
+
+    /// Ends the connection at once.
+    pub(super) fn cut(&self) {
+        self.cut.set(true);
+        self.wake();
+    }
+
+    /// Whether cutting it would lose something.
+    pub(super) fn is_in_use(&self) -> bool {
+        self.active.get() > 0 || self.tunnel.get()
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = &*self.waker.borrow() {
+            waker.wake_by_ref();
+        }
+    }
+
+    /// Runs `work` until it ends or the connection is cut; then the connection is closed.
+    async fn until_cut(&self, mut work: Pin<&mut impl Future<Output = ()>>) {
+        let _closed = Closed(self);
+        poll_fn(|cx| {
+            if self.cut.get() {
+                return Poll::Ready(());
+            }
+            {
+                let mut waker = self.waker.borrow_mut();
+                if waker.as_ref().is_none_or(|waker| !waker.will_wake(cx.waker())) {
+                    *waker = Some(cx.waker().clone());
+                }
+            }
+            work.as_mut().poll(cx)
+        })
+        .await;
+    }
+}
+
+struct Closed<'a>(&'a Connection);
+
+impl Drop for Closed<'_> {
+    fn drop(&mut self) {
+        self.0.slot.closed(self.0.id);
+    }
+}
+
+/// Serves a connection to its end.
+pub(super) async fn run(connection: Rc<Connection>, stream: TcpStream) {
+    super::prepare_socket(&stream);
+    // Pinned here: a future that is passed on by value takes its space twice.
+    let work = pin!(serve(&connection, stream));
+    connection.until_cut(work).await;
+}
+
+async fn serve(connection: &Rc<Connection>, stream: TcpStream) {
+    let serving = connection.slot.serving();
+    connection.seen.set(connection.slot.version());
+    let accepted = if serving.speaks_tls() {
+        let limit = connection.slot.worker.timing.tls_handshake;
+        let handshake = Box::pin(handshake(&serving, stream));
+        match timeout(limit, handshake).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+            Ok(accepted) => Some(accepted),
+            Err(error) => {
+                connection.slot.metrics.tls_failed();
+                tracing::debug!(listener = connection.slot.name, peer = %connection.peer, %error, "TLS refused");
+                None
+            }
+        }
+    } else {
+        serving.chains.first().map(|chain| (Rc::clone(chain), Stream::plain(stream)))
+    };
+    let Some((chain, stream)) = accepted else {
+        return;
+    };
+    *connection.chain.borrow_mut() = Some(chain);
+    // A snapshot may have been applied during the handshake.
+    let Current::Chain(chain) = connection.current() else { return };
+    match &chain.protocol {
+        Protocol::Http(_) => http(connection, stream).await,
+        Protocol::Tcp(split) => {
+            connection.tunnel.set(true);
+            Box::pin(tcp::proxy(connection, split, stream)).await;
+        }
+    }
+}
+
+/// The chain that the client asked for by SNI, and the stream when both certificates have been checked.
+async fn handshake(serving: &super::serving::Serving, stream: TcpStream) -> io::Result<(Rc<Chain>, Stream)> {
+    let hello = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), Socket::new(stream)).await?;
+    let server_name = hello.client_hello().server_name().map(str::to_owned);
+    let chain = serving.chain_for(server_name.as_deref());
+    let Some((chain, (_, config))) = chain.and_then(|chain| Some((chain, chain.tls.as_ref()?))) else {
+        return Err(io::Error::other(format!("no filter chain for the server name {server_name:?}")));
+    };
+    let stream = hello.into_stream(Arc::clone(config)).await?;
+    Ok((Rc::clone(chain), Stream::server(stream)))
+}
+
+async fn http(connection: &Rc<Connection>, mut stream: Stream) {
+    let timing = &connection.slot.worker.timing;
+    let http2 = match stream.alpn() {
+        Some(ALPN_H2) => true,
+        Some(ALPN_HTTP1) => false,
+        Some(_) | None => match timeout(timing.first_byte, stream.starts_http2()).await {
+            Ok(Ok(http2)) => http2,
+            Ok(Err(_)) | Err(_) => return, // Nothing was asked.
+        },
+    };
+    if http2 {
+        Box::pin(serve_http2(connection, stream)).await;
+    } else {
+        serve_http1(connection, stream).await;
+    }
+}
+
+async fn serve_http1(connection: &Rc<Connection>, stream: Stream) {
+    let mut client = server::Connection::new(stream);
+    let mut patience = pin!(Patience::new(connection));
+    loop {
+        let request = client.request(|cx, begun| patience.as_mut().poll(cx, connection, begun)).await;
+        let request = match request {
+            Ok(Some(request)) => request,
+            Ok(None) => break,
+            Err(malformed) => {
+                tracing::debug!(listener = connection.slot.name, peer = %connection.peer, %malformed, "request refused");
+                match client.send(request::refuse(connection, &malformed.failure())).await {
+                    Sent::Whole => break,
+                    Sent::Switched(_) | Sent::Broken => return,
+                }
+            }
+        };
+        let answer = pin!(request::serve(Rc::clone(connection), request));
+        let Some(response) = client.unless_gone(answer).await else {
+            return;
+        };
+        match client.send(response).await {
+            Sent::Whole => {}
+            Sent::Switched(body) => {
+                connection.tunnel.set(true);
+                if let (Some(mut stream), Some((mut upstream, _lease))) = (client.into_stream(), body.into_tunnel()) {
+                    // The lease counts as load while the tunnel is open.
+                    let _ = Box::pin(tcp::copy(&mut stream, &mut upstream)).await;
+                }
+                return;
+            }
+            Sent::Broken => return,
+        }
+    }
+    client.close().await;
+}
+
+/// How long an HTTP/1.1 client may say nothing, or half a head. One timer for the life of the connection: it is set anew
+/// when it fires, not with each request.
+///
+/// An idle connection cannot be closed without a chance that a request is on its way. So while draining it gets
+/// `connection: close` with its next answer (`request.rs`), and is closed only after a while without one, or at the
+/// deadline.
+struct Patience {
+    timer: Pin<Box<Sleep>>,
+    /// When the first part of a head came that is not whole yet.
+    begun: Option<Instant>,
+    draining: bool,
+}
+
+impl Patience {
+    fn new(connection: &Connection) -> Self {
+        let timer = Box::pin(sleep(connection.look_every()));
+        Self { timer, begun: None, draining: false }
+    }
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>, connection: &Connection, begun: bool) -> Poll<()> {
+        let timing = &connection.slot.worker.timing;
+        if begun != self.begun.is_some() {
+            self.begun = begun.then(Instant::now);
+        }
+        if connection.is_draining() && !self.draining {
+            self.draining = true;
+            if let Some(idle) = timing.drain_idle {
+                self.timer.as_mut().reset(Instant::now() + idle);
+            }
+        }
+        loop {
+            ready!(self.timer.as_mut().poll(cx));
+            let now = Instant::now();
+            let quiet_until = connection.idle_limit().map(|limit| connection.quiet_since.get() + limit);
+            let until = self.begun.map(|begun| begun + timing.header).or(quiet_until);
+            let look_again = now + connection.look_every();
+            if until.is_some_and(|until| until <= now) {
+                return Poll::Ready(());
+            }
+            self.timer.as_mut().reset(until.map_or(look_again, |until| until.min(look_again)));
+        }
+    }
+}
+
+async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
+    let service = service_fn(|request: Request<Incoming>| {
+        let request = request.map(|body| RequestBody::Once(ClientBody::Http2(body)));
+        let answer = request::serve(Rc::clone(connection), request);
+        async { Ok::<_, Infallible>(answer.await) }
+    });
+    let served = http2::Builder::new(LocalExecutor)
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(MAX_STREAMS)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut served = pin!(served);
+    let mut timer = pin!(sleep(connection.look_every()));
+    let mut told = false;
+    // Ends it when it is drained or idle for too long: GOAWAY loses nothing.
+    let result = poll_fn(|cx| {
+        loop {
+            if let Poll::Ready(result) = served.as_mut().poll(cx) {
+                return Poll::Ready(result);
+            }
+            if connection.is_draining() && !told {
+                told = true;
+                served.as_mut().graceful_shutdown();
+                continue;
+            }
+            ready!(timer.as_mut().poll(cx));
+            let now = Instant::now();
+            let quiet = now.duration_since(connection.quiet_since.get());
+            if connection.active.get() == 0 && connection.idle_limit().is_some_and(|limit| quiet >= limit) {
+                served.as_mut().graceful_shutdown();
+            }
+            timer.as_mut().reset(now + connection.look_every());
+        }
+    });
+    if let Err(error) = result.await {
+        tracing::debug!(listener = connection.slot.name, peer = %connection.peer, %error, "connection ended");
+    }
+}

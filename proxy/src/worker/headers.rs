@@ -1,0 +1,252 @@
+//! What a proxy must take off, keep and add between two connections (RFC 9110, 7.6).
+
+use std::net::IpAddr;
+
+use http::{HeaderMap, HeaderName, HeaderValue, Uri, Version, header, request, uri::PathAndQuery};
+
+use crate::failure::{FLAG_HEADER, Failure, NOT_PROCESSED};
+
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+
+/// Refuses a request whose host two implementations may understand differently, and makes the target origin-form with
+/// a fitting Host, as a server wants it (RFC 9112, 3.2). What is ambiguous about framing (RFC 9112, 11.2) `http1`
+/// has refused already.
+pub(super) fn check_request(parts: &mut request::Parts) -> Result<(), Failure> {
+    if parts.version == Version::HTTP_2 {
+        if let (Some(host), Some(authority)) = (parts.headers.get(header::HOST), parts.uri.authority())
+            && !host.as_bytes().eq_ignore_ascii_case(authority.as_str().as_bytes())
+        {
+            return Err(Failure::BadRequest("the header Host differs from :authority"));
+        }
+        return Ok(());
+    }
+    let mut hosts = parts.headers.get_all(header::HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (Some(_), Some(_)) => return Err(Failure::BadRequest("more than one Host")),
+        (None, _) if parts.version == Version::HTTP_11 => {
+            return Err(Failure::BadRequest("no Host"));
+        }
+        (Some(_) | None, None) | (None, Some(_)) => {}
+    }
+    if let Some(authority) = parts.uri.authority() {
+        // Absolute-form: the authority of the target wins over Host.
+        if let Ok(host) = HeaderValue::from_str(authority.as_str()) {
+            parts.headers.insert(header::HOST, host);
+        }
+        let path = parts.uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+        parts.uri = Uri::from(path);
+    }
+    Ok(())
+}
+
+/// The protocol that an HTTP/1.1 request asks to switch to, if it is one that we pass on. Others are taken off like
+/// every hop-by-hop header, and so ignored, as RFC 9110, 7.8 allows; so is one of a request with content, whose bytes
+/// could be mistaken for the new protocol's.
+pub(super) fn wants_websocket(parts: &request::Parts, has_body: bool) -> bool {
+    parts.version == Version::HTTP_11
+        && !has_body
+        && parts.headers.get(header::UPGRADE).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"websocket"))
+        && names(&parts.headers).any(|name| name.eq_ignore_ascii_case("upgrade"))
+}
+
+/// Keeps the switch to WebSocket in a message that has been cleaned.
+pub(super) fn keep_websocket(headers: &mut HeaderMap) {
+    headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+}
+
+/// Whether a message has any header that the cleaning below is about. Most have none, and one pass over their names
+/// costs less than looking for each.
+fn needs_cleaning(headers: &HeaderMap) -> bool {
+    headers.keys().any(|name| match *name {
+        header::CONNECTION | header::TE | header::TRANSFER_ENCODING | header::UPGRADE | header::EXPECT => true,
+        _ => [KEEP_ALIVE, PROXY_CONNECTION, NOT_PROCESSED, FLAG_HEADER].contains(name),
+    })
+}
+
+/// Takes off what concerned the connection from the client, and what only proxies of ours may say.
+pub(super) fn clean_request(headers: &mut HeaderMap, version: Version) {
+    if !needs_cleaning(headers) {
+        return;
+    }
+    let trailers = headers.get_all(header::TE).iter().any(|value| {
+        value.to_str().is_ok_and(|value| value.split(',').any(|coding| coding.trim().eq_ignore_ascii_case("trailers")))
+    });
+    clean_hop_by_hop(headers, version);
+    // TE describes one hop only, but trailers pass us, and gRPC asks for them (gRPC over HTTP/2, Requests).
+    headers.remove(header::TE);
+    if trailers {
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+        if version != Version::HTTP_2 {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("te"));
+        }
+    }
+    // Answered with 100 when the body is first read, that is, when an upstream takes it.
+    headers.remove(header::EXPECT);
+    headers.remove(NOT_PROCESSED);
+}
+
+/// Takes off what concerned the connection to the upstream, and what only proxies of ours may say: the flag of an
+/// answer that a sidecar gave passes the fleet.
+pub(super) fn clean_response(headers: &mut HeaderMap, version: Version, from_application: bool) {
+    if !needs_cleaning(headers) {
+        return;
+    }
+    clean_hop_by_hop(headers, version);
+    headers.remove(NOT_PROCESSED);
+    if from_application {
+        headers.remove(FLAG_HEADER);
+    }
+}
+
+fn clean_hop_by_hop(headers: &mut HeaderMap, version: Version) {
+    if version == Version::HTTP_2 {
+        return; // h2 refuses messages that have any of them (RFC 9113, 8.2.2).
+    }
+    if headers.contains_key(header::CONNECTION) {
+        let named: Vec<HeaderName> = names(headers)
+            .filter(|name| !name.eq_ignore_ascii_case("close") && !name.eq_ignore_ascii_case("keep-alive"))
+            .filter_map(|name| HeaderName::from_bytes(name.as_bytes()).ok())
+            // A client must not make us drop what frames or addresses the message.
+            .filter(|name| name != header::HOST && name != header::CONTENT_LENGTH)
+            .collect();
+        for name in named {
+            headers.remove(name);
+        }
+        headers.remove(header::CONNECTION);
+    }
+    headers.remove(KEEP_ALIVE);
+    headers.remove(PROXY_CONNECTION);
+    headers.remove(header::TRANSFER_ENCODING);
+    headers.remove(header::UPGRADE);
+}
+
+fn names(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    let values = headers.get_all(header::CONNECTION).iter();
+    values.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',')).map(str::trim)
+}
+
+/// Says who the client is. The list grows at its end, where the application can count back from proxies that it
+/// trusts; a scheme that an earlier proxy noted stays.
+pub(super) fn add_forwarded(headers: &mut HeaderMap, client: IpAddr, client_value: &HeaderValue, tls: bool) {
+    match headers.entry(FORWARDED_FOR) {
+        header::Entry::Occupied(mut before) => {
+            let mut list = String::new();
+            for value in &before {
+                if let Ok(value) = value.to_str() {
+                    list.push_str(value);
+                    list.push_str(", ");
+                }
+            }
+            list.push_str(&client.to_string());
+            before.insert_mult(HeaderValue::from_str(&list).unwrap_or_else(|_| client_value.clone()));
+        }
+        header::Entry::Vacant(nobody) => {
+            nobody.insert(client_value.clone());
+        }
+    }
+    headers.entry(FORWARDED_PROTO).or_insert_with(|| HeaderValue::from_static(if tls { "https" } else { "http" }));
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use http::Request;
+
+    use super::*;
+
+    fn request(version: Version, uri: &str, headers: &[(&'static str, &str)]) -> request::Parts {
+        let mut builder = Request::builder().version(version).uri(uri);
+        for (name, value) in headers {
+            builder = builder.header(*name, *value);
+        }
+        builder.body(()).unwrap().into_parts().0
+    }
+
+    #[test]
+    fn what_is_said_of_one_hop_stays_there_and_the_rest_passes() {
+        let mut parts = request(
+            Version::HTTP_11,
+            "/",
+            &[
+                ("host", "a"),
+                ("connection", "keep-alive, X-Hop"),
+                ("connection", "host"),
+                ("x-hop", "1"),
+                ("keep-alive", "timeout=5"),
+                ("proxy-connection", "keep-alive"),
+                ("transfer-encoding", "chunked"),
+                ("te", "gzip, trailers"),
+                ("upgrade", "h2c"),
+                ("expect", "100-continue"),
+                ("x-sluice-not-processed", "1"),
+                ("trailer", "x-sum"),
+                ("x-mine", "1"),
+            ],
+        );
+        clean_request(&mut parts.headers, parts.version);
+        let mut left: Vec<_> = parts.headers.iter().map(|(n, v)| format!("{n}: {}", v.to_str().unwrap())).collect();
+        left.sort();
+        assert_eq!(left, ["connection: te", "host: a", "te: trailers", "trailer: x-sum", "x-mine: 1"]);
+    }
+
+    #[test]
+    fn ambiguous_requests_are_refused() {
+        let table: [(Version, &[(&'static str, &str)]); 3] = [
+            (Version::HTTP_11, &[]),
+            (Version::HTTP_11, &[("host", "a"), ("host", "a")]),
+            (Version::HTTP_10, &[("host", "a"), ("host", "b")]),
+        ];
+        for (version, headers) in table {
+            assert!(check_request(&mut request(version, "/", headers)).is_err(), "{version:?} {headers:?}");
+        }
+        let mut differing = request(Version::HTTP_2, "http://a/", &[("host", "b")]);
+        assert!(check_request(&mut differing).is_err());
+        assert!(check_request(&mut request(Version::HTTP_10, "/", &[])).is_ok());
+        assert!(check_request(&mut request(Version::HTTP_2, "http://a/", &[("host", "A")])).is_ok());
+    }
+
+    #[test]
+    fn an_absolute_target_becomes_path_and_host() {
+        let mut parts = request(Version::HTTP_11, "http://shop:8080/cart?x=1", &[("host", "other")]);
+        check_request(&mut parts).unwrap();
+        assert_eq!(
+            (parts.uri.to_string().as_str(), parts.headers["host"].to_str().unwrap()),
+            ("/cart?x=1", "shop:8080")
+        );
+    }
+
+    #[test]
+    fn the_client_is_added_behind_those_before_it() {
+        let (ip, value) = (IpAddr::from([10, 0, 0, 9]), HeaderValue::from_static("10.0.0.9"));
+        let mut headers = HeaderMap::new();
+        add_forwarded(&mut headers, ip, &value, false);
+        assert_eq!(
+            (headers["x-forwarded-for"].to_str().unwrap(), headers["x-forwarded-proto"].to_str().unwrap()),
+            ("10.0.0.9", "http")
+        );
+
+        headers.insert("x-forwarded-for", HeaderValue::from_static("1.1.1.1"));
+        headers.append("x-forwarded-for", HeaderValue::from_static("2.2.2.2"));
+        headers.insert("x-forwarded-proto", HeaderValue::from_static("https"));
+        add_forwarded(&mut headers, ip, &value, false);
+        assert_eq!(headers.get_all("x-forwarded-for").iter().count(), 1);
+        assert_eq!(&headers["x-forwarded-for"], "1.1.1.1, 2.2.2.2, 10.0.0.9");
+        assert_eq!(&headers["x-forwarded-proto"], "https");
+    }
+
+    #[test]
+    fn only_websocket_without_content_is_an_upgrade() {
+        let asks = |upgrade: &str, connection: &str, body| {
+            let headers = [("host", "a"), ("upgrade", upgrade), ("connection", connection)];
+            wants_websocket(&request(Version::HTTP_11, "/", &headers), body)
+        };
+        assert!(asks("WebSocket", "keep-alive, Upgrade", false));
+        assert!(!asks("websocket", "keep-alive", false));
+        assert!(!asks("h2c", "upgrade", false));
+        assert!(!asks("websocket", "upgrade", true));
+    }
+}

@@ -1,0 +1,238 @@
+//! One worker thread of the data path: it owns its sockets, pools and counters and shares nothing on the way of a
+//! request. A new snapshot is applied between two polls, so that each request sees one configuration, whole.
+
+mod body;
+mod cluster;
+mod connection;
+mod headers;
+mod http1;
+mod pool;
+mod request;
+mod serving;
+mod slot;
+mod stream;
+mod tally;
+mod tcp;
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, HashMap, HashSet},
+    net::TcpListener,
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    net::TcpStream,
+    sync::{mpsc, oneshot},
+    time::{Instant, interval, sleep},
+};
+
+use self::{
+    cluster::Cluster,
+    serving::{Chain, Clusters, Serving},
+    slot::Slot,
+};
+use crate::{
+    access_log::AccessLog,
+    metrics::Metrics,
+    snapshot::Snapshot,
+    tls::IdentityHandle,
+    workers::{Role, Timing},
+};
+
+/// How often idle connections to upstreams are looked through; well below the shortest idle time.
+const SWEEP: Duration = Duration::from_millis(250);
+
+/// What every part of a worker may use.
+pub(crate) struct Shared {
+    pub(crate) thread: usize,
+    pub(crate) role: Role,
+    pub(crate) timing: Timing,
+    pub(crate) identity: IdentityHandle,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) access_log: Option<AccessLog>,
+}
+
+pub(crate) enum Command {
+    /// Serve this from now on, with sockets for the listeners that are new. Answered when it is so.
+    Apply { snapshot: Arc<Snapshot>, sockets: Vec<(String, TcpListener)>, done: oneshot::Sender<()> },
+    /// End all connections. Answered with how many were cut.
+    Drain { settle: Duration, deadline: Instant, done: oneshot::Sender<usize> },
+    /// Ask the connections that are open now to end in their time. New ones are served as ever.
+    AnnounceDrain { done: oneshot::Sender<()> },
+    /// Show a sign of life.
+    Ping { done: oneshot::Sender<()> },
+}
+
+struct Worker {
+    shared: Rc<Shared>,
+    slots: RefCell<BTreeMap<String, Rc<Slot>>>,
+    /// Removed listeners that are not over yet.
+    removed: RefCell<Vec<Rc<Slot>>>,
+    clusters: RefCell<Clusters>,
+}
+
+/// Runs a worker until its commands end.
+pub(crate) async fn run(shared: Shared, mut commands: mpsc::Receiver<Command>) {
+    let worker = Rc::new(Worker {
+        shared: Rc::new(shared),
+        slots: RefCell::default(),
+        removed: RefCell::default(),
+        clusters: RefCell::default(),
+    });
+    let sweeper = tokio::task::spawn_local(sweep(Rc::clone(&worker)));
+    while let Some(command) = commands.recv().await {
+        match command {
+            Command::Apply { snapshot, sockets, done } => {
+                worker.apply(&snapshot, sockets);
+                let _ = done.send(());
+            }
+            Command::Drain { settle, deadline, done } => {
+                let worker = Rc::clone(&worker);
+                tokio::task::spawn_local(async move {
+                    sleep(settle).await;
+                    let _ = done.send(worker.drain(deadline).await);
+                });
+            }
+            Command::AnnounceDrain { done } => {
+                worker.announce_drain();
+                let _ = done.send(());
+            }
+            Command::Ping { done } => {
+                let _ = done.send(());
+            }
+        }
+    }
+    sweeper.abort();
+}
+
+impl Worker {
+    /// Switches to a snapshot. There is no await in it: no request runs meanwhile.
+    fn apply(&self, snapshot: &Snapshot, sockets: Vec<(String, TcpListener)>) {
+        let clusters = self.clusters_for(snapshot);
+        let mut slots = self.slots.borrow_mut();
+        let mut sockets: HashMap<String, TcpListener> = sockets.into_iter().collect();
+
+        let gone: Vec<String> = slots
+            .iter()
+            .filter(|(name, slot)| snapshot.listeners.get(*name).is_none_or(|new| new.address != slot.address))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in gone {
+            if let Some(slot) = slots.remove(&name) {
+                slot.remove();
+                self.removed.borrow_mut().push(slot);
+            }
+        }
+        for (name, listener) in &snapshot.listeners {
+            if let Some(slot) = slots.get(name) {
+                if !Arc::ptr_eq(&slot.serving().listener, listener) {
+                    slot.serve(Rc::new(Serving::new(listener, &clusters, &self.shared)));
+                }
+                continue;
+            }
+            let Some(socket) = sockets.remove(name) else {
+                continue;
+            };
+            let serving = Rc::new(Serving::new(listener, &clusters, &self.shared));
+            let slot = if let Some(slot) = self.take_removed(name, listener.address) {
+                slot.revive();
+                slot.serve(serving);
+                slot
+            } else {
+                Slot::new(&self.shared, serving)
+            };
+            match tokio::net::TcpListener::from_std(socket) {
+                Ok(socket) => slot.accept_on(socket),
+                Err(error) => {
+                    tracing::error!(listener = name, %error, "the listener's socket cannot be watched")
+                }
+            }
+            slots.insert(name.clone(), slot);
+        }
+        drop(slots);
+        self.removed.borrow_mut().retain(|slot| !slot.is_over());
+        self.switch_clusters(clusters);
+    }
+
+    fn take_removed(&self, name: &str, address: std::net::SocketAddr) -> Option<Rc<Slot>> {
+        let mut removed = self.removed.borrow_mut();
+        let index = removed.iter().position(|slot| slot.name == name && slot.address == address)?;
+        Some(removed.swap_remove(index))
+    }
+
+    fn clusters_for(&self, snapshot: &Snapshot) -> Clusters {
+        let current = self.clusters.borrow();
+        let mut clusters = Clusters::new();
+        for chain in snapshot.listeners.values().flat_map(|listener| &listener.chains) {
+            for (config, _) in Chain::clusters_of(chain) {
+                if clusters.contains_key(&config.name) {
+                    continue;
+                }
+                let cluster = match current.get(&config.name) {
+                    Some(same) if Arc::ptr_eq(&same.config, config) || same.config == *config => Rc::clone(same),
+                    previous => Rc::new(Cluster::new(Arc::clone(config), previous.map(Rc::as_ref), &self.shared)),
+                };
+                clusters.insert(config.name.clone(), cluster);
+            }
+        }
+        clusters
+    }
+
+    /// Takes the clusters into use, and lets go of connections to endpoints that are configured no more.
+    fn switch_clusters(&self, clusters: Clusters) {
+        let mut used = HashSet::new();
+        for cluster in clusters.values() {
+            cluster.each_endpoint(|endpoint| {
+                used.insert(Rc::as_ptr(endpoint));
+            });
+        }
+        for cluster in self.clusters.replace(clusters).values() {
+            cluster.each_endpoint(|endpoint| {
+                if !used.contains(&Rc::as_ptr(endpoint)) {
+                    endpoint.retire();
+                }
+            });
+        }
+    }
+
+    fn announce_drain(&self) {
+        for slot in self.slots.borrow().values() {
+            slot.announce_drain();
+        }
+    }
+
+    async fn drain(&self, deadline: Instant) -> usize {
+        let mut slots: Vec<_> = self.slots.borrow().values().cloned().collect();
+        slots.extend(self.removed.borrow().iter().cloned());
+        let cut = futures::future::join_all(slots.iter().map(|slot| slot.drain(deadline))).await;
+        cut.into_iter().sum()
+    }
+}
+
+async fn sweep(worker: Rc<Worker>) {
+    let mut ticks = interval(SWEEP);
+    loop {
+        ticks.tick().await;
+        let now = Instant::now();
+        for cluster in worker.clusters.borrow().values() {
+            cluster.each_endpoint(|endpoint| endpoint.sweep(&cluster.connector, now));
+        }
+        worker.removed.borrow_mut().retain(|slot| !slot.is_over());
+    }
+}
+
+/// For both ends of a proxied connection: no delay of small writes, and an end for peers that vanished without a word.
+fn prepare_socket(stream: &TcpStream) {
+    let _ = stream.set_nodelay(true);
+    let socket = socket2::SockRef::from(stream);
+    let keepalive = socket2::TcpKeepalive::new()
+        .with_time(Duration::from_secs(60))
+        .with_interval(Duration::from_secs(10))
+        .with_retries(3);
+    let _ = socket.set_tcp_keepalive(&keepalive);
+    // Sent and never acknowledged: keepalive is silent then.
+    let _ = socket.set_tcp_user_timeout(Some(Duration::from_secs(30)));
+}

@@ -1,0 +1,519 @@
+//! Connections to one endpoint, kept and shared by one worker thread: HTTP/1 one request at a time, HTTP/2 many.
+//!
+//! HTTP/1 is ours (`http1::client`); of HTTP/2, hyper's connections are used directly, one spawned task each, which ends when its
+//! sender is dropped. Requests in, answers out: how it is done is not seen outside, so that it can be exchanged.
+
+use std::{
+    cell::{Cell, RefCell},
+    error::Error,
+    future::Future,
+    io,
+    net::SocketAddr,
+    rc::Rc,
+    time::Duration,
+};
+
+use futures::{FutureExt, channel::oneshot, future::Shared as SharedFuture};
+use http::{Request, Response};
+use hyper::{
+    client::conn::{TrySendError, http2},
+    rt::Executor,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use rustls::pki_types::ServerName;
+use tokio::{
+    net::TcpStream,
+    time::{Instant, timeout},
+};
+use tokio_rustls::TlsConnector;
+
+use super::{
+    Shared,
+    body::{RequestBody, UpstreamBody},
+    http1::{
+        self,
+        client::{self, NoAnswer},
+    },
+    stream::{Socket, Stream},
+};
+use crate::{
+    failure::Failure,
+    snapshot,
+    tls::{ALPN_H2, ALPN_HTTP1},
+};
+
+/// Idle HTTP/1 connections kept per endpoint and thread; more are closed.
+const MAX_IDLE: usize = 1024;
+/// Requests on one HTTP/2 connection before another is opened. Servers rarely allow fewer (RFC 9113, 6.5.2).
+const MAX_STREAMS: u32 = 100;
+/// A stream that nobody reads must not fill the connection's window and stall the others (RFC 9113, 5.2): 16 can.
+pub(super) const STREAM_WINDOW: u32 = 256 * 1024;
+pub(super) const CONNECTION_WINDOW: u32 = 16 * STREAM_WINDOW;
+
+/// Runs hyper's own tasks on this thread.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LocalExecutor;
+
+impl<F> Executor<F> for LocalExecutor
+where
+    F: Future<Output = ()> + 'static,
+{
+    fn execute(&self, task: F) {
+        tokio::task::spawn_local(task);
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ConnectError {
+    #[error("connecting to {0} failed: {1}")]
+    Tcp(SocketAddr, #[source] io::Error),
+    #[error("connecting to {0} took longer than {1:?}")]
+    TcpTimeout(SocketAddr, Duration),
+    #[error("the TLS handshake with {0} failed: {1}")]
+    Tls(SocketAddr, #[source] io::Error),
+    #[error("the TLS handshake with {0} took longer than {1:?}")]
+    TlsTimeout(SocketAddr, Duration),
+    #[error("{0} does not speak {1} (ALPN)")]
+    Protocol(SocketAddr, &'static str),
+    #[error("{1:?} cannot be sent as SNI to {0}; a name must not end in digits only")]
+    ServerName(SocketAddr, String),
+    #[error("{0} closed the new connection before a request: {1}")]
+    Http(SocketAddr, #[source] UpstreamError),
+    #[error("{0}")]
+    Together(Rc<ConnectError>),
+    #[error("connecting to {0} was given up")]
+    GivenUp(SocketAddr),
+}
+
+/// What is spoken to the endpoint: what the client spoke to us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wire {
+    Http1,
+    Http2,
+    Tcp,
+}
+
+/// How the endpoints of a cluster are connected to.
+pub(super) struct Connector {
+    tls: Option<(Result<ServerName<'static>, String>, TlsConnector)>,
+    connect_timeout: Duration,
+    handshake_timeout: Duration,
+    http1_idle: Duration,
+    http2_idle: Duration,
+}
+
+impl Connector {
+    pub(super) fn new(config: &snapshot::Cluster, worker: &Shared) -> Self {
+        let tls = config.tls.as_ref().map(|tls| {
+            let name = ServerName::try_from(tls.sni.clone()).map_err(|_| tls.sni.clone());
+            (name, TlsConnector::from(worker.identity.client_config(&tls.server_id, &[])))
+        });
+        let timing = &worker.timing;
+        // Our own servers never close an idle connection; those of applications do, commonly after 2 to 5 s, and a
+        // request that meets the close is lost.
+        let http1_idle = if tls.is_some() { timing.own_hop_idle } else { timing.application_idle };
+        Self {
+            tls,
+            connect_timeout: config.connect_timeout,
+            handshake_timeout: timing.tls_handshake,
+            http1_idle,
+            // An HTTP/2 server says which requests it no longer takes (GOAWAY), so that these can be sent again.
+            http2_idle: timing.own_hop_idle,
+        }
+    }
+
+    /// A new connection, TLS included.
+    pub(super) async fn connect(&self, address: SocketAddr, wire: Wire) -> Result<Stream, ConnectError> {
+        let tcp = match timeout(self.connect_timeout, TcpStream::connect(address)).await {
+            Ok(Ok(tcp)) => tcp,
+            Ok(Err(error)) => return Err(ConnectError::Tcp(address, error)),
+            Err(_) => return Err(ConnectError::TcpTimeout(address, self.connect_timeout)),
+        };
+        super::prepare_socket(&tcp);
+        let Some((name, connector)) = &self.tls else {
+            return Ok(Stream::plain(tcp));
+        };
+        let name = name.clone().map_err(|name| ConnectError::ServerName(address, name))?;
+        let alpn = match wire {
+            Wire::Http1 => Some((ALPN_HTTP1, "HTTP/1.1")),
+            Wire::Http2 => Some((ALPN_H2, "HTTP/2")),
+            Wire::Tcp => None,
+        };
+        let offered = alpn.iter().map(|(protocol, _)| protocol.to_vec()).collect();
+        let handshake = connector.with_alpn(offered).connect(name, Socket::new(tcp));
+        let stream = match timeout(self.handshake_timeout, handshake).await {
+            Ok(Ok(stream)) => Stream::client(stream),
+            Ok(Err(error)) => return Err(ConnectError::Tls(address, error)),
+            Err(_) => return Err(ConnectError::TlsTimeout(address, self.handshake_timeout)),
+        };
+        match alpn {
+            Some((protocol, name)) if stream.alpn() != Some(protocol) => Err(ConnectError::Protocol(address, name)),
+            Some(_) | None => Ok(stream),
+        }
+    }
+
+    async fn http1(&self, address: SocketAddr) -> Result<client::Connection, ConnectError> {
+        Ok(client::Connection::new(self.connect(address, Wire::Http1).await?))
+    }
+
+    async fn http2(&self, address: SocketAddr) -> Result<http2::SendRequest<RequestBody>, ConnectError> {
+        let stream = self.connect(address, Wire::Http2).await?;
+        let (sender, connection) = http2::Builder::new(LocalExecutor)
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| ConnectError::Http(address, error.into()))?;
+        tokio::task::spawn_local(connection.map(drop));
+        Ok(sender)
+    }
+}
+
+/// One address of a cluster, with its load and its connections.
+pub(super) struct Endpoint {
+    pub(super) address: SocketAddr,
+    outstanding: Cell<u32>,
+    /// No longer configured: nothing is kept for it.
+    retired: Cell<bool>,
+    idle: RefCell<Vec<Idle>>,
+    shared: RefCell<Vec<Rc<Multiplexed>>>,
+    /// The HTTP/2 connection being made, for all who wait for it: a burst of first requests opens one, not hundreds.
+    opening: RefCell<Option<Opening>>,
+}
+
+type Opening = SharedFuture<oneshot::Receiver<Result<(), Rc<ConnectError>>>>;
+
+struct Idle {
+    connection: client::Connection,
+    since: Instant,
+}
+
+impl Idle {
+    fn is_usable(&self, connector: &Connector, now: Instant) -> bool {
+        now.duration_since(self.since) < connector.http1_idle && self.connection.is_usable()
+    }
+}
+
+struct Multiplexed {
+    sender: http2::SendRequest<RequestBody>,
+    streams: Cell<u32>,
+    since: Cell<Instant>,
+}
+
+/// Why a request got no answer from this endpoint.
+pub(super) enum SendError {
+    /// Not sent: no connection could be made.
+    Connect { request: Box<Request<RequestBody>>, error: ConnectError },
+    /// Not sent: the kept connection turned out to be closed.
+    Stale { request: Box<Request<RequestBody>> },
+    /// Sent, and certainly not processed: refused by the other side.
+    Refused { error: UpstreamError },
+    /// Sent, and possibly processed.
+    Lost { error: UpstreamError },
+}
+
+/// What went wrong on a connection to an upstream.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum UpstreamError {
+    #[error(transparent)]
+    Http1(#[from] http1::Error),
+    #[error(transparent)]
+    Http2(#[from] hyper::Error),
+}
+
+impl UpstreamError {
+    /// What a request without an answer is to be told, and counted as.
+    pub(super) fn failure(&self) -> Failure {
+        match self {
+            // Only the body that we pass on can be at fault on our side.
+            Self::Http1(http1::Error::Client(error)) => error.failure(),
+            Self::Http1(http1::Error::Length) => Failure::ClientGone,
+            Self::Http1(http1::Error::Malformed(_)) => Failure::UpstreamProtocol,
+            Self::Http1(http1::Error::Io(_) | http1::Error::Closed) => Failure::UpstreamReset,
+            Self::Http2(error) if error.is_user() => Failure::ClientGone,
+            Self::Http2(error) if error.is_parse() => Failure::UpstreamProtocol,
+            Self::Http2(_) => Failure::UpstreamReset,
+        }
+    }
+}
+
+/// Counts a request (or a TCP connection) as outstanding until dropped.
+pub(super) struct Outstanding(Rc<Endpoint>);
+
+impl Outstanding {
+    pub(super) fn on(endpoint: &Rc<Endpoint>) -> Self {
+        endpoint.outstanding.set(endpoint.outstanding.get() + 1);
+        Self(Rc::clone(endpoint))
+    }
+}
+
+impl Drop for Outstanding {
+    fn drop(&mut self) {
+        self.0.outstanding.set(self.0.outstanding.get() - 1);
+    }
+}
+
+/// What an answer occupies while it is read. Dropped early, the request is given up: HTTP/1 closes the connection,
+/// HTTP/2 resets the stream.
+pub(super) struct Lease {
+    outstanding: Outstanding,
+    _connection: Leased,
+}
+
+enum Leased {
+    /// The answer's body has it.
+    Http1,
+    Http2 {
+        _stream: StreamCount,
+    },
+}
+
+/// A stream on a shared connection, until dropped.
+struct StreamCount(Rc<Multiplexed>);
+
+impl StreamCount {
+    fn on(connection: &Rc<Multiplexed>) -> Self {
+        connection.streams.set(connection.streams.get() + 1);
+        Self(Rc::clone(connection))
+    }
+}
+
+impl Drop for StreamCount {
+    fn drop(&mut self) {
+        self.0.streams.set(self.0.streams.get() - 1);
+        if self.0.streams.get() == 0 {
+            self.0.since.set(Instant::now());
+        }
+    }
+}
+
+impl Lease {
+    pub(super) fn address(&self) -> SocketAddr {
+        self.outstanding.0.address
+    }
+
+    /// The answer was read to its end: the connection may serve another request.
+    pub(super) fn release(self, body: UpstreamBody, now: Instant) {
+        match body {
+            UpstreamBody::Http1(body) => {
+                if let Some(connection) = body.release() {
+                    self.outstanding.0.keep(connection, now);
+                }
+            }
+            UpstreamBody::Http2(_) => {}
+        }
+    }
+}
+
+impl Endpoint {
+    pub(super) fn new(address: SocketAddr) -> Rc<Self> {
+        Rc::new(Self {
+            address,
+            outstanding: Cell::new(0),
+            retired: Cell::new(false),
+            idle: RefCell::default(),
+            shared: RefCell::default(),
+            opening: RefCell::default(),
+        })
+    }
+
+    pub(super) fn outstanding(&self) -> u32 {
+        self.outstanding.get()
+    }
+
+    /// Closes what is idle; requests in flight end as usual, on connections that are not kept afterwards.
+    pub(super) fn retire(&self) {
+        self.retired.set(true);
+        for idle in self.idle.take() {
+            idle.connection.close();
+        }
+        self.shared.borrow_mut().clear();
+    }
+
+    /// Closes connections that have been idle for too long, and forgets closed ones.
+    pub(super) fn sweep(&self, connector: &Connector, now: Instant) {
+        for old in self.idle.borrow_mut().extract_if(.., |idle| !idle.is_usable(connector, now)) {
+            old.connection.close();
+        }
+        self.shared.borrow_mut().retain(|connection| {
+            let in_use = connection.streams.get() > 0;
+            !connection.sender.is_closed()
+                && (in_use || now.duration_since(connection.since.get()) < connector.http2_idle)
+        });
+    }
+
+    fn keep(&self, connection: client::Connection, now: Instant) {
+        let mut idle = self.idle.borrow_mut();
+        if !self.retired.get() && idle.len() < MAX_IDLE {
+            idle.push(Idle { connection, since: now });
+        } else {
+            connection.close();
+        }
+    }
+
+    /// The connection used last, as the others may then grow old and be closed.
+    fn take(&self, connector: &Connector, now: Instant) -> Option<client::Connection> {
+        let mut idle = self.idle.borrow_mut();
+        while let Some(candidate) = idle.pop() {
+            if candidate.is_usable(connector, now) {
+                return Some(candidate.connection);
+            }
+            candidate.connection.close();
+        }
+        None
+    }
+
+    /// Sends a request and waits for the head of its answer. With `fresh`, not on a kept HTTP/1 connection.
+    pub(super) async fn send(
+        self: &Rc<Self>,
+        connector: &Rc<Connector>,
+        wire: Wire,
+        request: Request<RequestBody>,
+        fresh: bool,
+        now: Instant,
+    ) -> Result<(Response<UpstreamBody>, Lease), SendError> {
+        let outstanding = Outstanding::on(self);
+        if wire == Wire::Http2 {
+            return self.send_http2(connector, request, outstanding).await;
+        }
+        let kept = if fresh { None } else { self.take(connector, now) };
+        let reused = kept.is_some();
+        let connection = match kept {
+            Some(connection) => connection,
+            // In a box, as it is rare and large: every connection has space for what its requests may wait for.
+            None => match Box::pin(connector.http1(self.address)).await {
+                Ok(connection) => connection,
+                Err(error) => {
+                    return Err(SendError::Connect { request: Box::new(request), error });
+                }
+            },
+        };
+        match connection.send(request).await {
+            Ok(response) => Ok((response.map(UpstreamBody::Http1), Lease { outstanding, _connection: Leased::Http1 })),
+            Err(NoAnswer::Unsent { request, .. }) if reused => Err(SendError::Stale { request }),
+            Err(NoAnswer::Unsent { request, error }) => {
+                Err(SendError::Connect { request, error: ConnectError::Http(self.address, error.into()) })
+            }
+            Err(NoAnswer::Sent(error)) => Err(unanswered(error.into())),
+        }
+    }
+
+    async fn send_http2(
+        self: &Rc<Self>,
+        connector: &Rc<Connector>,
+        request: Request<RequestBody>,
+        outstanding: Outstanding,
+    ) -> Result<(Response<UpstreamBody>, Lease), SendError> {
+        let mut opened = false;
+        let connection = loop {
+            if let Some(connection) = self.share() {
+                break connection;
+            }
+            opened = true;
+            if let Err(error) = self.open(connector).await {
+                return Err(SendError::Connect { request: Box::new(request), error });
+            }
+        };
+        let stream = StreamCount::on(&connection);
+        let mut sender = connection.sender.clone();
+        match sender.try_send_request(request).await {
+            Ok(response) => {
+                let connection = Leased::Http2 { _stream: stream };
+                Ok((response.map(UpstreamBody::Http2), Lease { outstanding, _connection: connection }))
+            }
+            Err(error) => {
+                if connection.sender.is_closed() {
+                    self.shared.borrow_mut().retain(|other| !Rc::ptr_eq(other, &connection));
+                }
+                Err(self.unsent(error, !opened))
+            }
+        }
+    }
+
+    fn share(&self) -> Option<Rc<Multiplexed>> {
+        let shared = self.shared.borrow();
+        shared.iter().find(|c| !c.sender.is_closed() && c.streams.get() < MAX_STREAMS).cloned()
+    }
+
+    /// Returns when some new HTTP/2 connection has been made.
+    async fn open(self: &Rc<Self>, connector: &Rc<Connector>) -> Result<(), ConnectError> {
+        let opening = self.opening.borrow().clone();
+        let opening = opening.unwrap_or_else(|| {
+            let (done, opening) = oneshot::channel();
+            let opening = opening.shared();
+            *self.opening.borrow_mut() = Some(opening.clone());
+            let (endpoint, connector) = (Rc::clone(self), Rc::clone(connector));
+            // A task of its own, bounded by the time-outs: whoever asked first may go away, others still wait.
+            tokio::task::spawn_local(async move {
+                let result = connector.http2(endpoint.address).await;
+                let result = result.map_err(Rc::new).map(|sender| {
+                    let since = Cell::new(Instant::now());
+                    let connection = Rc::new(Multiplexed { sender, streams: Cell::new(0), since });
+                    endpoint.shared.borrow_mut().push(connection);
+                });
+                endpoint.opening.borrow_mut().take();
+                let _ = done.send(result);
+            });
+            opening
+        });
+        match opening.await {
+            Ok(result) => result.map_err(ConnectError::Together),
+            Err(oneshot::Canceled) => Err(ConnectError::GivenUp(self.address)),
+        }
+    }
+
+    fn unsent(&self, mut error: TrySendError<Request<RequestBody>>, reused: bool) -> SendError {
+        match error.take_message() {
+            Some(request) if reused => SendError::Stale { request: Box::new(request) },
+            Some(request) => {
+                let error = ConnectError::Http(self.address, error.into_error().into());
+                SendError::Connect { request: Box::new(request), error }
+            }
+            None => unanswered(error.into_error().into()),
+        }
+    }
+}
+
+fn unanswered(error: UpstreamError) -> SendError {
+    if refused(&error) { SendError::Refused { error } } else { SendError::Lost { error } }
+}
+
+/// Whether an error proves that the other side has not looked at the request.
+fn refused(error: &UpstreamError) -> bool {
+    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(h2) = error.downcast_ref::<h2::Error>() {
+            // RFC 9113, 8.7: refused, or above the last stream of a GOAWAY. h2 gives a stream the GOAWAY as its error
+            // only in that case; one that was below ends with an I/O error when the connection does.
+            return h2.is_remote()
+                && ((h2.is_reset() && h2.reason() == Some(h2::Reason::REFUSED_STREAM))
+                    || (h2.is_go_away() && h2.reason() == Some(h2::Reason::NO_ERROR)));
+        }
+        // In TLS 1.3 a server refuses our certificate only after our handshake is over; an alert instead of an
+        // answer on a new connection means that it never read further.
+        let tls = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        if let Some(rustls::Error::AlertReceived(alert)) = tls.and_then(|e| e.downcast_ref::<rustls::Error>()) {
+            return is_certificate_alert(*alert);
+        }
+        cause = error.source();
+    }
+    false
+}
+
+fn is_certificate_alert(alert: rustls::AlertDescription) -> bool {
+    use rustls::AlertDescription as Alert;
+    [
+        Alert::HandshakeFailure,
+        Alert::BadCertificate,
+        Alert::UnsupportedCertificate,
+        Alert::CertificateRevoked,
+        Alert::CertificateExpired,
+        Alert::CertificateUnknown,
+        Alert::UnknownCA,
+        Alert::AccessDenied,
+        Alert::DecryptError,
+        Alert::CertificateRequired,
+    ]
+    .contains(&alert)
+}

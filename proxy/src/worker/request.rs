@@ -1,0 +1,319 @@
+//! A request's life, top to bottom: configuration, draw, endpoint, answer.
+
+use std::{net::SocketAddr, rc::Rc};
+
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header, request};
+use http_body::Body;
+use tokio::time::Instant;
+
+use super::{
+    Role,
+    body::{self, Replay, RequestBody, ResponseBody, UpstreamBody},
+    cluster::Cluster,
+    connection::{Connection, Current},
+    headers,
+    pool::{Lease, SendError, Wire},
+    serving::{Action, Protocol},
+    stream::Stream,
+    tally::Tally,
+};
+use crate::{
+    failure::{Failure, NOT_PROCESSED, is_grpc},
+    metrics::{GrpcStatus, Retry},
+};
+
+/// Endpoints tried for one request.
+const MAX_TRIES: u32 = 3;
+
+/// Answers one request.
+pub(super) async fn serve(connection: Rc<Connection>, request: Request<RequestBody>) -> Response<ResponseBody> {
+    let (parts, mut unread) = request.into_parts();
+    let version = parts.version;
+    let waits_for_100 = parts.headers.contains_key(header::EXPECT);
+    let mut tally = Tally::start(connection, &parts, is_grpc(&parts.headers));
+    let answer = forward(&mut tally, parts, &mut unread).await;
+    if matches!(answer, Err(Refusal::Failure(_) | Refusal::NotProcessed))
+        && version != Version::HTTP_2
+        && !waits_for_100
+    {
+        unread.discard().await;
+    }
+    let mut response = match answer {
+        Ok((response, lease)) => response.map(|body| ResponseBody::upstream(body, lease, tally)),
+        Err(Refusal::Failure(failure)) => {
+            tally.fail(&failure, Instant::now());
+            local(&failure, tally)
+        }
+        Err(Refusal::NotProcessed) => {
+            tally.fail(&Failure::ConnectFailed, Instant::now());
+            // For the fleet, not for a client: its form does not depend on what was asked.
+            let mut response = Failure::ConnectFailed.response(false).map(|body| ResponseBody::local(body, tally));
+            response.headers_mut().insert(NOT_PROCESSED, HeaderValue::from_static("1"));
+            response
+        }
+        Err(Refusal::Switched { response, upstream, lease }) => {
+            return response.map(|()| ResponseBody::tunnel(upstream, lease, tally));
+        }
+    };
+    let draining = response.body().connection().is_draining();
+    if draining && version != Version::HTTP_2 {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
+/// Answers what could not be read as a request.
+pub(super) fn refuse(connection: &Rc<Connection>, failure: &Failure) -> Response<ResponseBody> {
+    let mut tally = Tally::unread(Rc::clone(connection));
+    tally.fail(failure, Instant::now());
+    local(failure, tally)
+}
+
+fn local(failure: &Failure, tally: Tally) -> Response<ResponseBody> {
+    let mut response = failure.response(tally.is_grpc()).map(|body| ResponseBody::local(body, tally));
+    if failure.is_malformed() {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
+/// Why the answer is not simply an upstream's.
+enum Refusal {
+    Failure(Failure),
+    /// The application cannot be reached and has not seen the request; the fleet tries another endpoint.
+    NotProcessed,
+    /// Both sides have switched: bytes are passed from now on.
+    Switched {
+        response: Response<()>,
+        upstream: Stream,
+        lease: Lease,
+    },
+}
+
+impl From<Failure> for Refusal {
+    fn from(failure: Failure) -> Self {
+        Self::Failure(failure)
+    }
+}
+
+async fn forward(
+    tally: &mut Tally,
+    mut parts: request::Parts,
+    unread: &mut RequestBody,
+) -> Result<(Response<UpstreamBody>, Lease), Refusal> {
+    let connection = Rc::clone(tally.connection());
+    let worker = &connection.slot.worker;
+    let chain = match connection.current() {
+        Current::Chain(chain) => chain,
+        Current::Revoked => return Err(Failure::Unauthorized.into()),
+    };
+    if parts.method == Method::CONNECT {
+        return Err(Failure::MethodRefused.into());
+    }
+    headers::check_request(&mut parts)?;
+    let cluster = match &chain.protocol {
+        Protocol::Http(Action::Forward(split)) => split.draw().ok_or(Failure::NoRoute)?,
+        Protocol::Http(Action::Respond(status)) => {
+            return Err(Failure::DirectResponse(*status).into());
+        }
+        Protocol::Tcp(_) => return Err(Failure::NoRoute.into()),
+    };
+    tally.drawn(cluster);
+
+    let wire = if parts.version == Version::HTTP_2 { Wire::Http2 } else { Wire::Http1 };
+    let has_body = !unread.is_end_stream();
+    let upgrade = headers::wants_websocket(&parts, has_body);
+    headers::clean_request(&mut parts.headers, parts.version);
+    match worker.role {
+        Role::Fleet => {
+            let (ip, value) = connection.peer_value();
+            headers::add_forwarded(&mut parts.headers, ip, value, connection.is_tls());
+        }
+        Role::Sidecar => {}
+    }
+    if wire == Wire::Http1 {
+        if parts.version == Version::HTTP_10 && !parts.headers.contains_key(header::HOST) {
+            // We speak HTTP/1.1 onwards, which needs one.
+            let host = HeaderValue::from_str(&connection.local.to_string());
+            parts.headers.insert(header::HOST, host.map_err(|_| Failure::BadRequest("no Host"))?);
+        }
+        parts.version = Version::HTTP_11;
+    }
+    if upgrade {
+        headers::keep_websocket(&mut parts.headers);
+    }
+
+    let body = std::mem::replace(unread, RequestBody::Empty);
+    let mut outgoing = Outgoing::new(parts, body, repeatable(cluster, wire));
+    let sent = send(tally, cluster, wire, &mut outgoing, connection.local).await;
+    if let Some(request) = outgoing.next.take() {
+        *unread = request.into_body();
+    }
+    let (mut response, lease) = sent?;
+    tally.answered(response.status(), Instant::now());
+    if tally.is_grpc()
+        && let Some(status) = response.headers().get("grpc-status")
+    {
+        tally.set_grpc_status(GrpcStatus::parse(status.as_bytes()));
+    }
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        return Err(if upgrade { switched(tally, response, lease) } else { Failure::UpstreamProtocol.into() });
+    }
+    headers::clean_response(response.headers_mut(), response_version(wire), cluster.config.tls.is_none());
+    *response.version_mut() = response_version(wire);
+    Ok((response, lease))
+}
+
+fn response_version(wire: Wire) -> Version {
+    match wire {
+        Wire::Http2 => Version::HTTP_2,
+        Wire::Http1 | Wire::Tcp => Version::HTTP_11,
+    }
+}
+
+/// Whether a request may have to be sent again after it has been handed to a connection: only a proxy of ours or an
+/// HTTP/2 server says that it did not process one. A copy for a case that cannot occur would only cost.
+fn repeatable(cluster: &Cluster, wire: Wire) -> bool {
+    wire == Wire::Http2 || (cluster.config.tls.is_some() && cluster.has_alternatives())
+}
+
+/// A request that may be sent more than once.
+struct Outgoing {
+    next: Option<Request<RequestBody>>,
+    copy: Option<Box<Copy>>,
+    replay: Option<Replay>,
+}
+
+struct Copy {
+    method: Method,
+    uri: Uri,
+    version: Version,
+    headers: HeaderMap,
+}
+
+impl Outgoing {
+    fn new(parts: request::Parts, body: RequestBody, repeatable: bool) -> Self {
+        let copy = repeatable.then(|| {
+            Box::new(Copy {
+                method: parts.method.clone(),
+                uri: parts.uri.clone(),
+                version: parts.version,
+                headers: parts.headers.clone(),
+            })
+        });
+        let (body, replay) = match body {
+            RequestBody::Once(body) if body.is_end_stream() => (RequestBody::Empty, None),
+            RequestBody::Once(body) if repeatable => {
+                let replay = Replay::new(body);
+                let body = replay.attempt().map_or(RequestBody::Empty, RequestBody::Replayable);
+                (body, Some(replay))
+            }
+            body @ (RequestBody::Empty | RequestBody::Once(_) | RequestBody::Replayable(_)) => (body, None),
+        };
+        Self { next: Some(Request::from_parts(parts, body)), copy, replay }
+    }
+
+    /// Makes the request again after it was sent, if all of it is still there.
+    fn again(&mut self) -> bool {
+        let Some(copy) = &self.copy else { return false };
+        let body = match &self.replay {
+            None => RequestBody::Empty,
+            Some(replay) => match replay.attempt() {
+                Some(attempt) => RequestBody::Replayable(attempt),
+                None => return false,
+            },
+        };
+        let mut request = Request::new(body);
+        *request.method_mut() = copy.method.clone();
+        *request.uri_mut() = copy.uri.clone();
+        *request.version_mut() = copy.version;
+        *request.headers_mut() = copy.headers.clone();
+        self.next = Some(request);
+        true
+    }
+
+    fn settle(&self) {
+        if let Some(replay) = &self.replay {
+            replay.settle();
+        }
+    }
+}
+
+/// Sends the request to endpoints of its cluster until one answers. Another one is tried only when it is certain that
+/// the request was not processed.
+async fn send(
+    tally: &mut Tally,
+    cluster: &Rc<Cluster>,
+    wire: Wire,
+    outgoing: &mut Outgoing,
+    local: SocketAddr,
+) -> Result<(Response<UpstreamBody>, Lease), Refusal> {
+    let connection = Rc::clone(tally.connection());
+    let mut failed: Vec<SocketAddr> = Vec::new();
+    let (mut fresh, mut tried, mut again) = (false, false, None);
+    for _ in 0..MAX_TRIES {
+        let Some(endpoint) = cluster.pick(&failed, local) else {
+            break;
+        };
+        let Some(request) = outgoing.next.take() else {
+            break;
+        };
+        if let Some(why) = again.take() {
+            connection.slot.metrics.retried(why);
+        }
+        let now = if tried { Instant::now() } else { tally.started() };
+        tried = true;
+        tally.attempted(endpoint.address);
+        again = match endpoint.send(&cluster.connector, wire, request, fresh, now).await {
+            Ok((response, lease)) => {
+                // Only a proxy of ours is believed.
+                if cluster.config.tls.is_none() || !response.headers().contains_key(NOT_PROCESSED) {
+                    outgoing.settle();
+                    return Ok((response, lease));
+                }
+                failed.push(lease.address());
+                tokio::task::spawn_local(body::read_out(response.into_body(), lease));
+                outgoing.again().then_some(Retry::NotProcessed)
+            }
+            Err(SendError::Connect { request, error }) => {
+                tracing::debug!(cluster = cluster.config.name, %error, "endpoint not reached");
+                failed.push(endpoint.address);
+                outgoing.next = Some(*request);
+                Some(Retry::Connect)
+            }
+            Err(SendError::Stale { request }) => {
+                fresh = true;
+                outgoing.next = Some(*request);
+                Some(Retry::Stale)
+            }
+            Err(SendError::Refused { error }) => {
+                tracing::debug!(cluster = cluster.config.name, endpoint = %endpoint.address, %error, "refused");
+                if cluster.has_alternatives() {
+                    failed.push(endpoint.address);
+                }
+                outgoing.again().then_some(Retry::NotProcessed)
+            }
+            Err(SendError::Lost { error }) => {
+                tracing::debug!(cluster = cluster.config.name, endpoint = %endpoint.address, %error, "no answer");
+                return Err(Refusal::Failure(error.failure()));
+            }
+        };
+    }
+    // Whichever way it got here, no application has seen the request.
+    Err(match connection.slot.worker.role {
+        Role::Sidecar => Refusal::NotProcessed,
+        Role::Fleet if tried => Failure::ConnectFailed.into(),
+        Role::Fleet => Failure::NoHealthyUpstream.into(),
+    })
+}
+
+fn switched(tally: &mut Tally, response: Response<UpstreamBody>, lease: Lease) -> Refusal {
+    let (mut parts, body) = response.into_parts();
+    let Some(upstream) = body.into_stream() else {
+        return Failure::UpstreamProtocol.into();
+    };
+    tally.upgraded();
+    headers::clean_response(&mut parts.headers, Version::HTTP_11, true);
+    headers::keep_websocket(&mut parts.headers);
+    Refusal::Switched { response: Response::from_parts(parts, ()), upstream, lease }
+}

@@ -1,0 +1,137 @@
+//! A listener's configuration made ready for one worker thread: handles instead of names.
+
+use std::{collections::HashMap, rc::Rc, sync::Arc};
+
+use http::StatusCode;
+use rustls::ServerConfig;
+
+use super::{Shared, cluster::Cluster};
+use crate::{
+    snapshot::{self, FilterChain, Listener, ServerTls},
+    tls::{ALPN_H2, ALPN_HTTP1},
+};
+
+/// The clusters of a snapshot, by name.
+pub(super) type Clusters = HashMap<String, Rc<Cluster>>;
+
+pub(super) struct Serving {
+    pub(super) listener: Arc<Listener>,
+    pub(super) chains: Vec<Rc<Chain>>,
+}
+
+pub(super) struct Chain {
+    pub(super) server_name: Option<String>,
+    pub(super) tls: Option<(ServerTls, Arc<ServerConfig>)>,
+    pub(super) protocol: Protocol,
+}
+
+pub(super) enum Protocol {
+    Http(Action),
+    Tcp(Split),
+}
+
+pub(super) enum Action {
+    Forward(Split),
+    Respond(StatusCode),
+}
+
+/// Clusters that may be drawn, each with the sum of the weights up to and including its own. One with weight 0 is not
+/// among them.
+pub(super) struct Split {
+    targets: Vec<(u32, Rc<Cluster>)>,
+    total: u32,
+    /// Drawn or not, a configured cluster is kept: its series exist, and its connections wait for its weight to rise.
+    _configured: Vec<Rc<Cluster>>,
+}
+
+impl Serving {
+    /// `clusters` holds those of the listener already.
+    pub(super) fn new(listener: &Arc<Listener>, clusters: &Clusters, worker: &Shared) -> Self {
+        let chains = listener.chains.iter().map(|chain| Rc::new(Chain::new(chain, clusters, worker))).collect();
+        Self { listener: Arc::clone(listener), chains }
+    }
+
+    pub(super) fn speaks_tls(&self) -> bool {
+        self.chains.iter().any(|chain| chain.tls.is_some())
+    }
+
+    /// The chain for a client that asked for this name: the exact one, else the one for all.
+    pub(super) fn chain_for(&self, server_name: Option<&str>) -> Option<&Rc<Chain>> {
+        let exact =
+            self.chains.iter().find(|chain| chain.server_name.is_some() && chain.server_name.as_deref() == server_name);
+        exact.or_else(|| self.chains.iter().find(|chain| chain.server_name.is_none()))
+    }
+
+    /// The chain in this configuration that corresponds to one of an earlier configuration.
+    pub(super) fn successor(&self, of: &Chain) -> Option<&Rc<Chain>> {
+        self.chains.iter().find(|chain| {
+            chain.server_name == of.server_name
+                && chain.tls.is_some() == of.tls.is_some()
+                && matches!(
+                    (&chain.protocol, &of.protocol),
+                    (Protocol::Http(_), Protocol::Http(_)) | (Protocol::Tcp(_), Protocol::Tcp(_))
+                )
+        })
+    }
+}
+
+impl Chain {
+    fn new(config: &FilterChain, clusters: &Clusters, worker: &Shared) -> Self {
+        let (protocol, alpn): (_, &[&[u8]]) = match &config.protocol {
+            snapshot::Protocol::Http(action) => {
+                let action = match action {
+                    snapshot::Action::Forward(split) => Action::Forward(Split::new(split, clusters)),
+                    snapshot::Action::Respond(status) => Action::Respond(*status),
+                };
+                (Protocol::Http(action), &[ALPN_H2, ALPN_HTTP1])
+            }
+            snapshot::Protocol::Tcp(split) => (Protocol::Tcp(Split::new(split, clusters)), &[]),
+        };
+        let tls = config.tls.as_ref().map(|tls| (tls.clone(), worker.identity.server_config(&tls.client_id, alpn)));
+        Self { server_name: config.server_name.clone(), tls, protocol }
+    }
+
+    /// The clusters that a snapshot's chain names.
+    pub(super) fn clusters_of(config: &FilterChain) -> &[(Arc<snapshot::Cluster>, u32)] {
+        match &config.protocol {
+            snapshot::Protocol::Http(snapshot::Action::Forward(split)) | snapshot::Protocol::Tcp(split) => {
+                &split.targets
+            }
+            snapshot::Protocol::Http(snapshot::Action::Respond(_)) => &[],
+        }
+    }
+}
+
+impl Split {
+    fn new(config: &snapshot::Split, clusters: &Clusters) -> Self {
+        let mut total: u32 = 0;
+        let mut targets = Vec::with_capacity(config.targets.len());
+        let mut configured = Vec::with_capacity(config.targets.len());
+        for (cluster, weight) in &config.targets {
+            let Some(cluster) = clusters.get(&cluster.name) else {
+                continue;
+            };
+            configured.push(Rc::clone(cluster));
+            // Weights of one split sum to 100; saturation keeps a nonsensical one from wrapping to a wrong share.
+            let upto = total.saturating_add(*weight);
+            if upto > total {
+                targets.push((upto, Rc::clone(cluster)));
+            }
+            total = upto;
+        }
+        Self { targets, total, _configured: configured }
+    }
+
+    /// One random draw, to be held for the life of the request or connection. A side without endpoints keeps its
+    /// share: what it cannot serve fails, and is seen.
+    pub(super) fn draw(&self) -> Option<&Rc<Cluster>> {
+        match self.targets.as_slice() {
+            [] => None,
+            [(_, only)] => Some(only),
+            targets => {
+                let point = fastrand::u32(..self.total);
+                targets.iter().find(|(upto, _)| point < *upto).map(|(_, cluster)| cluster)
+            }
+        }
+    }
+}

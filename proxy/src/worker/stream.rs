@@ -1,0 +1,221 @@
+//! A connection's bytes, in plain or in TLS, behind one type.
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use bytes::{Buf, Bytes};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
+use tokio_rustls::{client, server};
+
+pub(super) struct Stream {
+    transport: Transport,
+    /// Read from the transport already, and not yet by the reader.
+    prefix: Bytes,
+}
+
+enum Transport {
+    Plain(Socket),
+    Server(Box<server::TlsStream<Socket>>),
+    Client(Box<client::TlsStream<Socket>>),
+}
+
+/// A TCP connection whose small vectored writes are copied together and sent with send(2): cheaper than writev(2), which
+/// takes the way through the file system's layer and imports the vector first.
+pub(super) struct Socket(TcpStream);
+
+/// Up to here copying costs less than the vector, in bytes.
+const COALESCE: usize = 2048;
+
+impl Socket {
+    pub(super) fn new(stream: TcpStream) -> Self {
+        Self(stream)
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let stream = Pin::new(&mut self.0);
+        if let [only] = bufs {
+            return stream.poll_write(cx, only);
+        }
+        let mut joined = [0; COALESCE];
+        let mut length = 0;
+        for buf in bufs {
+            let end = length + buf.len();
+            let Some(space) = joined.get_mut(length..end) else {
+                return stream.poll_write_vectored(cx, bufs);
+            };
+            space.copy_from_slice(buf);
+            length = end;
+        }
+        stream.poll_write(cx, &joined[..length])
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+/// RFC 9113, 3.4.
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+impl Stream {
+    pub(super) fn plain(stream: TcpStream) -> Self {
+        Self { transport: Transport::Plain(Socket(stream)), prefix: Bytes::new() }
+    }
+
+    pub(super) fn server(stream: server::TlsStream<Socket>) -> Self {
+        Self { transport: Transport::Server(Box::new(stream)), prefix: Bytes::new() }
+    }
+
+    pub(super) fn client(stream: client::TlsStream<Socket>) -> Self {
+        Self { transport: Transport::Client(Box::new(stream)), prefix: Bytes::new() }
+    }
+
+    /// Gives back what was read too far, for the next reader.
+    pub(super) fn unread(&mut self, bytes: Bytes) {
+        self.prefix = bytes;
+    }
+
+    pub(super) fn is_tls(&self) -> bool {
+        match self.transport {
+            Transport::Plain(_) => false,
+            Transport::Server(_) | Transport::Client(_) => true,
+        }
+    }
+
+    /// Waits, without a buffer, until a read may have something to say. Only to be asked when the last one had nothing:
+    /// TLS may hold what the socket no longer has.
+    pub(super) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.prefix.has_remaining() {
+            return Poll::Ready(Ok(()));
+        }
+        self.tcp().poll_read_ready(cx)
+    }
+
+    /// The protocol agreed in the TLS handshake.
+    pub(super) fn alpn(&self) -> Option<&[u8]> {
+        match &self.transport {
+            Transport::Plain(_) => None,
+            Transport::Server(stream) => stream.get_ref().1.alpn_protocol(),
+            Transport::Client(stream) => stream.get_ref().1.alpn_protocol(),
+        }
+    }
+
+    pub(super) fn tcp(&self) -> &TcpStream {
+        match &self.transport {
+            Transport::Plain(stream) => &stream.0,
+            Transport::Server(stream) => &stream.get_ref().0.0,
+            Transport::Client(stream) => &stream.get_ref().0.0,
+        }
+    }
+
+    /// Whether the client starts with the HTTP/2 preface. What was read to find out is read again by the next reader.
+    /// Decides at the first byte that differs, so that HTTP/1 never waits for 24 bytes.
+    ///
+    /// # Errors
+    /// When the client closed before that, or reading fails.
+    pub(super) async fn starts_http2(&mut self) -> io::Result<bool> {
+        let mut seen = [0; PREFACE.len()];
+        let mut length = 0;
+        while length < seen.len() && seen[..length] == PREFACE[..length] {
+            let read = self.read(&mut seen[length..]).await?;
+            if read == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            length += read;
+        }
+        self.unread(Bytes::copy_from_slice(&seen[..length]));
+        Ok(seen == *PREFACE)
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if this.prefix.has_remaining() {
+            let length = this.prefix.len().min(buf.remaining());
+            buf.put_slice(&this.prefix.split_to(length));
+            return Poll::Ready(Ok(()));
+        }
+        match &mut this.transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
+            Transport::Server(stream) => Pin::new(stream.as_mut()).poll_read(cx, buf),
+            Transport::Client(stream) => Pin::new(stream.as_mut()).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match &mut self.transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
+            Transport::Server(stream) => Pin::new(stream.as_mut()).poll_write(cx, buf),
+            Transport::Client(stream) => Pin::new(stream.as_mut()).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match &mut self.transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Transport::Server(stream) => Pin::new(stream.as_mut()).poll_write_vectored(cx, bufs),
+            Transport::Client(stream) => Pin::new(stream.as_mut()).poll_write_vectored(cx, bufs),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match &self.transport {
+            Transport::Plain(stream) => stream.is_write_vectored(),
+            Transport::Server(stream) => stream.is_write_vectored(),
+            Transport::Client(stream) => stream.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Transport::Server(stream) => Pin::new(stream.as_mut()).poll_flush(cx),
+            Transport::Client(stream) => Pin::new(stream.as_mut()).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Transport::Server(stream) => Pin::new(stream.as_mut()).poll_shutdown(cx),
+            Transport::Client(stream) => Pin::new(stream.as_mut()).poll_shutdown(cx),
+        }
+    }
+}

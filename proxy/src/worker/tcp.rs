@@ -1,0 +1,69 @@
+//! Opaque TCP: the split is drawn once per connection.
+
+use std::{io, net::SocketAddr};
+
+use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
+
+use super::{
+    connection::Connection,
+    pool::{Outstanding, Wire},
+    serving::Split,
+    stream::Stream,
+};
+use crate::{failure::Failure, metrics::Retry};
+
+const MAX_TRIES: u32 = 3;
+/// Two of them per connection.
+const BUFFER: usize = 16 * 1024;
+
+/// Passes a connection's bytes to an endpoint of one revision, and back.
+pub(super) async fn proxy(connection: &Connection, split: &Split, mut client: Stream) {
+    match connect(connection, split).await {
+        Ok((mut upstream, _outstanding)) => {
+            if let Err(error) = copy(&mut client, &mut upstream).await
+                && error.kind() == io::ErrorKind::ConnectionReset
+            {
+                // A reset stays one: an orderly end would make truncated data look whole.
+                let _ = client.tcp().set_zero_linger();
+                let _ = upstream.tcp().set_zero_linger();
+            }
+        }
+        Err(failure) => {
+            let (_, flag, _) = failure.answer();
+            connection.slot.metrics.local_error(flag);
+            tracing::debug!(listener = connection.slot.name, peer = %connection.peer, %failure, "connection refused");
+            let _ = client.tcp().set_zero_linger();
+        }
+    }
+}
+
+async fn connect(connection: &Connection, split: &Split) -> Result<(Stream, Outstanding), Failure> {
+    let cluster = split.draw().ok_or(Failure::NoRoute)?;
+    let mut failed: Vec<SocketAddr> = Vec::new();
+    for _ in 0..MAX_TRIES {
+        let Some(endpoint) = cluster.pick(&failed, connection.local) else {
+            break;
+        };
+        if !failed.is_empty() {
+            connection.slot.metrics.retried(Retry::Connect);
+        }
+        let outstanding = Outstanding::on(&endpoint);
+        match cluster.connector.connect(endpoint.address, Wire::Tcp).await {
+            Ok(stream) => return Ok((stream, outstanding)),
+            Err(error) => {
+                tracing::debug!(cluster = cluster.config.name, %error, "endpoint not reached");
+                failed.push(endpoint.address);
+            }
+        }
+    }
+    Err(if failed.is_empty() { Failure::NoHealthyUpstream } else { Failure::ConnectFailed })
+}
+
+/// Copies both ways until both have ended; the end of one is passed on while the other still flows.
+pub(super) async fn copy<A, B>(a: &mut A, b: &mut B) -> io::Result<()>
+where
+    A: AsyncRead + AsyncWrite + Unpin + ?Sized,
+    B: AsyncRead + AsyncWrite + Unpin + ?Sized,
+{
+    copy_bidirectional_with_sizes(a, b, BUFFER, BUFFER).await.map(drop)
+}

@@ -1,0 +1,293 @@
+//! The whole binary in both roles: client, fleet proxy, sidecar, application.
+
+use std::{
+    net::SocketAddr,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant, SystemTime},
+};
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode, Version};
+use http_body_util::{BodyExt, Full};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::pki_types::{CertificateDer, pem::PemObject};
+use sluice_xds::{TypeUrl, sluice::identity::v1::SignResponse};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::JoinHandle,
+};
+use tokio_rustls::TlsConnector;
+
+use crate::{
+    pki::{CONTROLLER, Ca, FLEET, Projected},
+    resources::{cluster, endpoints, inbound, listener, local_cluster, resource, route},
+    server::{AdsStream, Server, soon},
+};
+
+const APPLICATION: &str = "spiffe://cluster.local/ns/shop/sa/web";
+const WEB: &str = "shop/web:80";
+const REVISION: &str = "shop/web:80/aaaaaaaaaa";
+const SERVER_NAME: &str = "p8080.aaaaaaaaaa";
+
+/// A port that nothing listens on at this moment.
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+struct Proxy {
+    child: Child,
+    health: SocketAddr,
+    admin: SocketAddr,
+    _projected: Projected,
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Proxy {
+    fn start(role: &str, ca: &Ca, controller: SocketAddr) -> Self {
+        let projected = Projected::new(ca);
+        projected.write_token(role);
+        let health = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let admin = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let child = Command::new(env!("CARGO_BIN_EXE_sluice-proxy"))
+            .args([role, "--health-address", &health.to_string(), "--admin-address", &admin.to_string()])
+            .env_clear()
+            .env("POD_NAME", format!("{role}-0"))
+            .env("SLUICE_CONTROLLER", controller.to_string())
+            .env("SLUICE_CONTROLLER_ID", CONTROLLER)
+            .env("SLUICE_TOKEN", projected.token())
+            .env("SLUICE_TRUST_BUNDLE", projected.bundle())
+            .env("SLUICE_WORKERS", "2")
+            .env("SLUICE_DRAIN_SECONDS", "15")
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self { child, health, admin, _projected: projected }
+    }
+
+    async fn get(&self, path: &str) -> (StatusCode, String) {
+        get(self.health, path, Version::HTTP_11).await.unwrap_or_default()
+    }
+
+    async fn wait_for(&self, path: &str, status: StatusCode) -> String {
+        soon(path, async {
+            loop {
+                let (found, body) = self.get(path).await;
+                if found == status && !body.is_empty() {
+                    return body;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await
+    }
+
+    fn terminate(&self) {
+        let status = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status().unwrap();
+        assert!(status.success());
+    }
+
+    async fn ended(&mut self) -> Option<i32> {
+        soon("the end of the process", async {
+            loop {
+                if let Some(status) = self.child.try_wait().unwrap() {
+                    return status.code();
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await
+    }
+}
+
+async fn get(to: SocketAddr, path: &str, version: Version) -> Option<(StatusCode, String)> {
+    let io = TokioIo::new(TcpStream::connect(to).await.ok()?);
+    let request = Request::get(format!("http://web.shop{path}")).header("host", "web.shop");
+    let request = request.body(Full::<Bytes>::default()).unwrap();
+    let response = if version == Version::HTTP_2 {
+        let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.ok()?;
+        tokio::spawn(connection);
+        sender.send_request(request).await.ok()?
+    } else {
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await.ok()?;
+        tokio::spawn(connection);
+        sender.send_request(request).await.ok()?
+    };
+    let status = response.status();
+    let body = response.into_body().collect().await.ok()?.to_bytes();
+    Some((status, String::from_utf8_lossy(&body).into_owned()))
+}
+
+/// A connection to the sidecar, as the fleet has one.
+struct Kept(hyper::client::conn::http1::SendRequest<Full<Bytes>>);
+
+impl Kept {
+    async fn open(ca: &Ca, port: u16) -> Self {
+        let identity = sluice_proxy::tls::IdentityHandle::default();
+        let (chain, key) = ca.issue(FLEET);
+        let root = CertificateDer::from_pem_slice(ca.pem.as_bytes()).unwrap();
+        identity.set(chain, key, vec![root]).unwrap();
+        let tls = TlsConnector::from(identity.client_config(APPLICATION, &[b"http/1.1"]));
+        let tcp = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        let stream = tls.connect(SERVER_NAME.try_into().unwrap(), tcp).await.unwrap();
+        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+        tokio::spawn(connection);
+        Self(sender)
+    }
+
+    async fn ask(&mut self) -> Response<()> {
+        let request = Request::get("/cart").header("host", "web.shop").body(Full::default()).unwrap();
+        let (head, body) = self.0.send_request(request).await.unwrap().into_parts();
+        body.collect().await.unwrap();
+        Response::from_parts(head, ())
+    }
+}
+
+/// An application that says how it was asked, in HTTP/1.1 and HTTP/2.
+async fn application() -> (SocketAddr, JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let task = tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let answer = service_fn(|request: Request<Incoming>| async move {
+                let text = format!("{:?} {}", request.version(), request.uri().path());
+                Ok::<_, std::convert::Infallible>(Response::new(Full::new(Bytes::from(text))))
+            });
+            tokio::spawn(async move {
+                let http = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+                let _ = http.serve_connection(TokioIo::new(stream), answer).await;
+            });
+        }
+    });
+    (address, task)
+}
+
+/// Signs what the proxies ask for, each according to its token.
+async fn sign(server: &mut Server, ca: &Ca, count: usize) {
+    for _ in 0..count {
+        let (request, answer) = soon("a request to sign", server.signs.recv()).await.unwrap();
+        let life = Duration::from_secs(3600);
+        let id = if request.token == "fleet" { FLEET } else { APPLICATION };
+        let _ = answer.send(Ok(SignResponse {
+            certificate_chain_pem: ca.sign(&request.csr_der, id, life),
+            trust_bundle_pem: ca.pem.clone(),
+            not_before: Some(SystemTime::now().into()),
+            not_after: Some((SystemTime::now() + life).into()),
+        }));
+    }
+}
+
+/// The streams of the fleet proxy and of the sidecar, whoever comes first.
+async fn streams(server: &mut Server) -> (AdsStream, AdsStream) {
+    let (mut fleet, mut sidecar) = (None, None);
+    while fleet.is_none() || sidecar.is_none() {
+        let mut stream = server.stream().await;
+        let role = stream.request_of(TypeUrl::Cluster).await.node.unwrap().cluster;
+        stream.request_of(TypeUrl::Listener).await;
+        match role.as_str() {
+            "fleet" => fleet = Some(stream),
+            "sidecar" => sidecar = Some(stream),
+            other => panic!("{other}"),
+        }
+    }
+    (fleet.unwrap(), sidecar.unwrap())
+}
+
+#[tokio::test]
+async fn a_request_goes_through_fleet_and_sidecar_to_the_application_until_both_have_drained() {
+    let ca = Ca::new();
+    let mut server = Server::start(&ca).await;
+    let (application, _application_task) = application().await;
+    let mut fleet = Proxy::start("fleet", &ca, server.address);
+    let mut sidecar = Proxy::start("sidecar", &ca, server.address);
+    fleet.wait_for("/healthz/startup", StatusCode::OK).await;
+    let reason = fleet.wait_for("/healthz/ready", StatusCode::SERVICE_UNAVAILABLE).await;
+    assert!(reason.contains("certificate"), "{reason}");
+    sign(&mut server, &ca, 2).await;
+    let (mut to_fleet, mut to_sidecar) = streams(&mut server).await;
+    let reason = fleet.wait_for("/healthz/ready", StatusCode::SERVICE_UNAVAILABLE).await;
+    assert!(reason.contains("configuration"), "{reason}");
+
+    // The sidecar view.
+    let local = local_cluster(application.port());
+    let (inbound_port, fleet_port) = (free_port(), free_port());
+    to_sidecar.acked(TypeUrl::Cluster, vec![resource(&local.name, "1", &local)], &[]).await;
+    let chains = inbound(inbound_port, &[(application.port(), SERVER_NAME)], FLEET);
+    to_sidecar.acked(TypeUrl::Listener, vec![resource("inbound", "1", &chains)], &[]).await;
+    sidecar.wait_for("/healthz/ready", StatusCode::OK).await;
+
+    // The fleet view.
+    let revision = cluster(REVISION, SERVER_NAME, APPLICATION);
+    to_fleet.acked(TypeUrl::Cluster, vec![resource(REVISION, "1", &revision)], &[]).await;
+    let pods = endpoints(REVISION, &[("127.0.0.1", inbound_port)]);
+    to_fleet.acked(TypeUrl::Endpoints, vec![resource(REVISION, "1", &pods)], &[]).await;
+    to_fleet.acked(TypeUrl::Listener, vec![resource(WEB, "1", &listener(WEB, fleet_port))], &[]).await;
+    to_fleet.acked(TypeUrl::Route, vec![resource(WEB, "1", &route(WEB, &[(REVISION, 100)]))], &[]).await;
+    fleet.wait_for("/healthz/ready", StatusCode::OK).await;
+    fleet.wait_for("/healthz/live", StatusCode::OK).await;
+
+    let service = SocketAddr::from(([127, 0, 0, 1], fleet_port));
+    let ask = |version| get(service, "/cart", version);
+    assert_eq!(ask(Version::HTTP_11).await, Some((StatusCode::OK, "HTTP/1.1 /cart".to_owned())));
+    assert_eq!(ask(Version::HTTP_2).await, Some((StatusCode::OK, "HTTP/2.0 /cart".to_owned())));
+    // The sidecar admits nobody without the fleet's certificate.
+    assert_eq!(get(SocketAddr::from(([127, 0, 0, 1], inbound_port)), "/cart", Version::HTTP_11).await, None);
+
+    let metrics = fleet.wait_for("/metrics", StatusCode::OK).await;
+    for series in
+        ["sluice_xds_connected 1\n", "sluice_certificate_expires_timestamp_seconds ", "sluice_requests_total{"]
+    {
+        assert!(metrics.contains(series), "{series} is not in {metrics}");
+    }
+    let (_, dump) = get(fleet.admin, "/config_dump", Version::HTTP_11).await.unwrap();
+    let dump: serde_json::Value = serde_json::from_str(&dump).unwrap();
+    assert_eq!(dump["serving"][WEB]["chains"][0]["protocol"]["http"][0]["weight"], 100, "{dump}");
+    assert!(get(fleet.health, "/config_dump", Version::HTTP_11).await.unwrap().0 == StatusCode::NOT_FOUND);
+
+    let mut open = Kept::open(&ca, inbound_port).await;
+    assert_eq!(open.ask().await.headers().get("connection"), None);
+
+    // preStop: not ready, but serving on, until it is told to end.
+    let drain = Command::new(env!("CARGO_BIN_EXE_sluice-proxy"))
+        .args(["drain", "--admin-address", &sidecar.admin.to_string()])
+        .status()
+        .unwrap();
+    assert!(drain.success());
+    assert_eq!(sidecar.get("/healthz/ready").await.0, StatusCode::SERVICE_UNAVAILABLE);
+    for version in [Version::HTTP_11, Version::HTTP_2] {
+        assert_eq!(ask(version).await.unwrap().0, StatusCode::OK);
+    }
+    let last = open.ask().await;
+    assert_eq!((last.status(), last.headers()["connection"].as_bytes()), (StatusCode::OK, b"close".as_slice()));
+    sidecar.terminate();
+    // Its endpoint goes, so the fleet lets go of its connections, and it need not wait for the deadline.
+    to_fleet.acked(TypeUrl::Endpoints, vec![resource(REVISION, "2", &endpoints(REVISION, &[]))], &[]).await;
+    let begun = Instant::now();
+    assert_eq!(sidecar.ended().await, Some(0));
+    assert!(begun.elapsed() < Duration::from_secs(14), "it waited for the deadline");
+
+    // Without a back end the fleet answers for itself, and ends when it is told to.
+    assert_eq!(ask(Version::HTTP_11).await.unwrap().0, StatusCode::SERVICE_UNAVAILABLE);
+    fleet.terminate();
+    fleet.wait_for("/healthz/ready", StatusCode::SERVICE_UNAVAILABLE).await;
+    assert_eq!(ask(Version::HTTP_11).await.unwrap().0, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(fleet.ended().await, Some(0));
+}
+
+#[tokio::test]
+async fn drain_says_so_when_there_is_no_proxy() {
+    let nobody = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let output = Command::new(env!("CARGO_BIN_EXE_sluice-proxy"))
+        .args(["drain", "--admin-address", &nobody.to_string()])
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("does not answer") && text.contains(&nobody.to_string()), "{text}");
+}

@@ -1,0 +1,15 @@
+//! The control side of the proxy against real servers on loopback: an ADS server and a certificate service whose every
+//! answer the test decides.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+// Tests join whole clients, and count what they are told without a bound.
+#![allow(clippy::large_futures, clippy::disallowed_methods)]
+
+mod ads;
+mod binary;
+mod identity;
+mod outcomes;
+mod pki;
+mod resources;
+mod server;
+mod snapshots;

@@ -1,0 +1,165 @@
+use std::{net::SocketAddr, sync::Arc};
+
+use http::StatusCode;
+use sluice_proxy::{
+    snapshot::{Cluster, FilterChain, Listener, ServerTls},
+    workers::Role,
+};
+
+use crate::support::*;
+
+#[tokio::test]
+async fn the_split_follows_the_weights_and_a_weight_of_zero_means_never() {
+    let apps = [App::named("a").await, App::named("b").await, App::named("c").await];
+    let proxy = Proxy::start(Role::Fleet);
+    let side = |name: &str, app: &App, weight| (cluster(name, &[app.address]), weight);
+    proxy.serve(http_to([side("a", &apps[0], 90), side("b", &apps[1], 10), side("c", &apps[2], 0)])).await;
+    let (mut kept, mut shared) = (Http1::connect(proxy.address).await, Http2::connect(proxy.address).await);
+    for _ in 0..1000 {
+        assert_eq!(kept.get("/").await.status, StatusCode::OK);
+        let request = http::Request::get("http://a/").body(full("")).unwrap();
+        assert_eq!(shared.send(request).await.unwrap().status, StatusCode::OK);
+    }
+    // n = 2000, p = 0.1: standard deviation 13.4; 5 of them.
+    let share = apps[1].requests();
+    assert!((133..=267).contains(&share), "{share} of 2000");
+    assert_eq!(apps[2].requests(), 0);
+    assert_eq!(apps[0].requests() + share, 2000);
+    assert_eq!(proxy.counted("b", "2xx", ""), share as u64);
+    // Configured, so its series exist.
+    assert_eq!(proxy.counted("c", "2xx", ""), 0);
+}
+
+#[tokio::test]
+async fn endpoints_of_a_revision_share_its_load() {
+    let apps = [App::named("1").await, App::named("2").await, App::named("3").await];
+    let proxy = Proxy::start(Role::Fleet);
+    let endpoints: Vec<_> = apps.iter().map(|app| app.address).collect();
+    proxy.serve(http_to([(cluster("a", &endpoints), 100)])).await;
+    let mut client = Http1::connect(proxy.address).await;
+    for _ in 0..300 {
+        client.get("/").await;
+    }
+    for app in &apps {
+        assert!((50..=150).contains(&app.requests()), "{}", app.requests());
+    }
+}
+
+#[tokio::test]
+async fn after_apply_no_request_on_a_kept_connection_uses_the_older_snapshot() {
+    let apps = [App::named("a").await, App::named("b").await];
+    let proxy = Proxy::start(Role::Fleet);
+    let to = |weight| {
+        http_to([(cluster("a", &[apps[0].address]), weight), (cluster("b", &[apps[1].address]), 100 - weight)])
+    };
+    proxy.serve(to(100)).await;
+    // On all threads, as the kernel spreads connections.
+    let mut kept = Vec::new();
+    for _ in 0..16 {
+        kept.push(Http1::connect(proxy.address).await);
+    }
+    let mut shared = Http2::connect(proxy.address).await;
+    for round in 0..40 {
+        let (weight, expected) = if round % 2 == 0 { (100, "a") } else { (0, "b") };
+        proxy.serve(to(weight)).await;
+        for client in &mut kept {
+            assert_eq!(client.get("/").await.body, expected);
+        }
+        let request = http::Request::get("http://a/").body(full("")).unwrap();
+        assert_eq!(shared.send(request).await.unwrap().body, expected);
+    }
+    assert_eq!(proxy.metric("sluice_connections_total{listener=\"shop/cart:80\"}"), 17);
+}
+
+#[tokio::test]
+async fn a_new_snapshot_keeps_pools_and_series_of_what_did_not_change() {
+    let (app, canary) = (App::named("a").await, App::named("b").await);
+    let proxy = Proxy::start(Role::Fleet);
+    let to = || http_to([(cluster("a", &[app.address]), 100), (cluster("b", &[canary.address]), 0)]);
+    proxy.serve(to()).await;
+    let mut client = Http1::connect(proxy.address).await;
+    for _ in 0..30 {
+        assert_eq!(client.get("/").await.body, "a");
+        // New values each time, as a control plane sends them; only what they say is the same.
+        proxy.serve(to()).await;
+    }
+    // Another revision comes; this one's endpoints stay.
+    proxy.serve(http_to([(cluster("a", &[app.address]), 100)])).await;
+    assert_eq!(client.get("/").await.body, "a");
+    assert_eq!(app.connections(), 1);
+    assert_eq!(proxy.counted("a", "2xx", ""), 31);
+}
+
+#[tokio::test]
+async fn connections_to_an_endpoint_that_is_removed_are_closed_and_its_revision_s_series_go() {
+    let ((gone, mut closed), kept) = (watched().await, App::named("kept").await);
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(http_to([(cluster("a", &[gone]), 100)])).await;
+    assert_eq!(Http1::connect(proxy.address).await.get("/").await.body, "ok");
+    assert_eq!(proxy.counted("a", "2xx", ""), 1);
+    proxy.serve(http_to([(cluster("b", &[kept.address]), 100)])).await;
+    soon("the close of the pooled connection", closed.recv()).await.unwrap();
+    // Held by nothing but the client's connection, which is closed, too.
+    eventually("the end of its series", || !proxy.metrics.render().contains("revision=\"a\"")).await;
+    assert_eq!(proxy.counted("b", "2xx", ""), 0);
+}
+
+/// A server that says when a connection to it has been closed by the other side.
+async fn watched() -> (SocketAddr, tokio::sync::mpsc::Receiver<()>) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind((own_ip(), 8080)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (closed, closes) = tokio::sync::mpsc::channel(1);
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut buffer = [0; 4096];
+        while let Ok(1..) = stream.read(&mut buffer).await {
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
+        }
+        closed.try_send(()).unwrap();
+    });
+    (address, closes)
+}
+
+#[tokio::test]
+async fn a_listener_that_cannot_be_served_is_named_and_the_others_are_served() {
+    let app = App::named("a").await;
+    let proxy = Proxy::start(Role::Fleet);
+    let taken = std::net::TcpListener::bind((own_ip(), 20000)).unwrap();
+    let target = || http_to([(cluster("a", &[app.address]), 100)]);
+    let good = proxy.listener(target());
+    let chain = |name: Option<&str>, tls: bool| FilterChain {
+        server_name: name.map(Into::into),
+        tls: tls.then(|| ServerTls { client_id: FLEET.into() }),
+        protocol: target(),
+    };
+    let listener = |name: &str, address, chains| Arc::new(Listener { name: name.into(), address, chains });
+    let report = proxy
+        .workers
+        .apply(&snapshot([
+            good,
+            listener("taken", taken.local_addr().unwrap(), vec![chain(None, false)]),
+            listener("mixed", SocketAddr::new(own_ip(), 1), vec![chain(None, false), chain(Some("a"), true)]),
+            listener("twice", SocketAddr::new(own_ip(), 1), vec![chain(Some("a"), true), chain(Some("a"), true)]),
+        ]))
+        .await
+        .unwrap();
+    let names: Vec<_> = report.rejected.iter().map(|rejected| rejected.listener.as_str()).collect();
+    assert_eq!(names, ["mixed", "taken", "twice"]);
+    assert!(report.rejected[1].reason.contains(&taken.local_addr().unwrap().to_string()), "{report:?}");
+    assert_eq!(Http1::connect(proxy.address).await.get("/").await.body, "a");
+    // A bad version of a good listener leaves the good one.
+    let bad = listener("shop/cart:80", taken.local_addr().unwrap(), vec![chain(None, false)]);
+    let report = proxy.workers.apply(&snapshot([bad])).await.unwrap();
+    assert_eq!(report.rejected.len(), 1);
+    assert_eq!(Http1::connect(proxy.address).await.get("/").await.body, "a");
+}
+
+#[tokio::test]
+async fn an_sni_that_tls_cannot_carry_is_rejected_by_name() {
+    let proxy = Proxy::start(Role::Fleet);
+    let mut bad: Cluster = cluster("1234567890", &[]);
+    bad.tls = Some(sluice_proxy::snapshot::ClientTls { sni: "p80.1234567890".into(), server_id: APP.into() });
+    let report = proxy.workers.apply(&snapshot([proxy.listener(http_to([(bad, 100)]))])).await.unwrap();
+    assert!(report.rejected[0].reason.contains("p80.1234567890"), "{report:?}");
+}

@@ -1,0 +1,12 @@
+//! The data path with real sockets, servers and certificates.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod configuration;
+mod downstream_http1;
+mod drain;
+mod http;
+mod retries;
+mod support;
+mod tcp;
+mod tls;
+mod upstream_http1;

@@ -1,0 +1,249 @@
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+};
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode};
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::Frame;
+use sluice_proxy::workers::Role;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+};
+
+use crate::support::*;
+
+const RETRIES: &str = "sluice_retries_total{listener=\"shop/cart:80\",reason=";
+
+fn dead() -> SocketAddr {
+    SocketAddr::new(own_ip(), 9)
+}
+
+#[tokio::test]
+async fn an_unreachable_endpoint_costs_no_request_while_another_of_the_revision_lives() {
+    let (app, other) = (App::named("a").await, App::named("other").await);
+    let proxy = Proxy::start(Role::Fleet);
+    let (a, b) = (cluster("a", &[dead(), app.address, dead()]), cluster("b", &[other.address]));
+    proxy.serve(http_to([(a, 100), (b, 0)])).await;
+    let (mut http1, mut http2) = (Http1::connect(proxy.address).await, Http2::connect(proxy.address).await);
+    for _ in 0..50 {
+        assert_eq!(http1.send(post("/", "body")).await.unwrap().body, "a");
+        let request = Request::post("http://cart.shop/").body(full("body")).unwrap();
+        assert_eq!(http2.send(request).await.unwrap().body, "a");
+    }
+    assert_eq!(other.requests(), 0);
+    assert!(proxy.metric(&format!("{RETRIES}\"connect\"}}")) > 10);
+    assert_eq!(proxy.counted("a", "2xx", ""), 100);
+}
+
+#[tokio::test]
+async fn a_dead_side_fails_its_own_share_and_never_the_other_serves_it() {
+    let app = App::named("a").await;
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(http_to([(cluster("a", &[app.address]), 50), (cluster("b", &[]), 50)])).await;
+    let mut client = Http1::connect(proxy.address).await;
+    let mut failed = 0;
+    for _ in 0..400 {
+        failed += usize::from(client.get("/").await.status == StatusCode::SERVICE_UNAVAILABLE);
+    }
+    // 5 standard deviations of a fair coin.
+    assert!((150..=250).contains(&failed), "{failed} of 400");
+    assert_eq!(proxy.counted("b", "5xx", ""), failed as u64);
+}
+
+#[tokio::test]
+async fn a_request_that_a_sidecar_did_not_process_is_sent_again_whole() {
+    let (ip, without_app, ca) = (own_ip(), own_ip(), Ca::new());
+    let app = App::start(ip, 8080, |request| async move {
+        assert!(!request.headers().contains_key("x-sluice-not-processed"));
+        let body = request.into_body().collect().await.unwrap().to_bytes();
+        Response::builder().header("x-sluice-not-processed", "1").body(full(body)).unwrap()
+    })
+    .await;
+    let (good, bad) = (sidecar(&ca, ip, false).await, sidecar(&ca, without_app, false).await);
+    let fleet = Proxy::with(Role::Fleet, ca.identity(FLEET), |_| {});
+    fleet.serve(http_to([(mesh_cluster("abc", &[&good, &bad]), 100)])).await;
+    let (mut http1, mut http2) = (Http1::connect(fleet.address).await, Http2::connect(fleet.address).await);
+    for round in 0..30 {
+        // In several frames, of known and of unknown length.
+        let body = format!("{round:-<32000}");
+        let chunks: Vec<_> =
+            body.as_bytes().chunks(10_000).map(|c| Ok(Frame::data(Bytes::copy_from_slice(c)))).collect();
+        let stream = StreamBody::new(futures::stream::iter(chunks));
+        let chunked = Request::post("/").header("host", "a").body(stream.boxed()).unwrap();
+        let multiplexed = Request::post("http://a/").body(full(body.clone())).unwrap();
+        for answer in [
+            http1.send(post("/", body.clone())).await.unwrap(),
+            http1.send(chunked).await.unwrap(),
+            http2.send(multiplexed).await.unwrap(),
+        ] {
+            assert_eq!((answer.status, answer.body == body), (StatusCode::OK, true));
+            assert!(!answer.headers.contains_key("x-sluice-not-processed"));
+        }
+    }
+    assert_eq!(app.requests(), 90);
+    assert!(fleet.metric(&format!("{RETRIES}\"not_processed\"}}")) > 10);
+    assert_eq!((fleet.counted("abc", "2xx", ""), fleet.counted("abc", "5xx", "")), (90, 0));
+}
+
+#[tokio::test]
+async fn a_sidecar_without_its_application_says_so_to_the_fleet_and_the_fleet_says_503() {
+    let (ip, ca) = (own_ip(), Ca::new());
+    let sidecar = sidecar(&ca, ip, false).await;
+    let fleet = Proxy::with(Role::Fleet, ca.identity(FLEET), |_| {});
+    fleet.serve(http_to([(mesh_cluster("abc", &[&sidecar]), 100)])).await;
+    let answer = Http1::connect(fleet.address).await.get("/").await;
+    assert_eq!((answer.status, answer.header("x-sluice-response-flag")), (StatusCode::SERVICE_UNAVAILABLE, "UF"));
+    assert!(!answer.headers.contains_key("x-sluice-not-processed"));
+    let answer = Http2::connect(fleet.address).await.send(call("/")).await.unwrap();
+    assert_eq!((answer.status, answer.header("grpc-status")), (StatusCode::OK, "14"));
+}
+
+#[tokio::test]
+async fn an_application_cannot_ask_for_a_retry() {
+    let app = App::start(own_ip(), 8080, |_| async {
+        Response::builder().status(503).header("x-sluice-not-processed", "1").body(full("mine")).unwrap()
+    })
+    .await;
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(http_to([(cluster("a", &[app.address, dead()]), 100)])).await;
+    let answer = Http1::connect(proxy.address).await.get("/").await;
+    assert_eq!((answer.status.as_u16(), answer.body.as_str()), (503, "mine"));
+    assert!(!answer.headers.contains_key("x-sluice-not-processed"));
+    assert_eq!(app.requests(), 1);
+}
+
+/// A server that answers the first `answers` requests of each connection, and closes it on the next, unanswered.
+async fn closes_after(answers: usize) -> (SocketAddr, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind((own_ip(), 8080)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let received = Arc::new(AtomicUsize::new(0));
+    let count = received.clone();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let count = count.clone();
+            tokio::spawn(async move {
+                for round in 0..=answers {
+                    let mut head = Vec::new();
+                    while !head.ends_with(b"\r\n\r\n") {
+                        let Ok(byte) = stream.read_u8().await else {
+                            return;
+                        };
+                        head.push(byte);
+                    }
+                    count.fetch_add(1, SeqCst);
+                    if round < answers {
+                        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
+                    }
+                }
+            });
+        }
+    });
+    (address, received)
+}
+
+#[tokio::test]
+async fn a_request_that_may_have_been_processed_is_not_sent_again() {
+    let ((first, one), (second, two)) = (closes_after(0).await, closes_after(0).await);
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(http_to([(cluster("a", &[first, second]), 100)])).await;
+    let answer = Http1::connect(proxy.address).await.get("/").await;
+    assert_eq!((answer.status.as_u16(), answer.header("x-sluice-response-flag")), (503, "UC"));
+    assert_eq!(one.load(SeqCst) + two.load(SeqCst), 1);
+}
+
+#[tokio::test]
+async fn a_kept_connection_that_the_application_closes_meanwhile_costs_no_request() {
+    // Closes right behind each answer, without saying so in it: the close races with the next request.
+    let listener = TcpListener::bind((own_ip(), 8080)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    let Ok(byte) = stream.read_u8().await else {
+                        return;
+                    };
+                    head.push(byte);
+                }
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
+            });
+        }
+    });
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(http_to([(cluster("a", &[address]), 100)])).await;
+    let mut client = Http1::connect(proxy.address).await;
+    for _ in 0..20 {
+        assert_eq!(client.get("/").await.body, "ok");
+        // The close has arrived before the next request when a neighbour has been served on this thread meanwhile.
+        assert_eq!(Http1::connect(proxy.address).await.get("/").await.body, "ok");
+        tokio::task::yield_now().await;
+    }
+}
+
+/// An HTTP/2 server that says GOAWAY again and again, on each connection after a few requests.
+async fn goes_away() -> SocketAddr {
+    let listener = TcpListener::bind((own_ip(), 8080)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                let served = Arc::new(AtomicUsize::new(0));
+                let enough = Arc::new(tokio::sync::Notify::new());
+                let (count, tell) = (served.clone(), enough.clone());
+                let service = hyper::service::service_fn(move |request: Request<_>| {
+                    if count.fetch_add(1, SeqCst) == 4 {
+                        tell.notify_one();
+                    }
+                    async move {
+                        let request: Request<hyper::body::Incoming> = request;
+                        let body = request.into_body().collect().await?.to_bytes();
+                        Ok::<_, hyper::Error>(Response::new(full(body)))
+                    }
+                });
+                let connection = hyper::server::conn::http2::Builder::new(hyper_util::rt::TokioExecutor::new())
+                    .serve_connection(hyper_util::rt::TokioIo::new(stream), service);
+                let mut connection = std::pin::pin!(connection);
+                tokio::select! {
+                    _ = connection.as_mut() => return,
+                    () = enough.notified() => connection.as_mut().graceful_shutdown(),
+                }
+                let _ = connection.await;
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn an_http2_server_that_goes_away_costs_no_request() {
+    let address = goes_away().await;
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(http_to([(cluster("a", &[address]), 100)])).await;
+    let client = Http2::connect(proxy.address).await;
+    let mut tasks = tokio::task::JoinSet::new();
+    for worker in 0..8 {
+        let mut client = client.clone();
+        tasks.spawn(async move {
+            for round in 0..40 {
+                let body = format!("{worker}/{round}");
+                let request = Request::post("http://a/").body(full(body.clone())).unwrap();
+                let answer = client.send(request).await.unwrap();
+                assert_eq!((answer.status, answer.body), (StatusCode::OK, body), "{:?}", answer.headers);
+            }
+        });
+    }
+    while let Some(done) = tasks.join_next().await {
+        done.unwrap();
+    }
+    assert_eq!(proxy.counted("a", "2xx", ""), 320);
+}

@@ -1,0 +1,277 @@
+use std::sync::Arc;
+
+use http::StatusCode;
+use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
+use sluice_proxy::{
+    tls::{ALPN_H2, ALPN_HTTP1, IdentityHandle},
+    workers::Role,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+use crate::support::*;
+
+/// Speaks to a sidecar as a fleet with this identity would, down to the answer.
+async fn try_get(sidecar: &Proxy, identity: &IdentityHandle, server_id: &str, sni: &str) -> std::io::Result<String> {
+    let mut stream = handshake(sidecar, identity, server_id, sni).await?;
+    stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await?;
+    let mut answer = String::new();
+    soon("an end", stream.read_to_string(&mut answer)).await?;
+    Ok(answer)
+}
+
+async fn handshake(
+    sidecar: &Proxy,
+    identity: &IdentityHandle,
+    server_id: &str,
+    sni: &str,
+) -> std::io::Result<TlsStream<TcpStream>> {
+    let connector = TlsConnector::from(identity.client_config(server_id, &[ALPN_HTTP1]));
+    let stream = TcpStream::connect(sidecar.address).await?;
+    let name = ServerName::try_from(sni.to_owned()).unwrap();
+    soon("the handshake", connector.connect(name, stream)).await
+}
+
+#[tokio::test]
+async fn a_sidecar_admits_exactly_the_fleet() {
+    let (ip, ca, other) = (own_ip(), Ca::new(), Ca::new());
+    let app = App::start(ip, 8080, |_| async { http::Response::new(full("hello")) }).await;
+    let sidecar = sidecar(&ca, ip, false).await;
+
+    let fleet = ca.identity(FLEET);
+    let answer = try_get(&sidecar, &fleet, APP, "p8080.abc").await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("hello"), "{answer}");
+    assert_eq!(app.requests(), 1);
+
+    let with = |change: fn(&mut rcgen::CertificateParams)| {
+        let handle = IdentityHandle::default();
+        let (chain, key) = ca.issue(FLEET, change);
+        handle.set(chain, key, ca.roots()).unwrap();
+        handle
+    };
+    let foreign = IdentityHandle::default();
+    let (chain, key) = other.issue(FLEET, |_| {});
+    foreign.set(chain, key, ca.roots()).unwrap();
+    let table = [
+        ("another service account", ca.identity("spiffe://test/ns/sluice-system/sa/other")),
+        ("another trust domain", ca.identity("spiffe://other/ns/sluice-system/sa/fleet")),
+        ("a longer name", ca.identity(&format!("{FLEET}/x"))),
+        ("another authority", foreign),
+        (
+            "an expired certificate",
+            with(|params| {
+                params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+                params.not_after = rcgen::date_time_ymd(2020, 1, 2);
+            }),
+        ),
+        (
+            "two names",
+            with(|params| {
+                let second = "spiffe://test/ns/shop/sa/cart".try_into().unwrap();
+                params.subject_alt_names.push(rcgen::SanType::URI(second));
+            }),
+        ),
+        ("no name", with(|params| params.subject_alt_names.clear())),
+    ];
+    for (what, identity) in &table {
+        assert!(try_get(&sidecar, identity, APP, "p8080.abc").await.is_err(), "{what} was admitted");
+    }
+    // Another port or revision.
+    for sni in ["p9090.abc", "p8080.xyz", "other"] {
+        assert!(try_get(&sidecar, &fleet, APP, sni).await.is_err(), "{sni} was admitted");
+    }
+    let refused = table.len() as u64 + 3;
+    // Counted behind the alert that the client has seen.
+    eventually("the count", || sidecar.metric("sluice_tls_failures_total{listener=\"inbound\"}") == refused).await;
+
+    // No certificate at all.
+    let roots = rustls::RootCertStore { roots: ca.roots().iter().map(|r| webpki_root(r)).collect() };
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let anonymous = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Anyone(roots)))
+        .with_no_client_auth();
+    let stream = TcpStream::connect(sidecar.address).await.unwrap();
+    let name = ServerName::try_from("p8080.abc").unwrap();
+    let mut stream = TlsConnector::from(Arc::new(anonymous)).connect(name, stream).await.unwrap();
+    let _ = stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    assert!(soon("the refusal", stream.read_u8()).await.is_err());
+
+    // Plaintext.
+    let mut stream = TcpStream::connect(sidecar.address).await.unwrap();
+    stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    let _ = soon("the close", stream.read_to_end(&mut answer)).await;
+    assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
+    assert_eq!(app.requests(), 1);
+}
+
+fn webpki_root(root: &rustls::pki_types::CertificateDer<'_>) -> rustls::pki_types::TrustAnchor<'static> {
+    let mut store = rustls::RootCertStore::empty();
+    store.add(root.clone().into_owned()).unwrap();
+    store.roots.remove(0)
+}
+
+/// Asks nothing of the server: this is about what the server asks.
+#[derive(Debug)]
+struct Anyone(#[allow(dead_code)] rustls::RootCertStore);
+
+impl rustls::client::danger::ServerCertVerifier for Anyone {
+    fn verify_server_cert(
+        &self,
+        _: &rustls::pki_types::CertificateDer<'_>,
+        _: &[rustls::pki_types::CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: rustls::pki_types::UnixTime,
+    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+        Ok(rustls::client::danger::ServerCertVerified::assertion())
+    }
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &rustls::pki_types::CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+    }
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &rustls::pki_types::CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+    }
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[tokio::test]
+async fn the_fleet_believes_exactly_the_revision_s_service_account() {
+    let (ip, ca) = (own_ip(), Ca::new());
+    let app = App::start(ip, 8080, |_| async { http::Response::new(full("hello")) }).await;
+    let sidecar = sidecar(&ca, ip, false).await;
+    let fleet = Proxy::with(Role::Fleet, ca.identity(FLEET), |_| {});
+    let believing = |server_id: &str| {
+        let mut cluster = mesh_cluster("abc", &[&sidecar]);
+        cluster.tls.as_mut().unwrap().server_id = server_id.into();
+        http_to([(cluster, 100)])
+    };
+    fleet.serve(believing(APP)).await;
+    let mut client = Http1::connect(fleet.address).await;
+    assert_eq!(client.get("/").await.body, "hello");
+    // Kept connections that were made to another identity are not used any more.
+    fleet.serve(believing("spiffe://test/ns/shop/sa/other")).await;
+    let answer = client.get("/").await;
+    assert_eq!((answer.status, answer.header("x-sluice-response-flag")), (StatusCode::SERVICE_UNAVAILABLE, "UF"));
+    assert_eq!(app.requests(), 1);
+}
+
+#[tokio::test]
+async fn a_fleet_that_a_sidecar_does_not_admit_tries_another_and_then_says_that_it_could_not_connect() {
+    let (ip, ca) = (own_ip(), Ca::new());
+    let app = App::start(ip, 8080, |_| async { http::Response::new(full("hello")) }).await;
+    let sidecars = [sidecar(&ca, ip, false).await, sidecar(&ca, own_ip(), false).await];
+    let stranger = Proxy::with(Role::Fleet, ca.identity("spiffe://test/ns/x/sa/y"), |_| {});
+    stranger.serve(http_to([(mesh_cluster("abc", &[&sidecars[0], &sidecars[1]]), 100)])).await;
+    let answer = Http1::connect(stranger.address).await.get("/").await;
+    assert_eq!((answer.status, answer.header("x-sluice-response-flag")), (StatusCode::SERVICE_UNAVAILABLE, "UF"));
+    for sidecar in &sidecars {
+        // Counted behind the alert that the fleet has seen.
+        eventually("the count", || sidecar.metric("sluice_tls_failures_total{listener=\"inbound\"}") == 1).await;
+    }
+    assert_eq!(app.requests(), 0);
+}
+
+#[tokio::test]
+async fn a_renewed_certificate_is_used_at_once_and_disturbs_no_connection() {
+    let (ip, ca) = (own_ip(), Ca::new());
+    let _app = App::start(ip, 8080, |_| async { http::Response::new(full("hello")) }).await;
+    let sidecar = sidecar(&ca, ip, false).await;
+    let identity = ca.identity(FLEET);
+    let fleet = Proxy::with(Role::Fleet, identity.clone(), |_| {});
+    fleet.serve(http_to([(mesh_cluster("abc", &[&sidecar]), 100)])).await;
+    let mut client = Http1::connect(fleet.address).await;
+    assert_eq!(client.get("/").await.body, "hello");
+    let opened = || sidecar.metric("sluice_connections_total{listener=\"inbound\"}");
+    assert_eq!(opened(), 1);
+    // One that the sidecar would refuse in a new handshake: the connection in the pool does not notice.
+    ca.renew(&identity, "spiffe://test/ns/x/sa/y");
+    assert_eq!(client.get("/").await.body, "hello");
+    assert_eq!(opened(), 1);
+    // A handshake uses it at once.
+    assert!(try_get(&sidecar, &identity, APP, "p8080.abc").await.is_err());
+    ca.renew(&identity, FLEET);
+    assert!(try_get(&sidecar, &identity, APP, "p8080.abc").await.unwrap().ends_with("hello"));
+}
+
+#[tokio::test]
+async fn the_protocol_is_agreed_by_alpn() {
+    let (ip, ca) = (own_ip(), Ca::new());
+    let _app =
+        App::start(ip, 8080, |request| async move { http::Response::new(full(format!("{:?}", request.version()))) })
+            .await;
+    let sidecar = sidecar(&ca, ip, false).await;
+    let connector = TlsConnector::from(ca.identity(FLEET).client_config(APP, &[ALPN_H2]));
+    let stream = TcpStream::connect(sidecar.address).await.unwrap();
+    let stream = connector.connect(ServerName::try_from("p8080.abc").unwrap(), stream).await.unwrap();
+    assert_eq!(stream.get_ref().1.alpn_protocol(), Some(ALPN_H2));
+    let (sender, connection) =
+        hyper::client::conn::http2::handshake(hyper_util::rt::TokioExecutor::new(), TokioIo::new(stream))
+            .await
+            .unwrap();
+    tokio::spawn(connection);
+    let answer = Http2(sender).send(http::Request::get("https://a/").body(full("")).unwrap()).await.unwrap();
+    assert_eq!(answer.body, "HTTP/2.0");
+    // None in common.
+    let connector = TlsConnector::from(ca.identity(FLEET).client_config(APP, &[b"spdy/3"]));
+    let stream = TcpStream::connect(sidecar.address).await.unwrap();
+    assert!(connector.connect(ServerName::try_from("p8080.abc").unwrap(), stream).await.is_err());
+}
+
+#[tokio::test]
+async fn a_proxy_without_an_identity_refuses_and_serves_once_it_has_one() {
+    let (ip, ca) = (own_ip(), Ca::new());
+    let _app = App::start(ip, 8080, |_| async { http::Response::new(full("hello")) }).await;
+    let sidecar = sidecar(&ca, ip, false).await;
+    let identity = IdentityHandle::default();
+    let fleet = Proxy::with(Role::Fleet, identity.clone(), |_| {});
+    fleet.serve(http_to([(mesh_cluster("abc", &[&sidecar]), 100)])).await;
+    let mut client = Http1::connect(fleet.address).await;
+    assert_eq!(client.get("/").await.header("x-sluice-response-flag"), "UF");
+    ca.renew(&identity, FLEET);
+    assert_eq!(client.get("/").await.body, "hello");
+}
+
+#[tokio::test]
+async fn when_another_fleet_is_admitted_requests_on_connections_of_the_former_are_refused() {
+    let (ip, ca) = (own_ip(), Ca::new());
+    let app = App::start(ip, 8080, |_| async { http::Response::new(full("hello")) }).await;
+    let sidecar = sidecar(&ca, ip, false).await;
+    let stream = handshake(&sidecar, &ca.identity(FLEET), APP, "p8080.abc").await.unwrap();
+    let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    let mut client = Http1(sender);
+    assert_eq!(client.get("/").await.body, "hello");
+    let listener = sluice_proxy::snapshot::Listener {
+        name: "inbound".into(),
+        address: sidecar.address,
+        chains: vec![sluice_proxy::snapshot::FilterChain {
+            server_name: Some("p8080.abc".into()),
+            tls: Some(sluice_proxy::snapshot::ServerTls { client_id: "spiffe://test/ns/new/sa/fleet".into() }),
+            protocol: http_to([(cluster("a", &[app.address]), 1)]),
+        }],
+    };
+    sidecar.apply([Arc::new(listener)]).await;
+    let answer = client.get("/").await;
+    assert_eq!((answer.status, answer.header("connection")), (StatusCode::FORBIDDEN, "close"));
+    assert_eq!(app.requests(), 1);
+}

@@ -1,0 +1,3 @@
+module sluice.dev/conformance/backends
+
+go 1.24

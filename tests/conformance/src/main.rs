@@ -1,0 +1,127 @@
+//! Our data path, as the fleet runs it, with a static snapshot: what the conformance suites talk to.
+//!
+//! Prints `ready` when all listeners are open, and ends when standard input does.
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, reason = "its parent waits for the line")]
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context;
+use clap::Parser;
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    SanType,
+};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use sluice_proxy::{
+    metrics::Metrics,
+    snapshot::{Action, Cluster, FilterChain, Listener, MetricLabels, Protocol, ServerTls, Snapshot, Split, Upstream},
+    tls::IdentityHandle,
+    workers::{Options, Role, Timing, Workers},
+};
+
+const CLIENT: &str = "spiffe://conformance/ns/test/sa/client";
+const SERVER: &str = "spiffe://conformance/ns/test/sa/server";
+
+#[derive(Parser)]
+struct Cli {
+    /// Plaintext listeners, each with its upstream: `127.0.0.1:1=127.0.0.1:2`.
+    #[arg(long, value_parser = pair)]
+    plain: Vec<(SocketAddr, SocketAddr)>,
+    /// Listeners with mTLS, each with its (plaintext) upstream. Clients need `client.crt` and `client.key`.
+    #[arg(long, value_parser = pair)]
+    tls: Vec<(SocketAddr, SocketAddr)>,
+    /// Folder into which new certificates are written.
+    #[arg(long)]
+    certificates: PathBuf,
+    /// How long the head of a request may take, in milliseconds. Default: as the fleet has it.
+    #[arg(long)]
+    header_ms: Option<u64>,
+}
+
+fn pair(text: &str) -> anyhow::Result<(SocketAddr, SocketAddr)> {
+    let (listen, upstream) = text.split_once('=').context("it must be LISTEN=UPSTREAM")?;
+    Ok((listen.parse()?, upstream.parse()?))
+}
+
+fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    write_certificates(&cli.certificates)?;
+    let mut timing = Timing::of(Role::Fleet);
+    if let Some(header) = cli.header_ms {
+        timing.header = Duration::from_millis(header);
+    }
+    let workers = Workers::start(&Options {
+        role: Role::Fleet,
+        timing,
+        metrics: Metrics::new("conformance", 1),
+        identity: identity(&cli.certificates)?,
+        access_log: None,
+    })?;
+    let plain = cli.plain.iter().map(|pair| listener(*pair, None));
+    let tls = cli.tls.iter().map(|pair| listener(*pair, Some(ServerTls { client_id: CLIENT.to_owned() })));
+    let listeners: BTreeMap<_, _> = plain.chain(tls).map(|one| (one.name.clone(), Arc::new(one))).collect();
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let report = workers.apply(&Snapshot { listeners }).await?;
+        anyhow::ensure!(report.rejected.is_empty(), "{report:?}");
+        println!("ready");
+        let wait = || std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        tokio::task::spawn_blocking(wait).await??;
+        Ok(())
+    })
+}
+
+fn listener((address, upstream): (SocketAddr, SocketAddr), tls: Option<ServerTls>) -> Listener {
+    let name = format!("conformance/{address}");
+    let cluster = Cluster {
+        name: format!("{name}/a"),
+        labels: Some(MetricLabels {
+            destination_namespace: "conformance".to_owned(),
+            destination_service: address.port().to_string(),
+            revision: "a".to_owned(),
+        }),
+        upstream: Upstream::Endpoints(vec![upstream]),
+        tls: None,
+        connect_timeout: Duration::from_secs(1),
+    };
+    let split = Split { targets: vec![(Arc::new(cluster), 100)] };
+    let chain = FilterChain { server_name: None, tls, protocol: Protocol::Http(Action::Forward(split)) };
+    Listener { name, address, chains: vec![chain] }
+}
+
+/// A root, and certificates of both sides, PEM.
+fn write_certificates(folder: &Path) -> anyhow::Result<()> {
+    let mut root = CertificateParams::default();
+    root.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    root.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    root.distinguished_name.push(DnType::CommonName, "conformance root");
+    let key = KeyPair::generate()?;
+    fs::write(folder.join("ca.crt"), root.self_signed(&key)?.pem())?;
+    let issuer = Issuer::new(root, key);
+    for (name, id) in [("client", CLIENT), ("server", SERVER)] {
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = vec![SanType::URI(id.try_into()?)];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let key = KeyPair::generate()?;
+        fs::write(folder.join(format!("{name}.crt")), params.signed_by(&key, &issuer)?.pem())?;
+        fs::write(folder.join(format!("{name}.key")), key.serialize_pem())?;
+    }
+    Ok(())
+}
+
+fn identity(folder: &Path) -> anyhow::Result<IdentityHandle> {
+    let read = |name: &str| -> anyhow::Result<Vec<CertificateDer<'static>>> {
+        Ok(CertificateDer::pem_file_iter(folder.join(name))?.collect::<Result<_, _>>()?)
+    };
+    let identity = IdentityHandle::default();
+    identity.set(read("server.crt")?, PrivateKeyDer::from_pem_file(folder.join("server.key"))?, read("ca.crt")?)?;
+    Ok(identity)
+}

@@ -1,0 +1,308 @@
+//! The fixture of the end-to-end tests: Sluice installed, an application of the test's own taken over and under load by name with
+//! new and kept connections, and at the end a look at everything that must not have happened.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)] // What does not work here fails the test.
+
+use std::{
+    sync::LazyLock,
+    time::{Duration, Instant},
+};
+
+use k8s_openapi::api::core::v1::{Namespace, Pod};
+use kube::{
+    Api, ResourceExt,
+    api::{ApiResource, DynamicObject, ListParams},
+    core::GroupVersionKind,
+};
+use serde_json::json;
+use sluice_crds::{CanaryStatus, Stage};
+use tokio::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use crate::{
+    app::App,
+    audit,
+    cluster::{Cluster, SYSTEM},
+    load::Load,
+    node,
+    problems::{self, Expected},
+    watch::unix_ms,
+};
+
+/// Tests that break something that all share take this for writing.
+static SHARED: LazyLock<RwLock<()>> = LazyLock::new(RwLock::default);
+static INSTALLED: LazyLock<Mutex<bool>> = LazyLock::new(Mutex::default);
+
+pub const MINUTE: Duration = Duration::from_secs(60);
+/// Nothing may be written for so long when all is settled.
+const QUIET: Duration = Duration::from_secs(3);
+
+/// How a test uses the installation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// Beside other tests.
+    Shared,
+    /// Alone, because it breaks or changes what others rely on.
+    Alone,
+}
+
+/// The installation, as long as a test uses it.
+pub struct Held {
+    _shared: Option<RwLockReadGuard<'static, ()>>,
+    _alone: Option<RwLockWriteGuard<'static, ()>>,
+}
+
+/// An application that is taken over and under load.
+pub struct Adopted {
+    pub app: App,
+    pub load: Load,
+    /// From when on no request may fail: before the Canary was applied.
+    pub from_ms: u64,
+    _held: Held,
+}
+
+/// The cluster that `KUBECONFIG` names, with Sluice in it; `None`, after saying so, where it names none.
+pub async fn cluster(usage: Use) -> Option<(Cluster, Held)> {
+    if std::env::var_os("KUBECONFIG").is_none() {
+        println!("SKIPPED: KUBECONFIG is not set; `make test` starts a cluster, or set it to one of yours");
+        return None;
+    }
+    let cluster = Cluster::connect().await.unwrap();
+    let mut installed = INSTALLED.lock().await;
+    if !*installed {
+        // Proxies and controllers start at once, and some are there before those that they need.
+        let _starting = problems::expect(&[SYSTEM]);
+        problems::watch().unwrap();
+        cluster.install(&[]).await.unwrap();
+        *installed = true;
+    }
+    drop(installed);
+    let held = match usage {
+        Use::Shared => Held { _shared: Some(SHARED.read().await), _alone: None },
+        Use::Alone => Held { _shared: None, _alone: Some(SHARED.write().await) },
+    };
+    Some((cluster, held))
+}
+
+/// A spec whose releases take some ten seconds.
+#[must_use]
+pub fn quick() -> serde_json::Value {
+    json!({"drainSeconds": 2, "scaleDownDelaySeconds": 5, "progressDeadlineSeconds": 20, "analysis": {
+    "interval": "4s", "stepWeights": [20, 60], "metrics": [
+        {"name": "request-success-rate", "interval": "4s", "thresholdRange": {"min": 99}},
+        {"name": "request-duration", "interval": "4s", "thresholdRange": {"max": 500}},
+    ]}})
+}
+
+/// [`quick`], but a step lasts so long that it is still the same one when a fault of some seconds is over.
+#[must_use]
+pub fn slow(seconds: u32) -> serde_json::Value {
+    let mut spec = quick();
+    spec["analysis"]["interval"] = json!(format!("{seconds}s"));
+    spec
+}
+
+/// Installs Sluice if this has not been done, and makes an application that is taken over and under load, in a namespace
+/// that is named for the test. `arguments` are further ones of `sluice-load`.
+pub async fn adopted(name: &str, usage: Use, arguments: &[&str], spec: serde_json::Value) -> Option<Adopted> {
+    let (cluster, held) = cluster(usage).await?;
+    let app = App::deploy(&cluster, &unique(name), 2).await.unwrap();
+    let mut all = vec!["--target", "hello:80"];
+    if !arguments.contains(&"--rate") {
+        all.extend_from_slice(&["--rate", "60"]);
+    }
+    all.extend_from_slice(arguments);
+    let load = Load::start(&cluster, &app.namespace, "load", &all).await.unwrap();
+    let from_ms = load.steady().await.unwrap();
+    app.canary(spec).await.unwrap();
+    app.adopted().await.unwrap();
+    Some(Adopted { app, load, from_ms, _held: held })
+}
+
+/// A name that no earlier run has used.
+#[must_use]
+pub fn unique(name: &str) -> String {
+    format!("{name}-{}", unix_ms() % 100_000)
+}
+
+impl Adopted {
+    /// No request failed that a version of the application did not answer.
+    pub async fn nothing_failed(&self) {
+        self.load.catch_up().await.unwrap();
+        let failed = self.load.failures_since(self.from_ms);
+        assert!(failed.is_empty(), "failed requests: {failed:#?}");
+    }
+
+    /// Failures since `from_ms`, which the test has counted apart: `[kept, new]` connections, and the window in which they
+    /// ended. From now on no request may fail again.
+    pub async fn counted_apart(&mut self, what: &str, from_ms: u64) -> Apart {
+        self.load.catch_up().await.unwrap();
+        let before: Vec<_> =
+            self.load.failures_since(self.from_ms).into_iter().filter(|bucket| bucket.first_ms < from_ms).collect();
+        assert!(before.is_empty(), "failed before {what}: {before:#?}");
+        let failed = self.load.failures_since(from_ms);
+        let of = |kind: &str| failed.iter().filter(|bucket| bucket.kind == kind).map(|bucket| bucket.count).sum();
+        let last_ms = failed.iter().map(|bucket| bucket.last_ms).max().unwrap_or(from_ms);
+        let apart = Apart { kept: of("kept"), new: of("new"), window_ms: last_ms - from_ms };
+        println!(
+            "{what}: {} requests on kept connections and {} on new ones failed, the last {} ms after it",
+            apart.kept, apart.new, apart.window_ms
+        );
+        self.from_ms = unix_ms();
+        apart
+    }
+
+    pub async fn wait(&self, what: &str, from_ms: u64, wanted: impl Fn(&CanaryStatus) -> bool) -> CanaryStatus {
+        self.app.history.wait(what, from_ms, 2 * MINUTE, wanted).await.unwrap().status
+    }
+
+    /// Requests that a version answered since `from_ms`.
+    pub async fn answers_of(&self, version: &str, from_ms: u64) -> u64 {
+        self.load.catch_up().await.unwrap();
+        self.load.since(from_ms).iter().filter(|bucket| bucket.version == version).map(|bucket| bucket.count).sum()
+    }
+
+    /// Nothing failed; nothing is written where the Canary is settled; nothing is left when the namespace is gone; nothing
+    /// went wrong in Sluice.
+    pub async fn end(self) {
+        self.nothing_failed().await;
+        if let Some(canary) = self.app.canaries().get_opt("hello").await.unwrap() {
+            let status = canary.status.unwrap_or_default();
+            if status.stage == Stage::Settled && status.retiring.is_empty() {
+                quiet(&self.app.cluster, &self.app.namespace).await;
+            }
+        }
+        let Self { app, load, _held, .. } = self;
+        drop(load);
+        ended(app).await;
+    }
+}
+
+/// Requests that failed because of a fault.
+#[derive(Clone, Copy, Debug)]
+pub struct Apart {
+    pub kept: u64,
+    pub new: u64,
+    /// From the fault to the end of the last of them.
+    pub window_ms: u64,
+}
+
+/// Deletes the application's namespace and waits for its end, so that no finalizer and no object of ours is left. Nothing may
+/// have gone wrong in Sluice.
+pub async fn ended(app: App) {
+    let cluster = app.cluster.clone();
+    let namespace = app.namespace.clone();
+    app.delete().await.unwrap();
+    gone(&cluster, &namespace).await;
+    nothing_went_wrong(&cluster).await;
+}
+
+/// Waits until a namespace is gone.
+pub async fn gone(cluster: &Cluster, namespace: &str) {
+    let namespaces: Api<Namespace> = Api::all(cluster.client.clone());
+    eventually(&format!("the end of namespace {namespace}"), 3 * MINUTE, || async {
+        namespaces.get_opt(namespace).await.ok().filter(Option::is_none)
+    })
+    .await;
+}
+
+/// No warning, error, panic, restart or 403 of ours that no test declared. Prints what the controllers hold in memory.
+pub async fn nothing_went_wrong(cluster: &Cluster) {
+    let found = problems::unexpected();
+    let lines: Vec<_> = found.iter().map(ToString::to_string).collect();
+    assert!(found.is_empty(), "unexpected:\n{}", lines.join("\n"));
+    let pods: Api<Pod> = Api::namespaced(cluster.client.clone(), SYSTEM);
+    let controllers = pods.list(&ListParams::default().labels("app.kubernetes.io/component=controller")).await.unwrap();
+    for pod in controllers {
+        if let Some(kib) = node::resident_kib(&pod, "controller") {
+            println!("memory of {}: {} MiB", pod.name_any(), kib / 1024);
+            assert!(kib < 300 * 1024, "{} holds {} MiB", pod.name_any(), kib / 1024);
+        }
+    }
+}
+
+/// Nothing of a namespace is written for some seconds: every object that is ours, or that we write to, keeps its
+/// resourceVersion, and the audit log, where there is one, has no write of ours.
+pub async fn quiet(cluster: &Cluster, namespace: &str) {
+    let began = unix_ms();
+    let before = versions(cluster, namespace).await;
+    tokio::time::sleep(QUIET).await;
+    let after = versions(cluster, namespace).await;
+    assert_eq!(before, after, "something is written although all is settled");
+    let written: Vec<_> = audit::requests(began)
+        .into_iter()
+        .filter(|request| request.writes() && request.namespace == namespace && request.at_ms < unix_ms())
+        .collect();
+    assert!(written.is_empty(), "written although all is settled: {written:#?}");
+}
+
+/// `kind/name` and resourceVersion of everything that Sluice may write in a namespace.
+async fn versions(cluster: &Cluster, namespace: &str) -> Vec<(String, Option<String>)> {
+    let mut found = Vec::new();
+    for (group, version, kind, plural) in [
+        ("sluice.dev", "v1beta1", "Canary", "canaries"),
+        ("apps", "v1", "Deployment", "deployments"),
+        ("apps", "v1", "ControllerRevision", "controllerrevisions"),
+        ("", "v1", "Service", "services"),
+        ("", "v1", "ConfigMap", "configmaps"),
+        ("", "v1", "Secret", "secrets"),
+        ("discovery.k8s.io", "v1", "EndpointSlice", "endpointslices"),
+    ] {
+        let resource = ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, kind), plural);
+        let api: Api<DynamicObject> = Api::namespaced_with(cluster.client.clone(), namespace, &resource);
+        let objects = api.list_metadata(&ListParams::default()).await.unwrap();
+        found.extend(
+            objects.into_iter().map(|object| (format!("{kind}/{}", object.name_any()), object.resource_version())),
+        );
+    }
+    found
+}
+
+/// Everything in a namespace that carries our label, as `kind/name`.
+pub async fn of_ours(cluster: &Cluster, namespace: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for (group, version, kind, plural) in [
+        ("apps", "v1", "Deployment", "deployments"),
+        ("apps", "v1", "ControllerRevision", "controllerrevisions"),
+        ("", "v1", "Service", "services"),
+        ("", "v1", "ConfigMap", "configmaps"),
+        ("", "v1", "Secret", "secrets"),
+        ("discovery.k8s.io", "v1", "EndpointSlice", "endpointslices"),
+    ] {
+        let resource = ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, kind), plural);
+        let api: Api<DynamicObject> = Api::namespaced_with(cluster.client.clone(), namespace, &resource);
+        let objects = api.list_metadata(&ListParams::default().labels("sluice.dev/canary")).await.unwrap();
+        found.extend(objects.into_iter().map(|object| format!("{kind}/{}", object.name_any())));
+    }
+    found
+}
+
+/// Status, reason and message of a condition; empty where there is none.
+#[must_use]
+pub fn condition(status: &CanaryStatus, kind: &str) -> (String, String, String) {
+    let found = status.conditions.iter().find(|condition| condition.kind == kind);
+    found.map_or_else(Default::default, |found| {
+        (format!("{:?}", found.status), found.reason.clone(), found.message.clone())
+    })
+}
+
+/// Asks again and again until there is an answer.
+///
+/// # Panics
+/// At the deadline.
+pub async fn eventually<T, F>(what: &str, deadline: Duration, mut probe: impl FnMut() -> F) -> T
+where
+    F: Future<Output = Option<T>>,
+{
+    let until = Instant::now() + deadline;
+    loop {
+        if let Some(found) = probe().await {
+            return found;
+        }
+        assert!(Instant::now() < until, "{what} did not come within {deadline:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Declares what a test is about to cause; see [`problems::expect`].
+pub fn expect(parts: &[&str]) -> Expected {
+    problems::expect(parts)
+}

@@ -1,0 +1,134 @@
+//! The cluster that `KUBECONFIG` names: manifests, the chart, kubectl.
+
+use std::{path::PathBuf, process::Stdio, time::Duration};
+
+use anyhow::{Context, bail};
+use k8s_openapi::api::core::v1::Namespace;
+use kube::{Api, Client, api::PostParams};
+
+/// A cluster, and the programs that drive it.
+#[derive(Clone)]
+pub struct Cluster {
+    pub client: Client,
+    /// Tag of the images that were loaded.
+    pub tag: String,
+    bin: Option<PathBuf>,
+    root: PathBuf,
+}
+
+/// Where Sluice is installed.
+pub const SYSTEM: &str = "sluice-system";
+
+impl Cluster {
+    /// From `KUBECONFIG`; `SLUICE_K8S_BIN` is the folder of kubectl and helm where they are not in `PATH`, and
+    /// `SLUICE_IMAGE_TAG` the images' tag (`dev`).
+    ///
+    /// # Errors
+    /// If the API server cannot be asked.
+    pub async fn connect() -> anyhow::Result<Self> {
+        let client = Client::try_default().await.context("no cluster: KUBECONFIG names none that can be used")?;
+        client.apiserver_version().await.context("the API server that KUBECONFIG names does not answer")?;
+        Ok(Self {
+            client,
+            tag: std::env::var("SLUICE_IMAGE_TAG").unwrap_or_else(|_| "dev".to_owned()),
+            bin: std::env::var_os("SLUICE_K8S_BIN").map(PathBuf::from),
+            root: PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../.."),
+        })
+    }
+
+    /// Runs kubectl and returns what it printed.
+    ///
+    /// # Errors
+    /// If it exits with an error: its words.
+    pub async fn kubectl(&self, arguments: &[&str], input: Option<&str>) -> anyhow::Result<String> {
+        self.run("kubectl", arguments, input).await
+    }
+
+    /// Runs helm and returns what it printed.
+    ///
+    /// # Errors
+    /// If it exits with an error: its words.
+    pub async fn helm(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        self.run("helm", arguments, None).await
+    }
+
+    /// Applies manifests, server-side, as Git would.
+    ///
+    /// # Errors
+    /// As kubectl says.
+    pub async fn apply(&self, namespace: &str, manifest: &str) -> anyhow::Result<String> {
+        let arguments = ["-n", namespace, "apply", "--server-side", "--force-conflicts", "-f", "-"];
+        self.kubectl(&arguments, Some(manifest)).await
+    }
+
+    /// A file of the repository.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn file(&self, path: &str) -> anyhow::Result<String> {
+        let path = self.root.join(path);
+        std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+    }
+
+    async fn run(&self, program: &str, arguments: &[&str], input: Option<&str>) -> anyhow::Result<String> {
+        use tokio::io::AsyncWriteExt;
+        let path = self.bin.as_ref().map_or_else(|| PathBuf::from(program), |bin| bin.join(program));
+        let mut child = tokio::process::Command::new(&path)
+            .args(arguments)
+            .current_dir(&self.root)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(|| format!("cannot run {}", path.display()))?;
+        if let (Some(mut stdin), Some(input)) = (child.stdin.take(), input) {
+            stdin.write_all(input.as_bytes()).await?;
+        }
+        let output = tokio::time::timeout(Duration::from_secs(300), child.wait_with_output())
+            .await
+            .with_context(|| format!("{program} {} did not end within 300 s", arguments.join(" ")))??;
+        if !output.status.success() {
+            bail!("{program} {} failed: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Installs or upgrades the chart with test settings, and Prometheus beside it; waits until both are ready.
+    ///
+    /// # Errors
+    /// If anything is not ready in time.
+    pub async fn install(&self, values: &[&str]) -> anyhow::Result<()> {
+        self.namespace(SYSTEM).await?;
+        self.apply(SYSTEM, &self.file("tests/e2e/manifests/prometheus.yaml")?).await?;
+        let tag = format!("image.tag={}", self.tag);
+        let metrics = format!("metricsServer=http://prometheus.{SYSTEM}:9090");
+        let mut arguments = vec!["upgrade", "--install", "sluice", "charts/sluice", "-n", SYSTEM];
+        for value in ["image.registry=localhost", "image.pullPolicy=IfNotPresent", &tag, &metrics]
+            .into_iter()
+            .chain(values.iter().copied())
+        {
+            arguments.extend(["--set", value]);
+        }
+        arguments.extend(["--wait", "--timeout", "180s"]);
+        self.run("helm", &arguments, None).await?;
+        let prometheus = ["-n", SYSTEM, "rollout", "status", "deployment/prometheus", "--timeout=120s"];
+        self.kubectl(&prometheus, None).await?;
+        Ok(())
+    }
+
+    /// Makes a namespace that enforces the restricted Pod Security standard.
+    ///
+    /// # Errors
+    /// If the API server refuses.
+    pub async fn namespace(&self, name: &str) -> anyhow::Result<()> {
+        let namespace: Namespace = serde_json::from_value(serde_json::json!({
+            "metadata": {"name": name, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}}
+        }))?;
+        match Api::all(self.client.clone()).create(&PostParams::default(), &namespace).await {
+            Ok(_) => Ok(()),
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+            Err(error) => Err(error).with_context(|| format!("cannot create namespace {name}")),
+        }
+    }
+}

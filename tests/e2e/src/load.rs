@@ -1,0 +1,132 @@
+//! The load generator as a Pod, and what it has seen so far.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::Context;
+use k8s_openapi::api::core::v1::Pod;
+use kube::{
+    Api,
+    api::{DeleteParams, PostParams},
+    runtime::wait::{await_condition, conditions::is_pod_running},
+};
+use sluice_load::Bucket;
+use tokio::task::JoinHandle;
+
+use crate::{cluster::Cluster, logs, watch::unix_ms};
+
+/// Load on a Service. Ends when it is stopped or dropped.
+pub struct Load {
+    name: String,
+    pods: Api<Pod>,
+    buckets: Arc<Mutex<Vec<Bucket>>>,
+    reader: JoinHandle<()>,
+}
+
+impl Load {
+    /// Starts a load Pod with these arguments of `sluice-load`.
+    ///
+    /// # Errors
+    /// If it does not run within a minute.
+    pub async fn start(cluster: &Cluster, namespace: &str, name: &str, arguments: &[&str]) -> anyhow::Result<Self> {
+        let pods: Api<Pod> = Api::namespaced(cluster.client.clone(), namespace);
+        let pod: Pod = serde_json::from_value(serde_json::json!({
+            "metadata": {"name": name, "labels": {"app": "load"}},
+            "spec": {
+                "restartPolicy": "Never",
+                "terminationGracePeriodSeconds": 2,
+                "automountServiceAccountToken": false,
+                "containers": [{
+                    "name": "load",
+                    "image": format!("localhost/sluice-load:{}", cluster.tag),
+                    "imagePullPolicy": "IfNotPresent",
+                    "args": arguments,
+                    "securityContext": {
+                        "allowPrivilegeEscalation": false, "runAsNonRoot": true,
+                        "capabilities": {"drop": ["ALL"]}, "seccompProfile": {"type": "RuntimeDefault"},
+                    },
+                }],
+            },
+        }))?;
+        pods.create(&PostParams::default(), &pod).await.with_context(|| format!("cannot start load pod {name}"))?;
+        let running = await_condition(pods.clone(), name, is_pod_running());
+        tokio::time::timeout(std::time::Duration::from_secs(60), running)
+            .await
+            .with_context(|| format!("load pod {namespace}/{name} does not run"))??;
+        let buckets = Arc::<Mutex<Vec<Bucket>>>::default();
+        let seen = buckets.clone();
+        let reader = tokio::spawn(logs::follow(pods.clone(), name.to_owned(), "load".to_owned(), move |_, line| {
+            match serde_json::from_str(line) {
+                Ok(bucket) => seen.lock().unwrap_or_else(PoisonError::into_inner).push(bucket),
+                Err(_) => eprintln!("load: {line}"),
+            }
+        }));
+        Ok(Self { name: name.to_owned(), pods, buckets, reader })
+    }
+
+    /// What ended since `from_ms` (Unix milliseconds).
+    #[must_use]
+    pub fn since(&self, from_ms: u64) -> Vec<Bucket> {
+        let buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        buckets.iter().filter(|bucket| bucket.first_ms >= from_ms).cloned().collect()
+    }
+
+    /// Requests that no version of the application answered, since `from_ms`.
+    #[must_use]
+    pub fn failures_since(&self, from_ms: u64) -> Vec<Bucket> {
+        self.since(from_ms).into_iter().filter(Bucket::failed).collect()
+    }
+
+    /// Waits until everything that ended before now has been reported.
+    ///
+    /// # Errors
+    /// If the load has stopped to report.
+    pub async fn catch_up(&self) -> anyhow::Result<()> {
+        let now = unix_ms();
+        let later = async {
+            while !self.buckets.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|b| b.first_ms > now) {
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(15), later)
+            .await
+            .with_context(|| format!("load pod {} reports nothing any more", self.name))
+    }
+
+    /// Waits until the application has answered everything for four seconds: a Service that was made just now is refused
+    /// until kube-proxy has its rules, and a Pod that was started just now may not be found for three (ARP). Returns from
+    /// when on every failure counts (Unix milliseconds).
+    ///
+    /// # Errors
+    /// If that does not come within a minute.
+    pub async fn steady(&self) -> anyhow::Result<u64> {
+        let steady = async {
+            loop {
+                let from = unix_ms();
+                tokio::time::sleep(std::time::Duration::from_secs(4)).await;
+                self.catch_up().await?;
+                if self.failures_since(from).is_empty() {
+                    return anyhow::Ok(unix_ms());
+                }
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(60), steady)
+            .await
+            .with_context(|| format!("load pod {} is not answered steadily", self.name))?
+    }
+
+    /// Stops the load and returns everything that it saw.
+    ///
+    /// # Errors
+    /// If the Pod cannot be deleted.
+    pub async fn stop(mut self) -> anyhow::Result<Vec<Bucket>> {
+        self.pods.delete(&self.name, &DeleteParams::default()).await?;
+        let _ = tokio::time::timeout(std::time::Duration::from_secs(10), &mut self.reader).await;
+        Ok(std::mem::take(&mut *self.buckets.lock().unwrap_or_else(PoisonError::into_inner)))
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}

@@ -1,0 +1,729 @@
+//! What a release survives: processes of Sluice killed and frozen, the API server and Prometheus gone, Pods that cannot start,
+//! hands that change what is ours, objects deleted in mid-release. As in `releases.rs`, no request may fail that the version
+//! under test did not cause. Counted apart, and printed: what was in flight on a killed process, and new connections until
+//! kube-proxy has dropped its address.
+//!
+//! `cargo test` runs the core; the rest is ignored as "full" (README.md).
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
+
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::{
+    apps::v1::Deployment,
+    core::v1::{Node as KubeNode, Pod, Service},
+    discovery::v1::EndpointSlice,
+};
+use kube::{
+    Api, ResourceExt,
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
+};
+use serde_json::json;
+use sluice_crds::{CanaryStatus, Phase, Stage, VerdictStatus};
+use sluice_e2e::{
+    adopted::{
+        Adopted, MINUTE, Use, adopted, cluster, condition, ended, eventually, expect, gone, nothing_went_wrong,
+        of_ours, quick, slow,
+    },
+    audit,
+    cluster::SYSTEM,
+    installation::{self, CONTROLLERS_AWAY, controllers, fleet, leader, try_leader},
+    node::Node,
+    watch::unix_ms,
+};
+
+/// The most requests that are in flight on one process at the tests' rate, with room to spare.
+const IN_FLIGHT: u64 = 40;
+/// By then kube-proxy has dropped a dead address on a slow machine: the kubelet's notice, our slice, its own second.
+const DROPPED: u64 = 20_000;
+
+fn at_weight_20(status: &CanaryStatus) -> bool {
+    status.effective_weight == Some(20)
+}
+
+fn succeeded(status: &CanaryStatus) -> bool {
+    status.phase == Phase::Succeeded
+}
+
+fn deployments(stage: &Adopted) -> Api<Deployment> {
+    Api::namespaced(stage.app.cluster.client.clone(), &stage.app.namespace)
+}
+
+fn pods(stage: &Adopted) -> Api<Pod> {
+    Api::namespaced(stage.app.cluster.client.clone(), &stage.app.namespace)
+}
+
+fn services(stage: &Adopted) -> Api<Service> {
+    Api::namespaced(stage.app.cluster.client.clone(), &stage.app.namespace)
+}
+
+/// Releases v2 and waits until it has a fifth of the traffic.
+async fn in_mid_release(stage: &Adopted) -> CanaryStatus {
+    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
+    stage.wait("weight 20", applied, at_weight_20).await
+}
+
+#[tokio::test]
+async fn a_leader_that_is_killed_in_mid_release_leads_again_and_goes_on() {
+    let Some(node) = Node::of_ours("to kill a process") else { return };
+    let Some(stage) = adopted("kill9", Use::Alone, &[], quick()).await else { return };
+    let cluster = stage.app.cluster.clone();
+    in_mid_release(&stage).await;
+    let _expected = expect(CONTROLLERS_AWAY);
+    let (killed, epoch) = leader(&cluster).await;
+    let at = unix_ms();
+    node.signal(&killed, "controller", "KILL").await.unwrap();
+    let again = eventually("another term", MINUTE, || async {
+        try_leader(&cluster).await.filter(|(_, now)| *now > epoch).map(|(pod, _)| pod)
+    })
+    .await;
+    println!("leads again {} ms after it was killed", unix_ms() - at);
+    assert_eq!(again.uid(), killed.uid(), "its own lease is taken back, not waited for");
+    let done = stage.wait("phase Succeeded", at, succeeded).await;
+    assert_eq!(done.failed_checks, 0);
+    stage.end().await;
+}
+
+type Reached = fn(&CanaryStatus) -> bool;
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_controller_that_is_killed_in_any_phase_loses_nothing() {
+    let Some((cluster, held)) = cluster(Use::Alone).await else { return };
+    drop(held);
+    let phases: [(&str, Reached); 6] = [
+        ("Scale", |status| status.stage == Stage::Scale),
+        ("Shift", |status| status.stage == Stage::Shift),
+        ("Judge", |status| status.stage == Stage::Judge && status.step == Some(1)),
+        ("PromoteScale", |status| matches!(status.stage, Stage::PromoteScale | Stage::PromoteShift)),
+        ("Finalise", |status| status.stage == Stage::Finalise || status.phase == Phase::Succeeded),
+        ("retiring", |status| status.phase == Phase::Succeeded && !status.retiring.is_empty()),
+    ];
+    let Some(stage) = adopted("anyphase", Use::Alone, &[], quick()).await else { return };
+    let _expected = expect(CONTROLLERS_AWAY);
+    for (count, (phase, reached)) in phases.into_iter().enumerate() {
+        let version = format!("v{}", count + 2);
+        let applied = stage.app.release(&[("VERSION", &version)]).await.unwrap();
+        let revision = stage
+            .wait("the release", applied, |status| {
+                status.phase == Phase::Progressing && status.canary_revision.is_some()
+            })
+            .await
+            .canary_revision;
+        stage.wait(phase, applied, reached).await;
+        let at = unix_ms();
+        // A new Pod is another holder: the lease has to run out.
+        let now = DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default() };
+        installation::pods(&cluster).delete(&leader(&cluster).await.0.name_any(), &now).await.unwrap();
+        let done = stage
+            .wait("the promotion", at, |status| {
+                status.phase == Phase::Succeeded && status.primary_revision == revision && status.retiring.is_empty()
+            })
+            .await;
+        println!("killed in {phase}: promoted {} ms later", unix_ms() - at);
+        assert_eq!(done.failed_checks, 0, "{phase}");
+        installation::complete(&cluster, "sluice-controller").await;
+    }
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn without_any_controller_for_half_a_minute_a_release_only_waits() {
+    let Some(stage) = adopted("nocontroller", Use::Alone, &[], quick()).await else { return };
+    let cluster = stage.app.cluster.clone();
+    in_mid_release(&stage).await;
+    let _expected = expect(CONTROLLERS_AWAY);
+    let scale = |replicas: &'static str| {
+        let cluster = cluster.clone();
+        async move {
+            let arguments = ["-n", SYSTEM, "scale", "deployment/sluice-controller", replicas];
+            cluster.kubectl(&arguments, None).await.unwrap();
+        }
+    };
+    scale("--replicas=0").await;
+    eventually("the end of the controllers", MINUTE, || async { controllers(&cluster).await.is_empty().then_some(()) })
+        .await;
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    stage.nothing_failed().await;
+    let back = unix_ms();
+    scale("--replicas=2").await;
+    installation::complete(&cluster, "sluice-controller").await;
+    let done = stage.wait("phase Succeeded", back, succeeded).await;
+    assert_eq!(done.failed_checks, 0);
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_leader_that_is_frozen_beyond_its_lease_writes_nothing_when_it_thaws() {
+    let Some(node) = Node::of_ours("to freeze a process") else { return };
+    let Some(stage) = adopted("frozen", Use::Alone, &[], slow(8)).await else { return };
+    let cluster = stage.app.cluster.clone();
+    in_mid_release(&stage).await;
+    let _expected = expect(CONTROLLERS_AWAY);
+    let (frozen, _) = leader(&cluster).await;
+    let at = unix_ms();
+    node.signal(&frozen, "controller", "STOP").await.unwrap();
+    eventually("another leader", MINUTE, || async {
+        try_leader(&cluster).await.filter(|(pod, _)| pod.uid() != frozen.uid())
+    })
+    .await;
+    println!("another leads {} ms after the leader was frozen", unix_ms() - at);
+    let thawed = unix_ms();
+    node.signal(&frozen, "controller", "CONT").await.unwrap();
+    let done = stage.wait("phase Succeeded", thawed, succeeded).await;
+    assert_eq!(done.failed_checks, 0);
+    let (leads, _) = leader(&cluster).await;
+    assert_ne!(leads.uid(), frozen.uid());
+    // EndpointSlices are every replica's, a pure function of what it sees.
+    let written: Vec<_> = audit::requests(at)
+        .into_iter()
+        .filter(|request| {
+            request.pod == frozen.name_any()
+                && request.writes()
+                && request.resource != "endpointslices"
+                && request.code < 400
+        })
+        .collect();
+    assert!(written.is_empty(), "written by the replica that was frozen: {written:#?}");
+    stage.end().await;
+}
+
+#[tokio::test]
+async fn a_fleet_proxy_that_is_killed_takes_only_what_it_had_in_flight() {
+    let Some(node) = Node::of_ours("to kill a process") else { return };
+    let Some(mut stage) = adopted("fleetkill", Use::Alone, &[], quick()).await else { return };
+    let cluster = stage.app.cluster.clone();
+    in_mid_release(&stage).await;
+    let _expected = expect(&["the container was restarted", "silent for too long"]);
+    let member = fleet(&cluster).await.remove(0);
+    let at = unix_ms();
+    node.signal(&member, "proxy", "KILL").await.unwrap();
+    let done = stage.wait("phase Succeeded", at, succeeded).await;
+    assert_eq!(done.failed_checks, 0);
+    installation::fleet_is_ready(&cluster, 2).await;
+    let apart = stage.counted_apart("a fleet proxy killed", at).await;
+    assert!(apart.kept <= IN_FLIGHT && apart.window_ms <= DROPPED, "{apart:?}");
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_fleet_pod_that_is_deleted_without_grace_takes_only_what_it_had_in_flight() {
+    let Some(mut stage) = adopted("fleetgone", Use::Alone, &[], quick()).await else { return };
+    let cluster = stage.app.cluster.clone();
+    in_mid_release(&stage).await;
+    let _expected = expect(&["silent for too long"]);
+    let now = DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default() };
+    let member = fleet(&cluster).await.remove(0).name_any();
+    let at = unix_ms();
+    installation::pods(&cluster).delete(&member, &now).await.unwrap();
+    let done = stage.wait("phase Succeeded", at, succeeded).await;
+    assert_eq!(done.failed_checks, 0);
+    installation::fleet_is_ready(&cluster, 2).await;
+    let apart = stage.counted_apart("a fleet Pod deleted without grace", at).await;
+    assert!(apart.kept <= IN_FLIGHT && apart.window_ms <= DROPPED, "{apart:?}");
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn the_fleet_is_restarted_in_mid_release_without_a_failed_request() {
+    let Some(stage) = adopted("fleetroll", Use::Alone, &[], slow(8)).await else { return };
+    let cluster = stage.app.cluster.clone();
+    in_mid_release(&stage).await;
+    let at = unix_ms();
+    cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "deployment/sluice-fleet"], None).await.unwrap();
+    installation::complete(&cluster, "sluice-fleet").await;
+    println!("the fleet was replaced within {} ms", unix_ms() - at);
+    let done = stage.wait("phase Succeeded", at, succeeded).await;
+    assert_eq!(done.failed_checks, 0);
+    installation::fleet_is_ready(&cluster, 2).await;
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_sidecar_that_is_killed_takes_only_what_it_had_in_flight() {
+    let Some(node) = Node::of_ours("to kill a process") else { return };
+    let Some(mut stage) = adopted("sidecar", Use::Shared, &[], quick()).await else { return };
+    let judged = in_mid_release(&stage).await;
+    let _expected = expect(&[&stage.app.namespace]);
+    let name = stage.app.pods_of(&judged.primary_revision.unwrap()).await.unwrap().remove(0);
+    let pod = pods(&stage).get(&name).await.unwrap();
+    let statuses = pod.status.as_ref().unwrap().init_container_statuses.clone().unwrap();
+    let sidecar = statuses.into_iter().find(|status| status.image.contains("sluice-proxy")).unwrap().name;
+    let at = unix_ms();
+    node.signal(&pod, &sidecar, "KILL").await.unwrap();
+    let done = stage.wait("phase Succeeded", at, succeeded).await;
+    assert_eq!(done.failed_checks, 0);
+    let apart = stage.counted_apart("a sidecar killed", at).await;
+    assert!(apart.kept + apart.new <= IN_FLIGHT, "{apart:?}");
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn without_api_server_for_half_a_minute_a_release_only_waits() {
+    let Some(node) = Node::of_ours("to stop the API server") else { return };
+    // Kubernetes' own controllers and scheduler try again only after up to half a minute: until then no Pod starts.
+    let mut spec = quick();
+    spec["progressDeadlineSeconds"] = json!(120);
+    let Some(stage) = adopted("noapi", Use::Alone, &[], spec).await else { return };
+    let cluster = stage.app.cluster.clone();
+    in_mid_release(&stage).await;
+    let _expected = expect(&[CONTROLLERS_AWAY, API_SERVER_AWAY].concat());
+    let at = unix_ms();
+    installation::without_api_server(&cluster, &node, Duration::from_secs(25)).await;
+    println!("the API server answers again {} ms after it was stopped", unix_ms() - at);
+    let back = unix_ms();
+    let done = stage.app.history.wait("phase Succeeded", back, 4 * MINUTE, succeeded).await.unwrap().status;
+    println!("promoted {} ms after the API server was back", unix_ms() - back);
+    assert_eq!(done.failed_checks, 0);
+    stage.end().await;
+}
+
+/// What is said beside [`CONTROLLERS_AWAY`] while the API server is away.
+const API_SERVER_AWAY: &[&str] = &[
+    "cannot renew the lease",
+    "cannot read the lease",
+    "cannot take the lease",
+    "cannot review a proxy's token",
+    "cannot bring the cache up to date",
+    "catching up failed",
+    "watching the copies of the trust bundle failed",
+    "could not be written",
+    "cannot write an event",
+    "tried again",
+    "cannot mark",
+    "silent for too long",
+    // The client's own words, for each watch.
+    "kube_client::client",
+];
+
+#[tokio::test]
+#[ignore = "full"]
+async fn prometheus_frozen_or_blind_for_one_member_holds_the_release_and_says_so() {
+    let Some(node) = Node::of_ours("to freeze a process and cut a connection") else { return };
+    let Some(stage) = adopted("blind", Use::Alone, &[], quick()).await else { return };
+    let cluster = stage.app.cluster.clone();
+    let all = installation::pods(&cluster).list(&ListParams::default().labels("app=prometheus")).await.unwrap();
+    let prometheus = all.items.into_iter().next().unwrap();
+    let judged = in_mid_release(&stage).await;
+
+    // Frozen: it accepts connections and never answers.
+    let at = unix_ms();
+    node.signal(&prometheus, "prometheus", "STOP").await.unwrap();
+    let held = stage
+        .wait("an error verdict", at, |status| status.gates.iter().any(|gate| gate.verdict == VerdictStatus::Error))
+        .await;
+    assert_eq!((held.failed_checks, held.requested_weight), (0, judged.requested_weight));
+    node.signal(&prometheus, "prometheus", "CONT").await.unwrap();
+
+    // One member is not scraped.
+    let member = fleet(&cluster).await.remove(0);
+    let from = prometheus.status.as_ref().unwrap().pod_ip.clone().unwrap();
+    let to = member.status.as_ref().unwrap().pod_ip.clone().unwrap();
+    let rule = ["FORWARD", "-s", &from, "-d", &to, "-p", "tcp", "--dport", "20444", "-j", "DROP"];
+    node.exec(&[&["iptables", "-I"], &rule[..]].concat()).await.unwrap();
+    let at = unix_ms();
+    let held = stage
+        .wait("an inconclusive verdict that names the member", at, |status| {
+            status
+                .gates
+                .iter()
+                .any(|gate| gate.verdict == VerdictStatus::Inconclusive && gate.message.contains(&member.name_any()))
+        })
+        .await;
+    assert_eq!(held.failed_checks, 0);
+    node.exec(&[&["iptables", "-D"], &rule[..]].concat()).await.unwrap();
+    let done = stage.wait("phase Succeeded", at, succeeded).await;
+    assert_eq!(done.failed_checks, 0);
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_version_that_cannot_start_ends_by_the_progress_deadline_and_says_why() {
+    let Some(stage) = adopted("nostart", Use::Shared, &[], quick()).await else { return };
+    let deployments = deployments(&stage);
+    let template = |spec: serde_json::Value| Patch::Strategic(json!({"spec": {"template": {"spec": spec}}}));
+    let container = |more: serde_json::Value| {
+        let mut container = json!({"name": "hello"});
+        container.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        json!({"containers": [container]})
+    };
+    let image = format!("localhost/sluice-hello:{}", stage.app.cluster.tag);
+    let cases = [
+        ("image", container(json!({"image": "localhost/none:1"})), container(json!({"image": image})), "Image"),
+        (
+            "unschedulable",
+            json!({"nodeSelector": {"nowhere": "at-all"}}),
+            json!({"nodeSelector": null}),
+            "nodes are available",
+        ),
+        (
+            "quota",
+            container(json!({"resources": {"requests": {"memory": "64Gi"}}})),
+            container(json!({"resources": {"requests": {"memory": "16Mi"}}})),
+            "exceeded quota",
+        ),
+    ];
+    let quota = json!({
+        "apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "quota"},
+        "spec": {"hard": {"requests.memory": "60Gi"}},
+    });
+    for (name, bad, good, says) in cases {
+        if name == "quota" {
+            stage.app.cluster.apply(&stage.app.namespace, &quota.to_string()).await.unwrap();
+        }
+        let applied = unix_ms();
+        deployments.patch("hello", &PatchParams::default(), &template(bad)).await.unwrap();
+        let done = stage.app.ends(applied, Phase::Failed, 2 * MINUTE).await.unwrap().status;
+        let (_, _, message) = condition(&done, "Stalled");
+        println!("{name}: {message}");
+        assert!(message.contains("ProgressDeadlineExceeded") && message.contains(says), "{name}: {message}");
+        let reverted = unix_ms();
+        deployments.patch("hello", &PatchParams::default(), &template(good)).await.unwrap();
+        stage
+            .wait("the revert", reverted, |status| {
+                let template = status.template.as_ref().map(|template| &template.revision);
+                status.stage == Stage::Settled && template == status.primary_revision.as_ref()
+            })
+            .await;
+    }
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn what_hands_change_of_ours_is_repaired() {
+    let Some(mut stage) = adopted("hands", Use::Shared, &[], quick()).await else { return };
+    let namespace = stage.app.namespace.clone();
+    let cluster = stage.app.cluster.clone();
+    let kubectl = |arguments: Vec<String>| {
+        let (cluster, namespace) = (cluster.clone(), namespace.clone());
+        async move {
+            let all: Vec<_> = ["-n", &namespace].into_iter().chain(arguments.iter().map(String::as_str)).collect();
+            cluster.kubectl(&all, None).await
+        }
+    };
+    let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+    let primary = stage.app.history.last().unwrap().status.primary_revision.unwrap();
+    let revision = format!("hello-{primary}");
+
+    // The selector key and the label of the Service.
+    let at = unix_ms();
+    let patch = r#"{"metadata":{"labels":{"sluice.dev/canary":null}},"spec":{"selector":{"sluice.dev/fleet":null}}}"#;
+    kubectl([words("patch service hello --type=merge -p"), vec![patch.to_owned()]].concat()).await.unwrap();
+    eventually("the key", MINUTE, || async {
+        let service = services(&stage).get("hello").await.unwrap();
+        service.spec.unwrap().selector.unwrap().contains_key("sluice.dev/fleet").then_some(())
+    })
+    .await;
+    println!("the selector key was away for at most {} ms", unix_ms() - at);
+    stage.nothing_failed().await;
+
+    // A companion's selector and ports.
+    let patch = r#"{"spec":{"ports":[{"name":"http","port":81,"targetPort":81}]}}"#;
+    kubectl([words("patch service hello-primary --type=merge -p"), vec![patch.to_owned()]].concat()).await.unwrap();
+    eventually("the companion's port", MINUTE, || async {
+        let service = services(&stage).get("hello-primary").await.unwrap();
+        service.spec.unwrap().ports.unwrap().iter().any(|port| port.port == 80).then_some(())
+    })
+    .await;
+    kubectl(words("delete service hello-canary")).await.unwrap();
+    eventually("the companion", MINUTE, || async { services(&stage).get_opt("hello-canary").await.unwrap() }).await;
+
+    // The target at rest is scaled by a write of its spec.
+    kubectl([words("patch deployment hello --type=merge -p"), vec![r#"{"spec":{"replicas":2}}"#.to_owned()]].concat())
+        .await
+        .unwrap();
+    eventually("the target's rest", MINUTE, || async {
+        (deployments(&stage).get("hello").await.unwrap().spec.unwrap().replicas == Some(0)).then_some(())
+    })
+    .await;
+    stage.nothing_failed().await;
+
+    // Labels of ours on a revision's Deployment, and its owners.
+    let patch = r#"{"metadata":{"ownerReferences":null}}"#;
+    kubectl(vec![
+        "patch".into(),
+        "deployment".into(),
+        revision.clone(),
+        "--type=merge".into(),
+        "-p".into(),
+        patch.into(),
+    ])
+    .await
+    .unwrap();
+
+    // The slice of the fleet: new connections are refused until it is there again.
+    let slices: Api<EndpointSlice> = Api::namespaced(stage.app.cluster.client.clone(), &namespace);
+    let of_service = ListParams::default()
+        .labels("kubernetes.io/service-name=hello,endpointslice.kubernetes.io/managed-by=sluice.dev");
+    let at = unix_ms();
+    for slice in slices.list(&of_service).await.unwrap() {
+        slices.delete(&slice.name_any(), &DeleteParams::default()).await.unwrap();
+    }
+    eventually("the slice", MINUTE, || async {
+        (!slices.list(&of_service).await.unwrap().items.is_empty()).then_some(())
+    })
+    .await;
+    println!("the slice was away for {} ms", unix_ms() - at);
+    let name = slices.list(&of_service).await.unwrap().items.remove(0).name_any();
+    let emptied = Patch::Merge(json!({"endpoints": []}));
+    slices.patch(&name, &PatchParams::default(), &emptied).await.unwrap();
+    eventually("the endpoints", MINUTE, || async {
+        let slice = slices.get_opt(&name).await.unwrap()?;
+        (slice.endpoints.len() == 2).then_some(())
+    })
+    .await;
+    // kube-proxy takes a moment for either.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let apart = stage.counted_apart("our slice deleted and emptied", at).await;
+    assert!(apart.window_ms <= DROPPED, "{apart:?}");
+
+    // A revision scaled down by hand: one Pod goes as in any scale-down, and comes back.
+    kubectl(vec!["scale".into(), "deployment".into(), revision.clone(), "--replicas=1".into()]).await.unwrap();
+    eventually("the capacity", MINUTE, || async {
+        let deployment = deployments(&stage).get(&revision).await.unwrap();
+        (deployment.spec.unwrap().replicas == Some(2)).then_some(())
+    })
+    .await;
+    eventually("two ready Pods", 2 * MINUTE, || async {
+        let deployment = deployments(&stage).get(&revision).await.unwrap();
+        (deployment.status.unwrap().ready_replicas == Some(2)).then_some(())
+    })
+    .await;
+    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
+    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn certificates_that_live_for_a_minute_are_renewed_under_load() {
+    let Some(mut stage) = adopted("certificates", Use::Alone, &[], quick()).await else { return };
+    let cluster = stage.app.cluster.clone();
+    let _expected = expect(CONTROLLERS_AWAY);
+    installation::upgrade(&cluster, &["certificateSeconds=60"]).await;
+    // Running proxies renew when two thirds of what they have are over; new ones have short ones from the start.
+    cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "deployment/sluice-fleet"], None).await.unwrap();
+    installation::complete(&cluster, "sluice-fleet").await;
+    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
+    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
+    // Two renewals of everybody.
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    stage.nothing_failed().await;
+    installation::upgrade(&cluster, &["certificateSeconds=86400"]).await;
+    cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "deployment/sluice-fleet"], None).await.unwrap();
+    installation::complete(&cluster, "sluice-fleet").await;
+    stage.from_ms = stage.from_ms.max(1);
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn without_its_deployment_a_canary_serves_on_and_goes_on_when_it_is_back() {
+    let Some(stage) = adopted("notarget", Use::Shared, &[], quick()).await else { return };
+    let before = deployments(&stage).get("hello").await.unwrap();
+    let at = unix_ms();
+    deployments(&stage).delete("hello", &DeleteParams::default()).await.unwrap();
+    stage.wait("TargetNotFound", at, |status| condition(status, "Stalled").1 == "TargetNotFound").await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    stage.nothing_failed().await;
+    // As Git applies it: without anything of ours.
+    let back = unix_ms();
+    let mut again = Deployment { spec: before.spec, ..Deployment::default() };
+    again.metadata.name = Some("hello".to_owned());
+    again.spec.as_mut().unwrap().replicas = Some(2);
+    deployments(&stage).create(&PostParams::default(), &again).await.unwrap();
+    stage.wait("no longer Stalled", back, |status| condition(status, "Stalled").0 != "True").await;
+    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
+    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_service_that_is_deleted_and_made_again_is_taken_over_again() {
+    let Some(mut stage) = adopted("noservice", Use::Shared, &[], quick()).await else { return };
+    let before = services(&stage).get("hello").await.unwrap();
+    let at = unix_ms();
+    services(&stage).delete("hello", &DeleteParams::default()).await.unwrap();
+    // Either its owner makes it again, or Sluice does, which needs it: whoever comes first.
+    let manifest = json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": "hello", "labels": {"app": "hello"}},
+        "spec": {"selector": {"app": "hello"}, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]},
+    });
+    stage.app.cluster.apply(&stage.app.namespace, &manifest.to_string()).await.unwrap();
+    eventually("the takeover of the new Service", 2 * MINUTE, || async {
+        let service = services(&stage).get_opt("hello").await.unwrap()?;
+        let taken_over = service.spec.clone()?.selector?.contains_key("sluice.dev/fleet");
+        (taken_over && service.uid() != before.uid()).then_some(())
+    })
+    .await;
+    // Clients look the name up again: CoreDNS's and their own answers live for some seconds.
+    stage.load.steady().await.unwrap();
+    stage.counted_apart("its Service deleted and made again", at).await;
+    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
+    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
+    stage.end().await;
+}
+
+/// Deletes the Canary when it has come so far. Afterwards the Deployment serves alone, and nothing of ours is left.
+async fn deleted(name: &str, propagation: &DeleteParams, wanted: impl Fn(&CanaryStatus) -> bool, env: &[(&str, &str)]) {
+    let Some(stage) = adopted(name, Use::Shared, &[], quick()).await else { return };
+    if !env.is_empty() {
+        let applied = stage.app.release(env).await.unwrap();
+        stage.wait("the moment", applied, wanted).await;
+    }
+    stage.app.canaries().delete("hello", propagation).await.unwrap();
+    handed_back(&stage).await;
+    stage.end().await;
+}
+
+async fn handed_back(stage: &Adopted) {
+    eventually("the end of the Canary", 2 * MINUTE, || async {
+        stage.app.canaries().get_opt("hello").await.unwrap().is_none().then_some(())
+    })
+    .await;
+    eventually("the end of all that is ours", 2 * MINUTE, || async {
+        let left = of_ours(&stage.app.cluster, &stage.app.namespace).await;
+        left.is_empty().then_some(()).or_else(|| {
+            println!("left: {left:?}");
+            None
+        })
+    })
+    .await;
+    let target = deployments(stage).get("hello").await.unwrap();
+    assert_eq!(target.spec.unwrap().replicas, Some(2));
+    let selector = services(stage).get("hello").await.unwrap().spec.unwrap().selector.unwrap();
+    assert!(!selector.contains_key("sluice.dev/fleet"), "{selector:?}");
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_settled_canary_is_deleted_in_the_background() {
+    deleted("back-settled", &DeleteParams::background(), |_| true, &[]).await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_settled_canary_is_deleted_in_the_foreground() {
+    deleted("fore-settled", &DeleteParams::foreground(), |_| true, &[]).await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_settled_canary_is_deleted_and_its_dependents_orphaned() {
+    deleted("orphan-settled", &DeleteParams::orphan(), |_| true, &[]).await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_canary_is_deleted_in_the_foreground_in_mid_release() {
+    deleted("fore-judge", &DeleteParams::foreground(), at_weight_20, &[("VERSION", "v2")]).await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_canary_is_deleted_and_its_dependents_orphaned_in_mid_release() {
+    deleted("orphan-judge", &DeleteParams::orphan(), at_weight_20, &[("VERSION", "v2")]).await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_canary_is_deleted_in_the_foreground_while_it_is_promoted() {
+    let promoting =
+        |status: &CanaryStatus| matches!(status.stage, Stage::PromoteScale | Stage::PromoteShift | Stage::Finalise);
+    deleted("fore-promote", &DeleteParams::foreground(), promoting, &[("VERSION", "v2")]).await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_canary_is_deleted_while_it_starts_its_canary() {
+    let scaling = |status: &CanaryStatus| status.stage == Stage::Scale;
+    deleted("back-scale", &DeleteParams::background(), scaling, &[("VERSION", "v2")]).await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_canary_is_deleted_while_it_takes_over() {
+    let Some((cluster, _held)) = cluster(Use::Shared).await else { return };
+    for (propagation, stage_wanted) in [
+        (DeleteParams::background(), Stage::AdoptSettle),
+        (DeleteParams::foreground(), Stage::AdoptRevision),
+        (DeleteParams::orphan(), Stage::AdoptRevision),
+    ] {
+        let app = sluice_e2e::app::App::deploy(&cluster, &sluice_e2e::adopted::unique("adopting"), 2).await.unwrap();
+        let arguments = ["--target", "hello:80", "--rate", "60"];
+        let load = sluice_e2e::load::Load::start(&cluster, &app.namespace, "load", &arguments).await.unwrap();
+        let from_ms = load.steady().await.unwrap();
+        app.canary(quick()).await.unwrap();
+        app.history.wait("the moment", 0, 2 * MINUTE, |status| status.stage == stage_wanted).await.unwrap();
+        app.canaries().delete("hello", &propagation).await.unwrap();
+        eventually("the end of the Canary", 2 * MINUTE, || async {
+            app.canaries().get_opt("hello").await.unwrap().is_none().then_some(())
+        })
+        .await;
+        eventually("the end of all that is ours", 2 * MINUTE, || async {
+            let left = of_ours(&cluster, &app.namespace).await;
+            left.is_empty().then_some(()).or_else(|| {
+                println!("left: {left:?}");
+                None
+            })
+        })
+        .await;
+        load.catch_up().await.unwrap();
+        let failed = load.failures_since(from_ms);
+        assert!(failed.is_empty(), "{stage_wanted:?}: {failed:#?}");
+        ended(app).await;
+    }
+}
+
+#[tokio::test]
+async fn a_namespace_that_is_deleted_in_mid_release_ends() {
+    let Some(stage) = adopted("nonamespace", Use::Shared, &[], quick()).await else { return };
+    in_mid_release(&stage).await;
+    let Adopted { app, load, .. } = stage;
+    drop(load);
+    let (cluster, namespace) = (app.cluster.clone(), app.namespace.clone());
+    let _expected = expect(&[&namespace, "because it is being terminated"]);
+    let at = Instant::now();
+    app.delete().await.unwrap();
+    gone(&cluster, &namespace).await;
+    println!("the namespace was gone after {} ms", at.elapsed().as_millis());
+    nothing_went_wrong(&cluster).await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_node_is_drained_in_mid_release_without_a_failed_request() {
+    let Some((cluster, held)) = cluster(Use::Alone).await else { return };
+    let nodes: Api<KubeNode> = Api::all(cluster.client.clone());
+    let nodes = nodes.list(&ListParams::default()).await.unwrap().items;
+    if nodes.len() < 2 {
+        println!("SKIPPED: needs two nodes (NODES=2)");
+        return;
+    }
+    drop(held);
+    let Some(stage) = adopted("drain", Use::Alone, &[], slow(8)).await else { return };
+    // Never the one where the load, or Prometheus, which is one Pod, runs.
+    let load = pods(&stage).get("load").await.unwrap().spec.unwrap().node_name.unwrap();
+    let drained = nodes.iter().map(ResourceExt::name_any).find(|name| *name != load).unwrap();
+    in_mid_release(&stage).await;
+    let _expected = expect(CONTROLLERS_AWAY);
+    let at = unix_ms();
+    let arguments = ["drain", &drained, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=240s"];
+    let done = cluster.kubectl(&arguments, None).await;
+    println!("drained within {} ms", unix_ms() - at);
+    let ended = stage.wait("phase Succeeded", at, succeeded).await;
+    cluster.kubectl(&["uncordon", &drained], None).await.unwrap();
+    done.unwrap();
+    assert_eq!(ended.failed_checks, 0);
+    installation::fleet_is_ready(&cluster, 2).await;
+    stage.end().await;
+}

@@ -1,0 +1,77 @@
+//! The installation itself changes under load: upgraded, rolled back, uninstalled and installed again. No request fails, and no
+//! Pod of a user is restarted.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
+
+use kube::api::DeleteParams;
+use sluice_crds::{Phase, Stage};
+use sluice_e2e::{
+    adopted::{Adopted, MINUTE, Use, adopted, eventually, expect, of_ours, slow},
+    cluster::SYSTEM,
+    installation::{self, CONTROLLERS_AWAY},
+    watch::unix_ms,
+};
+
+/// Names of all Pods of the application.
+async fn application_pods(stage: &Adopted) -> Vec<String> {
+    let status = stage.app.history.last().unwrap().status;
+    let mut names = Vec::new();
+    for revision in [status.primary_revision, status.canary_revision].into_iter().flatten() {
+        names.extend(stage.app.pods_of(&revision).await.unwrap());
+    }
+    names.sort();
+    names
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn helm_upgrade_and_helm_rollback_under_load_lose_no_request_and_restart_no_pod() {
+    let Some(stage) = adopted("upgrade", Use::Alone, &[], slow(10)).await else { return };
+    let cluster = stage.app.cluster.clone();
+    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
+    stage.wait("weight 20", applied, |status| status.effective_weight == Some(20)).await;
+    let before = application_pods(&stage).await;
+    let _expected = expect(CONTROLLERS_AWAY);
+    let at = unix_ms();
+    installation::upgrade(
+        &cluster,
+        &["controller.podAnnotations.test=x", "fleet.podAnnotations.test=x", "sidecar.resources.requests.memory=32Mi"],
+    )
+    .await;
+    println!("upgraded within {} ms", unix_ms() - at);
+    let after = application_pods(&stage).await;
+    assert!(before.iter().all(|pod| after.contains(pod)), "{before:?} became {after:?}");
+    stage.wait("phase Succeeded", at, |status| status.phase == Phase::Succeeded).await;
+    stage
+        .wait("the old revision's end", at, |status| status.phase == Phase::Succeeded && status.retiring.is_empty())
+        .await;
+    let before = application_pods(&stage).await;
+    let at = unix_ms();
+    cluster.helm(&["rollback", "sluice", "-n", SYSTEM, "--wait", "--timeout", "280s"]).await.unwrap();
+    println!("rolled back within {} ms", unix_ms() - at);
+    assert_eq!(before, application_pods(&stage).await);
+    installation::fleet_is_ready(&cluster, 2).await;
+    assert_eq!(stage.app.history.last().unwrap().status.stage, Stage::Settled);
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn helm_uninstall_after_the_hand_back_leaves_an_application_that_never_lost_a_request() {
+    let Some(stage) = adopted("uninstall", Use::Alone, &[], slow(10)).await else { return };
+    let cluster = stage.app.cluster.clone();
+    let _expected = expect(&[SYSTEM]);
+    stage.app.canaries().delete("hello", &DeleteParams::default()).await.unwrap();
+    eventually("the end of the Canary", 2 * MINUTE, || async {
+        stage.app.canaries().get_opt("hello").await.unwrap().is_none().then_some(())
+    })
+    .await;
+    cluster.helm(&["uninstall", "sluice", "-n", SYSTEM, "--wait", "--timeout", "280s"]).await.unwrap();
+    stage.nothing_failed().await;
+    for kinds in ["mutatingwebhookconfigurations", "validatingadmissionpolicies", "clusterroles"] {
+        let found = cluster.kubectl(&["get", kinds, "-o", "name"], None).await.unwrap();
+        assert!(!found.contains("sluice"), "{found}");
+    }
+    assert_eq!(of_ours(&cluster, &stage.app.namespace).await, Vec::<String>::new());
+    installation::upgrade(&cluster, &[]).await;
+    stage.end().await;
+}

@@ -1,0 +1,41 @@
+//! What the load generator says, a line of JSON each: read by the demo and the end-to-end tests.
+#![forbid(unsafe_code)]
+
+use serde::{Deserialize, Serialize};
+
+/// Requests of the same kind and outcome that ended within [`BUCKET_MS`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Bucket {
+    /// When the first and the last of them ended, Unix milliseconds.
+    pub first_ms: u64,
+    pub last_ms: u64,
+    /// `new` connection for each request, `kept` connection, `grpc`, `stream` or `ws`.
+    pub kind: String,
+    /// What the header `x-version` (or the reply) said; empty where nothing answered.
+    pub version: String,
+    /// HTTP status, or for gRPC 200 and the failure; 0 where nothing answered.
+    pub status: u16,
+    /// Why a request failed without an answer, or the flag of a proxy's own answer.
+    pub error: String,
+    pub count: u64,
+    /// Of these, those that took longer than the limit (`--slow-ms`).
+    pub slow: u64,
+    pub max_ms: u64,
+}
+
+/// Granularity of [`Bucket`]s.
+pub const BUCKET_MS: u64 = 50;
+
+impl Bucket {
+    /// The application itself answered, well or badly.
+    #[must_use]
+    pub fn answered_by_application(&self) -> bool {
+        !self.version.is_empty()
+    }
+
+    /// Neither answered well nor by a version of the application.
+    #[must_use]
+    pub fn failed(&self) -> bool {
+        !self.answered_by_application() || (self.status >= 400 && self.status < 500)
+    }
+}

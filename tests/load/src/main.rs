@@ -1,0 +1,315 @@
+//! Open-loop load on a Service from inside the cluster: half of the requests on kept connections, half on a new connection
+//! each; beside them, if asked, gRPC calls, a gRPC stream and a WebSocket. Prints [`Bucket`]s as JSON lines.
+//!
+//! Kept connections do not retry: a request that finds its connection closed between two requests is sent on a new one,
+//! as HTTP clients do (RFC 9110, 9.2.2 allows it only while nothing was received, and every method here is idempotent). A gRPC call
+//! that has not left the client is sent again, as gRPC clients do.
+#![forbid(unsafe_code)]
+
+use std::{
+    collections::BTreeMap,
+    error::Error,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::Context;
+use clap::Parser;
+use futures::{SinkExt, StreamExt};
+use http_body_util::{BodyExt, Empty};
+use hyper::{Request, client::conn::http1};
+use hyper_util::rt::TokioIo;
+use sluice_hello::v1::{GreetRequest, WatchRequest, hello_client::HelloClient};
+use sluice_load::{BUCKET_MS, Bucket};
+use tokio::net::TcpStream;
+
+#[derive(Clone, Parser)]
+struct Options {
+    /// `host:port` of the Service.
+    #[arg(long)]
+    target: String,
+    /// HTTP requests per second.
+    #[arg(long, default_value_t = 300)]
+    rate: u32,
+    /// Kept connections.
+    #[arg(long, default_value_t = 16)]
+    connections: usize,
+    /// gRPC calls per second on one connection, beside a stream; 0 for none.
+    #[arg(long, default_value_t = 0)]
+    grpc_rate: u32,
+    /// WebSocket messages per second; 0 for none.
+    #[arg(long, default_value_t = 0)]
+    ws_rate: u32,
+    /// Longer is slow.
+    #[arg(long, default_value_t = 500)]
+    slow_ms: u64,
+    /// Longest wait for an answer.
+    #[arg(long, default_value_t = 10)]
+    timeout_s: u64,
+    /// End after so many seconds.
+    #[arg(long, default_value_t = 1800)]
+    seconds: u64,
+}
+
+#[derive(Clone, Default)]
+struct Outcome {
+    version: String,
+    status: u16,
+    error: String,
+}
+
+#[derive(Clone, Default)]
+struct Recorder(Arc<Mutex<BTreeMap<Key, Bucket>>>);
+
+/// Time, kind, version, status, error.
+type Key = (u64, &'static str, String, u16, String);
+
+impl Recorder {
+    fn record(&self, kind: &'static str, started: Instant, slow_ms: u64, outcome: Outcome) {
+        let now = unix_ms();
+        let took = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let Outcome { version, status, error } = outcome;
+        let key = (now / BUCKET_MS, kind, version.clone(), status, error.clone());
+        let mut buckets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let bucket = buckets.entry(key).or_insert_with(|| Bucket {
+            first_ms: now,
+            last_ms: now,
+            kind: kind.to_owned(),
+            version,
+            status,
+            error,
+            count: 0,
+            slow: 0,
+            max_ms: 0,
+        });
+        bucket.last_ms = now;
+        bucket.count += 1;
+        bucket.slow += u64::from(took > slow_ms);
+        bucket.max_ms = bucket.max_ms.max(took);
+    }
+
+    /// Prints what ended before the present bucket.
+    #[allow(clippy::print_stdout)]
+    fn flush(&self, all: bool) {
+        let mut buckets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let present = (unix_ms() / BUCKET_MS, "", String::new(), 0, String::new());
+        let open = if all { BTreeMap::new() } else { buckets.split_off(&present) };
+        for bucket in std::mem::replace(&mut *buckets, open).into_values() {
+            println!("{}", serde_json::to_string(&bucket).unwrap_or_default());
+        }
+    }
+}
+
+fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[tokio::main(flavor = "multi_thread", worker_threads = 1)]
+async fn main() -> anyhow::Result<()> {
+    let options = Options::parse();
+    let recorder = Recorder::default();
+    let mut tasks = tokio::task::JoinSet::new();
+    let end = Instant::now() + Duration::from_secs(options.seconds);
+    if options.rate > 0 {
+        tasks.spawn(http(options.clone(), recorder.clone()));
+    }
+    if options.grpc_rate > 0 {
+        tasks.spawn(grpc_calls(options.clone(), recorder.clone()));
+        tasks.spawn(grpc_stream(options.clone(), recorder.clone()));
+    }
+    if options.ws_rate > 0 {
+        tasks.spawn(websocket(options.clone(), recorder.clone()));
+    }
+    let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let mut tick = tokio::time::interval(Duration::from_millis(BUCKET_MS));
+    while Instant::now() < end {
+        tokio::select! {
+            _ = tick.tick() => recorder.flush(false),
+            _ = term.recv() => break,
+        }
+    }
+    tasks.shutdown().await;
+    recorder.flush(true);
+    Ok(())
+}
+
+type Sender = http1::SendRequest<Empty<bytes::Bytes>>;
+
+/// Sends each request at its time, whether or not earlier ones were answered.
+async fn http(options: Options, recorder: Recorder) {
+    let pool: Arc<Mutex<Vec<Sender>>> = Arc::default();
+    let mut tick = tokio::time::interval(Duration::from_secs(1) / options.rate);
+    let mut flights = tokio::task::JoinSet::new();
+    for count in 0_u64.. {
+        tick.tick().await;
+        while flights.try_join_next().is_some() {}
+        let (options, recorder, pool) = (options.clone(), recorder.clone(), pool.clone());
+        let kept = count % 2 == 0;
+        flights.spawn(async move {
+            let started = Instant::now();
+            let pool = kept.then_some(pool);
+            let exchange = exchange(&options, pool);
+            let outcome = match tokio::time::timeout(Duration::from_secs(options.timeout_s), exchange).await {
+                Ok(Ok(outcome)) => outcome,
+                Ok(Err(error)) => Outcome { error: format!("{error:#}"), ..Outcome::default() },
+                Err(_) => Outcome { error: "timed out".to_owned(), ..Outcome::default() },
+            };
+            recorder.record(if kept { "kept" } else { "new" }, started, options.slow_ms, outcome);
+        });
+    }
+}
+
+async fn exchange(options: &Options, pool: Option<Arc<Mutex<Vec<Sender>>>>) -> anyhow::Result<Outcome> {
+    let take = |pool: &Arc<Mutex<Vec<Sender>>>| pool.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    loop {
+        let reused = loop {
+            match pool.as_ref().and_then(take) {
+                Some(sender) if sender.is_closed() => {}
+                other => break other,
+            }
+        };
+        let was_reused = reused.is_some();
+        let mut sender = match reused {
+            Some(sender) => sender,
+            None => connect(&options.target).await?,
+        };
+        let mut request = Request::get("/").header("host", &options.target).header("user-agent", "sluice-load");
+        if pool.is_none() {
+            request = request.header("connection", "close");
+        }
+        let sent = async {
+            sender.ready().await?;
+            sender.send_request(request.body(Empty::new()).unwrap_or_default()).await
+        };
+        let response = match sent.await {
+            Ok(response) => response,
+            // The server closed an idle connection: no byte of an answer was received, so it is sent again.
+            Err(error) if was_reused && (error.is_canceled() || error.is_closed() || error.is_incomplete_message()) => {
+                continue;
+            }
+            Err(error) => return Err(error).context("no answer"),
+        };
+        let header = |name: &str| {
+            response.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned()
+        };
+        let outcome = Outcome {
+            version: header("x-version"),
+            status: response.status().as_u16(),
+            error: header("x-sluice-response-flag"),
+        };
+        response.into_body().collect().await.context("answer broken off")?;
+        if let Some(pool) = pool {
+            let mut pool = pool.lock().unwrap_or_else(PoisonError::into_inner);
+            if pool.len() < options.connections {
+                pool.push(sender);
+            }
+        }
+        return Ok(outcome);
+    }
+}
+
+async fn connect(target: &str) -> anyhow::Result<Sender> {
+    let stream = TcpStream::connect(target).await.context("cannot connect")?;
+    stream.set_nodelay(true)?;
+    let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+    tokio::spawn(connection);
+    Ok(sender)
+}
+
+/// Whether a call failed while it waited for its connection, which ended gracefully meanwhile: nothing of it was sent. gRPC clients
+/// repeat it by themselves (gRPC proposal A6, "transparent retries"); tonic leaves that to its caller.
+fn never_sent(status: &tonic::Status) -> bool {
+    std::iter::successors(status.source(), |error| (*error).source())
+        .filter_map(|error| error.downcast_ref::<hyper::Error>())
+        .any(hyper::Error::is_canceled)
+}
+
+/// Unary calls on one HTTP/2 connection.
+async fn grpc_calls(options: Options, recorder: Recorder) {
+    let Ok(endpoint) = tonic::transport::Endpoint::new(format!("http://{}", options.target)) else { return };
+    let timeout = Duration::from_secs(options.timeout_s);
+    let client = HelloClient::new(endpoint.timeout(timeout).connect_lazy());
+    let mut tick = tokio::time::interval(Duration::from_secs(1) / options.grpc_rate);
+    let mut flights = tokio::task::JoinSet::new();
+    loop {
+        tick.tick().await;
+        while flights.try_join_next().is_some() {}
+        let (mut client, recorder, slow_ms) = (client.clone(), recorder.clone(), options.slow_ms);
+        flights.spawn(async move {
+            let started = Instant::now();
+            let reply = loop {
+                match client.greet(GreetRequest { name: "load".to_owned() }).await {
+                    Err(status) if never_sent(&status) && started.elapsed() < timeout => {}
+                    reply => break reply,
+                }
+            };
+            let outcome = match reply {
+                Ok(reply) => Outcome { version: reply.into_inner().version, status: 200, error: String::new() },
+                Err(status) => {
+                    let version = status.metadata().get("x-version").and_then(|value| value.to_str().ok());
+                    Outcome {
+                        version: version.unwrap_or_default().to_owned(),
+                        status: 500,
+                        error: format!("{:?}: {}", status.code(), status.message()),
+                    }
+                }
+            };
+            recorder.record("grpc", started, slow_ms, outcome);
+        });
+    }
+}
+
+/// One server stream after another; each message counts. A stream that ends before its time is a failure.
+async fn grpc_stream(options: Options, recorder: Recorder) {
+    let Ok(endpoint) = tonic::transport::Endpoint::new(format!("http://{}", options.target)) else { return };
+    let mut client = HelloClient::new(endpoint.connect_lazy());
+    let mut tick = tokio::time::interval(Duration::from_millis(200));
+    loop {
+        tick.tick().await;
+        let result: Result<(), tonic::Status> = async {
+            let mut stream = client.watch(WatchRequest { count: 50, interval_ms: 100 }).await?.into_inner();
+            while let Some(reply) = stream.message().await? {
+                let outcome = Outcome { version: reply.version, status: 200, error: String::new() };
+                recorder.record("stream", Instant::now(), options.slow_ms, outcome);
+            }
+            Ok(())
+        }
+        .await;
+        if let Err(status) = result
+            && !never_sent(&status)
+        {
+            let error = format!("{:?}: {}", status.code(), status.message());
+            recorder.record("stream", Instant::now(), options.slow_ms, Outcome { error, ..Outcome::default() });
+        }
+    }
+}
+
+/// One WebSocket after another, 50 echoes each.
+async fn websocket(options: Options, recorder: Recorder) {
+    let url = format!("ws://{}/ws", options.target);
+    let mut tick = tokio::time::interval(Duration::from_secs(1) / options.ws_rate);
+    loop {
+        tick.tick().await;
+        let result: anyhow::Result<()> = async {
+            let (mut socket, _) = tokio_tungstenite::connect_async(&url).await.context("no upgrade")?;
+            for number in 0..50_u32 {
+                tick.tick().await;
+                let started = Instant::now();
+                socket.send(number.to_string().into()).await?;
+                let reply = socket.next().await.context("closed")??.into_text()?;
+                let (version, echo) = reply.split_once(' ').context("unexpected reply")?;
+                anyhow::ensure!(echo == number.to_string(), "echoed {echo}, sent {number}");
+                let outcome = Outcome { version: version.to_owned(), status: 200, error: String::new() };
+                recorder.record("ws", started, options.slow_ms, outcome);
+            }
+            socket.close(None).await?;
+            Ok(())
+        }
+        .await;
+        if let Err(error) = result {
+            let outcome = Outcome { error: format!("{error:#}"), ..Outcome::default() };
+            recorder.record("ws", Instant::now(), options.slow_ms, outcome);
+        }
+    }
+}
