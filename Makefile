@@ -3,6 +3,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 NAME ?= sluice
 NODES ?= 1
+# Properties are tried on the same cases by everybody, so that a change is blamed for what it breaks; PROPTEST_RNG_SEED=N tries others.
+export PROPTEST_RNG_SEED ?= 1
 
 .PHONY: help
 help: ## What there is to make

@@ -152,11 +152,18 @@ fn switch(run: &mut Run<'_>) -> Next {
 }
 
 fn rest(run: &mut Run<'_>) -> Next {
+    let resting = run.status.template.as_ref().is_some_and(|known| !known.name.is_empty());
+    let has_pods = run.seen.template.as_ref().is_some_and(|template| template.replicas > 0);
+    let end = run.stage_end(run.spec.drain);
+    if has_pods && !resting && run.now < end {
+        let message = format!("the streams that Pods of Deployment {} still have may end", run.spec.target);
+        return run.wait("Drain", message, Some(end));
+    }
     if let Some(known) = &mut run.status.template {
         // From here on admission and `upkeep` keep it at 0.
         known.name.clone_from(&run.spec.target);
     }
-    if run.seen.template.as_ref().is_some_and(|template| template.replicas > 0) {
+    if has_pods {
         let message = format!("Deployment {} goes to 0 replicas: it is the template from now on", run.spec.target);
         return run.wait("TargetRests", message, None);
     }

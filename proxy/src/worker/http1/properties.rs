@@ -14,7 +14,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, Request, Response, request};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header, request};
 use http_body_util::{BodyExt, Empty};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::TokioIo;
@@ -35,10 +35,16 @@ struct Read {
 impl Read {
     fn new(parts: &request::Parts, body: Vec<u8>, trailers: Option<HeaderMap>) -> Self {
         let line = format!("{} {} {:?}", parts.method, parts.uri, parts.version);
-        let copy = |value: &http::HeaderValue| Bytes::copy_from_slice(value.as_bytes());
-        let headers = parts.headers.iter().map(|(name, value)| (name.to_string(), copy(value))).collect();
+        let headers = parts.headers.iter().map(|(name, value)| (name.to_string(), plain(name, value))).collect();
         Self { line, headers, body, trailers }
     }
+}
+
+/// Of a Content-Length only its number counts: "05" beside "5" is one length, and each of us may keep either.
+fn plain(name: &HeaderName, value: &HeaderValue) -> Bytes {
+    let number =
+        value.to_str().ok().filter(|_| name == header::CONTENT_LENGTH).and_then(|value| value.parse::<u64>().ok());
+    number.map_or_else(|| Bytes::copy_from_slice(value.as_bytes()), |number| number.to_string().into())
 }
 
 /// Reads the first request, as far as it came. `None`: it is not whole.

@@ -76,7 +76,7 @@ async fn main() -> anyhow::Result<()> {
     println!("\n== The Canary is applied: the running application is taken over");
     let began_ms = unix_ms();
     let analysis = if options.fast > 0 {
-        serde_json::json!({"analysis": {"interval": "6s", "stepWeights": [20, 60], "metrics": [
+        serde_json::json!({"drainSeconds": 5, "analysis": {"interval": "6s", "stepWeights": [20, 60], "metrics": [
             {"name": "request-success-rate", "interval": "5s", "thresholdRange": {"min": 99}},
             {"name": "request-duration", "interval": "5s", "thresholdRange": {"max": 500}},
         ]}})

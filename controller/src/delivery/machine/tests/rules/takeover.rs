@@ -84,6 +84,16 @@ fn the_target_goes_to_zero_only_after_every_member_has_left_its_pods() {
 }
 
 #[test]
+fn the_target_s_pods_get_time_for_their_open_streams() {
+    let mut world = World::stepped();
+    world.until("the fleet has left the target's Pods", |world| world.status.stage == Stage::AdoptRest);
+    world.pass_time(29);
+    assert_eq!((world.waiting(), world.target.as_ref().unwrap().replicas), ("Drain", 3));
+    world.pass_time(2);
+    assert_eq!(world.target.as_ref().unwrap().replicas, 0);
+}
+
+#[test]
 fn an_application_installed_together_with_its_canary_is_taken_over_without_ready_pods() {
     let mut world = World::stepped();
     world.target.as_mut().unwrap().ready = 0;
