@@ -91,8 +91,8 @@ pub struct CanarySpec {
     #[serde(default = "default_scale_down_delay")]
     #[schemars(range(min = 0, max = 86400))]
     pub scale_down_delay_seconds: i32,
-    /// Seconds between the fleet's acknowledgement of weight 0 and the scale-down of that revision (at the
-    /// takeover: of the target), for its open streams.
+    /// Seconds between the fleet's acknowledgement of weight 0 and the scale-down of that revision, for its open
+    /// streams; at takeover and hand-back, too.
     #[serde(default = "default_drain")]
     #[schemars(range(min = 0, max = 3600))]
     pub drain_seconds: i32,

@@ -122,6 +122,10 @@ fn service(run: &mut Run<'_>) -> Next {
         if !run.acknowledged() && !no_fleet {
             return run.wait_for_fleet(None);
         }
+        let end = run.stage_end(run.spec.drain);
+        if !no_fleet && run.now < end {
+            return run.wait("Drain", "the streams that Pods of revisions still have may end".into(), Some(end));
+        }
         for (revision, _) in stops.iter().filter(|(_, desired)| *desired) {
             run.act(Action::ScaleRevision { revision: revision.clone(), replicas: 0 });
         }
