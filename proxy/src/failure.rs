@@ -113,10 +113,23 @@ impl Failure {
         (status, flag, GrpcStatus::of_http(status))
     }
 
-    /// Whether it is not certain where the next request on an HTTP/1 connection starts.
+    /// Whether it is not certain where the next request on an HTTP/1 connection starts, which is closed then.
     #[must_use]
-    pub fn is_malformed(&self) -> bool {
-        matches!(self, Self::BadRequest(_) | Self::HeadTooLarge | Self::UriTooLong | Self::UnknownCoding)
+    pub fn ends_connection(&self) -> bool {
+        match self {
+            // What follows a CONNECT may be meant for the tunnel (draft-ietf-httpbis-optimistic-upgrade, 5.2).
+            Self::MethodRefused | Self::BadRequest(_) | Self::HeadTooLarge | Self::UriTooLong | Self::UnknownCoding => {
+                true
+            }
+            Self::NoHealthyUpstream
+            | Self::ConnectFailed
+            | Self::UpstreamReset
+            | Self::UpstreamProtocol
+            | Self::NoRoute
+            | Self::Unauthorized
+            | Self::DirectResponse(_)
+            | Self::ClientGone => false,
+        }
     }
 
     /// The whole answer. To gRPC it is trailers-only with status 200, so that the client sees our code and words

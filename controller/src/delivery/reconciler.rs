@@ -290,6 +290,10 @@ pub fn error_policy(canary: Arc<Canary>, error: &Error, ctx: Arc<Context>) -> Ac
     let wait = backoff(failures);
     match error {
         Error::Action(ActionError::Conflict { .. }) => tracing::debug!(canary = %key, %error, ?wait, "tried again"),
+        // Such as a Service that somebody created at the same moment.
+        Error::Action(_) | Error::Config(_) if failures == 1 => {
+            tracing::info!(canary = %key, %error, ?wait, "tried again")
+        }
         Error::Action(_) | Error::Config(_) => tracing::warn!(canary = %key, %error, ?wait, "tried again"),
     }
     if failures == FAILURES_TO_TELL {

@@ -2,7 +2,10 @@
 
 use std::net::IpAddr;
 
-use http::{HeaderMap, HeaderName, HeaderValue, Uri, Version, header, request, uri::PathAndQuery};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Uri, Version, header, request,
+    uri::{Authority, PathAndQuery, Scheme},
+};
 
 use crate::failure::{FLAG_HEADER, Failure, NOT_PROCESSED};
 
@@ -15,23 +18,35 @@ const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto")
 /// a fitting Host, as a server wants it (RFC 9112, 3.2). What is ambiguous about framing (RFC 9112, 11.2) `http1`
 /// has refused already.
 pub(super) fn check_request(parts: &mut request::Parts) -> Result<(), Failure> {
-    if parts.version == Version::HTTP_2 {
-        if let (Some(host), Some(authority)) = (parts.headers.get(header::HOST), parts.uri.authority())
-            && !host.as_bytes().eq_ignore_ascii_case(authority.as_str().as_bytes())
-        {
-            return Err(Failure::BadRequest("the header Host differs from :authority"));
-        }
-        return Ok(());
-    }
     let mut hosts = parts.headers.get_all(header::HOST).iter();
-    match (hosts.next(), hosts.next()) {
-        (Some(_), Some(_)) => return Err(Failure::BadRequest("more than one Host")),
-        (None, _) if parts.version == Version::HTTP_11 => {
-            return Err(Failure::BadRequest("no Host"));
-        }
-        (Some(_) | None, None) | (None, Some(_)) => {}
+    let (host, authority) = (hosts.next(), parts.uri.authority());
+    if hosts.next().is_some() {
+        return Err(Failure::BadRequest("more than one Host"));
     }
-    if let Some(authority) = parts.uri.authority() {
+    if host.is_some_and(|host| !is_host(host.as_bytes())) {
+        return Err(Failure::BadRequest("Host is not a host and a port"));
+    }
+    if authority.is_some_and(|authority| !is_host(authority.as_str().as_bytes())) {
+        return Err(Failure::BadRequest("the authority of the target is not a host and a port"));
+    }
+    if parts.version == Version::HTTP_2 {
+        return match (host, authority) {
+            (Some(host), Some(authority)) if !host.as_bytes().eq_ignore_ascii_case(authority.as_str().as_bytes()) => {
+                Err(Failure::BadRequest("the header Host differs from :authority"))
+            }
+            (Some(_) | None, Some(_)) => Ok(()),
+            (host, None) => {
+                let host = host.and_then(|host| Authority::try_from(host.as_bytes()).ok());
+                parts.uri = with_authority(&parts.uri, host)
+                    .ok_or(Failure::BadRequest("neither :authority nor Host names a host"))?;
+                Ok(())
+            }
+        };
+    }
+    if host.is_none() && parts.version == Version::HTTP_11 {
+        return Err(Failure::BadRequest("no Host"));
+    }
+    if let Some(authority) = authority {
         // Absolute-form: the authority of the target wins over Host.
         if let Ok(host) = HeaderValue::from_str(authority.as_str()) {
             parts.headers.insert(header::HOST, host);
@@ -40,6 +55,36 @@ pub(super) fn check_request(parts: &mut request::Parts) -> Result<(), Failure> {
         parts.uri = Uri::from(path);
     }
     Ok(())
+}
+
+/// Nothing, or `uri-host [ ":" port ]` (RFC 9110, 7.2; RFC 3986, 3.2.2): no user, no path, no list.
+fn is_host(value: &[u8]) -> bool {
+    let name = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=".contains(byte);
+    let literal = |byte: &u8| *byte == b':' || name(byte);
+    let (is_host, rest) = match value {
+        [b'[', rest @ ..] => {
+            let Some(end) = memchr::memchr(b']', rest) else { return false };
+            (rest[..end].iter().all(literal), &rest[end + 1..])
+        }
+        _ => {
+            let end = memchr::memchr(b':', value).unwrap_or(value.len());
+            (value[..end].iter().all(name), &value[end..])
+        }
+    };
+    is_host
+        && match rest {
+            [] => true,
+            [b':', port @ ..] => port.iter().all(u8::is_ascii_digit),
+            _ => false,
+        }
+}
+
+/// A target that HTTP/2 can send on. RFC 9113, 8.3.1 lets clients say Host instead of `:authority`.
+fn with_authority(uri: &Uri, authority: Option<Authority>) -> Option<Uri> {
+    let mut parts = uri.clone().into_parts();
+    parts.scheme.get_or_insert(Scheme::HTTP);
+    parts.authority = Some(authority?);
+    Uri::from_parts(parts).ok()
 }
 
 /// The protocol that an HTTP/1.1 request asks to switch to, if it is one that we pass on. Others are taken off like
@@ -195,18 +240,41 @@ mod tests {
 
     #[test]
     fn ambiguous_requests_are_refused() {
-        let table: [(Version, &[(&'static str, &str)]); 3] = [
+        let table: [(Version, &[(&'static str, &str)]); 5] = [
             (Version::HTTP_11, &[]),
             (Version::HTTP_11, &[("host", "a"), ("host", "a")]),
             (Version::HTTP_10, &[("host", "a"), ("host", "b")]),
+            (Version::HTTP_2, &[]),
+            (Version::HTTP_2, &[("host", "")]),
         ];
         for (version, headers) in table {
             assert!(check_request(&mut request(version, "/", headers)).is_err(), "{version:?} {headers:?}");
         }
         let mut differing = request(Version::HTTP_2, "http://a/", &[("host", "b")]);
         assert!(check_request(&mut differing).is_err());
+        assert!(check_request(&mut request(Version::HTTP_11, "http://a/", &[])).is_err());
+        let mut two = request(Version::HTTP_2, "http://a/", &[("host", "a"), ("host", "a")]);
+        assert!(check_request(&mut two).is_err());
+        assert!(check_request(&mut request(Version::HTTP_2, "http://u@a/", &[])).is_err());
         assert!(check_request(&mut request(Version::HTTP_10, "/", &[])).is_ok());
         assert!(check_request(&mut request(Version::HTTP_2, "http://a/", &[("host", "A")])).is_ok());
+    }
+
+    #[test]
+    fn a_host_is_a_name_or_an_address_and_a_port() {
+        for good in ["", "a", "shop.example:8080", "a:", "10.0.0.1:80", "[::1]:80", "[fe80::1]", "a_b", "x%20y"] {
+            assert!(is_host(good.as_bytes()), "{good}");
+        }
+        for bad in ["a/b", "u@a", "a b", "a, b", "a:80x", "a:80:80", "[::1", "[::1]80", "::1", "a?b", "a#b", "\u{e4}"] {
+            assert!(!is_host(bad.as_bytes()), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_http2_request_may_say_host_instead_of_an_authority() {
+        let mut parts = request(Version::HTTP_2, "/cart?x=1", &[("host", "shop:8080")]);
+        check_request(&mut parts).unwrap();
+        assert_eq!(parts.uri, "http://shop:8080/cart?x=1");
     }
 
     #[test]

@@ -71,7 +71,7 @@ pub(super) fn refuse(connection: &Rc<Connection>, failure: &Failure) -> Response
 
 fn local(failure: &Failure, tally: Tally) -> Response<ResponseBody> {
     let mut response = failure.response(tally.is_grpc()).map(|body| ResponseBody::local(body, tally));
-    if failure.is_malformed() {
+    if failure.ends_connection() {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response

@@ -3,7 +3,10 @@
 use std::mem::MaybeUninit;
 
 use bytes::{Buf, Bytes, BytesMut};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Uri, Version, header, request, response};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Uri, Version, header, request, response,
+    uri::Scheme,
+};
 use hyper::ext::ReasonPhrase;
 
 use super::body::{Decoder, Encoder};
@@ -176,6 +179,10 @@ fn parse_request(bytes: &Bytes, mut headers: HeaderMap) -> Result<RequestHead, M
     if path.len() > MAX_LINE {
         return Err(Malformed::LineTooLong);
     }
+    // `Uri` would cut a fragment off, which some servers take for a part of the path.
+    if memchr::memchr(b'#', path.as_bytes()).is_some() {
+        return Err(Malformed::Target);
+    }
     let uri = Uri::from_maybe_shared(bytes.slice_ref(path.as_bytes())).map_err(|_| Malformed::Target)?;
     check_target(&method, &uri)?;
     let version = version(parsed.version);
@@ -196,11 +203,13 @@ fn parse_request(bytes: &Bytes, mut headers: HeaderMap) -> Result<RequestHead, M
     Ok(RequestHead { parts, body, keep_alive, expects, takes_trailers })
 }
 
-/// Only CONNECT has a target that is an authority alone, only OPTIONS one that is an asterisk (RFC 9112, 3.2).
+/// Only CONNECT has a target that is an authority alone, only OPTIONS one that is an asterisk (RFC 9112, 3.2), and nothing
+/// but HTTP is served here (RFC 9110, 7.4).
 fn check_target(method: &Method, uri: &Uri) -> Result<(), Malformed> {
-    let fits = match uri.path() {
-        "*" => *method == Method::OPTIONS,
-        _ => uri.scheme().is_some() || (uri.authority().is_some() == (*method == Method::CONNECT)),
+    let fits = match (uri.path(), uri.scheme()) {
+        ("*", _) => *method == Method::OPTIONS,
+        (_, Some(scheme)) => *scheme == Scheme::HTTP || *scheme == Scheme::HTTPS,
+        (_, None) => uri.authority().is_some() == (*method == Method::CONNECT),
     };
     if fits { Ok(()) } else { Err(Malformed::Target) }
 }

@@ -1,7 +1,7 @@
 //! What holds for all that a client may send: however it is cut it is read the same, nothing of it panics, and what is
 //! accepted hyper accepts too and reads the same. We are stricter than hyper in this: Content-Length beside
 //! Transfer-Encoding, more than one transfer coding, a target that is an authority (but for CONNECT) or an asterisk (but
-//! for OPTIONS), and request lines above 32 KiB.
+//! for OPTIONS), has a fragment or another scheme than HTTP's, and request lines above 32 KiB.
 #![allow(clippy::unwrap_used)]
 
 use std::{
