@@ -16,7 +16,7 @@ demo: ## Watch releases on a real cluster under load (FAST=1: three minutes; KEE
 	tests/with-cluster demo $${CARGO_TARGET_DIR:-target}/debug/sluice-demo
 
 .PHONY: test
-test: test-unit test-e2e ## All tests: unit, bare API server, end to end on the real cluster
+test: test-unit test-e2e ## The tests that every change runs: unit, bare API server, releases end to end on the real cluster
 
 .PHONY: test-unit
 test-unit: test-chart ## Unit tests, and the controller against a real API server without nodes
@@ -30,8 +30,13 @@ test-chart: ## The chart: lint, mistakes it must refuse, golden renders, alerts,
 	tests/chart/run
 
 .PHONY: test-e2e
-test-e2e: ## End to end on the real cluster (or on the one that KUBECONFIG names): the core
+test-e2e: ## Releases end to end on the real cluster (or on the one that KUBECONFIG names)
 	tests/e2e/run
+
+.PHONY: test-operations
+test-operations: ## End to end: the quickstart, Git tools that apply all the time, the core of the faults
+	tests/e2e/run --test quickstart
+	tests/e2e/run --test gitops --test faults
 
 .PHONY: test-cluster
 test-cluster: ## End to end, all of it: faults, upgrades, deletions in every phase (NODES=2: drains a node, too)

@@ -83,6 +83,50 @@ async fn a_leader_that_is_killed_in_mid_release_leads_again_and_goes_on() {
     stage.end().await;
 }
 
+#[tokio::test]
+async fn all_controllers_killed_in_mid_release_lose_nothing() {
+    let Some(stage) = adopted("kill", Use::Alone, &[], quick()).await else { return };
+    in_mid_release(&stage).await;
+    let pods: Api<Pod> = Api::namespaced(stage.app.cluster.client.clone(), SYSTEM);
+    let controllers = ListParams::default().labels("app.kubernetes.io/component=controller");
+    let _expected = expect(CONTROLLERS_AWAY);
+    let killed = unix_ms();
+    for pod in pods.list(&controllers).await.unwrap() {
+        let now = DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default() };
+        pods.delete(&pod.name_any(), &now).await.unwrap();
+    }
+    let done = stage.wait("phase Succeeded", killed, succeeded).await;
+    assert_eq!(done.failed_checks, 0);
+    stage.end().await;
+}
+
+#[tokio::test]
+async fn a_fleet_member_cut_off_from_the_controller_serves_on_and_holds_the_release() {
+    let Some(node) = Node::of_ours("to cut a connection on its node") else { return };
+    let Some(stage) = adopted("cutoff", Use::Alone, &[], quick()).await else { return };
+    let pods: Api<Pod> = Api::namespaced(stage.app.cluster.client.clone(), SYSTEM);
+    let member = pods.list(&ListParams::default().labels("sluice.dev/fleet")).await.unwrap().items.remove(0);
+    let (name, ip) = (member.name_any(), member.status.unwrap().pod_ip.unwrap());
+    in_mid_release(&stage).await;
+    let _expected = expect(&["no stream to the control plane", "silent for too long"]);
+    let rule = ["FORWARD", "-s", &ip, "-p", "tcp", "--dport", "18000", "-j", "DROP"];
+    node.exec(&[&["iptables", "-I"], &rule[..]].concat()).await.unwrap();
+    let cut = unix_ms();
+    let held = stage
+        .wait("the member named in the status", cut, |status| {
+            status.lagging_members.contains(&name) && status.requested_weight > 20 && status.effective_weight.is_none()
+        })
+        .await;
+    assert_eq!(held.weight, "Unknown");
+    // It serves on (the end counts every request), and nothing goes: both revisions keep their Pods.
+    for revision in [held.primary_revision.unwrap(), held.canary_revision.unwrap()] {
+        assert!(!stage.app.pods_of(&revision).await.unwrap().is_empty());
+    }
+    node.exec(&[&["iptables", "-D"], &rule[..]].concat()).await.unwrap();
+    stage.wait("phase Succeeded", cut, succeeded).await;
+    stage.end().await;
+}
+
 type Reached = fn(&CanaryStatus) -> bool;
 
 #[tokio::test]
@@ -300,6 +344,34 @@ const API_SERVER_AWAY: &[&str] = &[
     // The client's own words, for each watch.
     "kube_client::client",
 ];
+
+#[tokio::test]
+async fn prometheus_down_or_empty_holds_the_release_and_is_not_a_failed_check() {
+    let Some(stage) = adopted("noprom", Use::Alone, &[], quick()).await else { return };
+    let cluster = stage.app.cluster.clone();
+    let scale = |replicas: &'static str| {
+        let cluster = cluster.clone();
+        async move {
+            let replicas = format!("--replicas={replicas}");
+            cluster.kubectl(&["-n", SYSTEM, "scale", "deployment/prometheus", &replicas], None).await.unwrap();
+        }
+    };
+    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
+    stage.wait("weight 20", applied, |status| status.effective_weight == Some(20)).await;
+    scale("0").await;
+    let held = stage
+        .wait("an error verdict", applied, |status| {
+            status.gates.iter().any(|gate| gate.verdict == VerdictStatus::Error)
+        })
+        .await;
+    assert_eq!((held.failed_checks, held.requested_weight), (0, 20));
+    // A new, empty Prometheus: too few samples first, then it goes on.
+    let restarted = unix_ms();
+    scale("1").await;
+    let done = stage.wait("phase Succeeded", restarted, |status| status.phase == Phase::Succeeded).await;
+    assert_eq!(done.failed_checks, 0);
+    stage.end().await;
+}
 
 #[tokio::test]
 #[ignore = "full"]
