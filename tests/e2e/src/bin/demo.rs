@@ -177,19 +177,18 @@ impl<'a> Account<'a> {
 
     fn print(&mut self, at_ms: u64, status: &CanaryStatus) {
         let waiting = status.waiting.as_ref().map(|waiting| waiting.message.as_str()).unwrap_or_default();
+        let said = match &status.rollback {
+            // In its own words: the gates say nothing of it.
+            Some(rollback) if rollback.reason == "GuardBreached" => rollback.message.as_str(),
+            Some(_) | None if status.summary.is_empty() => waiting,
+            Some(_) | None => &status.summary,
+        };
         let line = format!(
-            "{:<12} weight {:>3} requested, {:>7} effective  {:<5} {}{}",
+            "{:<12} weight {:>3} requested, {:>7} effective  {:<5} {said}",
             format!("{:?}", status.phase),
             status.requested_weight,
             if status.weight.is_empty() { "Unknown" } else { &status.weight },
             status.progress,
-            status.summary,
-            match &status.rollback {
-                // In its own words: the gates say nothing of it.
-                Some(rollback) if rollback.reason == "GuardBreached" => rollback.message.as_str(),
-                Some(_) | None if status.summary.is_empty() => waiting,
-                Some(_) | None => "",
-            },
         );
         if line == self.printed {
             return;
