@@ -179,8 +179,8 @@ impl Keeper {
         retry: &mut Duration,
     ) -> Result<(), Error> {
         let scope = Scope { own_user: served.own_user.clone(), namespace: self.namespace.clone() };
-        let refuse_scale = self.protection != Protection::None;
-        let wanted: BTreeMap<Id, Value> = objects::wanted(effective, refuse_scale, &scope, &self.address, &self.ca)
+        let refuse = self.protection != Protection::None;
+        let wanted: BTreeMap<Id, Value> = objects::wanted(effective, refuse, &scope, &self.address, &self.ca)
             .into_iter()
             .map(|(kind, object)| ((kind, name_of(&object)), object))
             .collect();

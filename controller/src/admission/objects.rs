@@ -22,6 +22,8 @@ const SERVICES: &str = "services";
 const DEPLOYMENTS: &str = "deployments";
 /// Policy and binding that refuse `kubectl scale` of the target.
 const SCALE: &str = "scale";
+/// Policy and binding that refuse another template for a revision's Deployment.
+const REVISIONS: &str = "revisions";
 /// The webhook's configuration.
 const WEBHOOK: &str = "protection";
 
@@ -41,9 +43,12 @@ pub const MUTATING_BINDING: Kind = Kind {
     purposes: &[SERVICES, DEPLOYMENTS],
 };
 pub const VALIDATING_POLICY: Kind =
-    Kind { kind: "ValidatingAdmissionPolicy", plural: "validatingadmissionpolicies", purposes: &[SCALE] };
-pub const VALIDATING_BINDING: Kind =
-    Kind { kind: "ValidatingAdmissionPolicyBinding", plural: "validatingadmissionpolicybindings", purposes: &[SCALE] };
+    Kind { kind: "ValidatingAdmissionPolicy", plural: "validatingadmissionpolicies", purposes: &[SCALE, REVISIONS] };
+pub const VALIDATING_BINDING: Kind = Kind {
+    kind: "ValidatingAdmissionPolicyBinding",
+    plural: "validatingadmissionpolicybindings",
+    purposes: &[SCALE, REVISIONS],
+};
 pub const WEBHOOK_CONFIGURATION: Kind =
     Kind { kind: "MutatingWebhookConfiguration", plural: "mutatingwebhookconfigurations", purposes: &[WEBHOOK] };
 
@@ -130,13 +135,7 @@ impl Scope {
 
 /// All that there should be.
 #[must_use]
-pub fn wanted(
-    effective: &Effective,
-    refuse_scale: bool,
-    scope: &Scope,
-    address: &Address,
-    ca: &str,
-) -> Vec<(Kind, Value)> {
+pub fn wanted(effective: &Effective, refuse: bool, scope: &Scope, address: &Address, ca: &str) -> Vec<(Kind, Value)> {
     let mut wanted = Vec::new();
     match effective {
         Effective::Policy(version) => {
@@ -151,18 +150,27 @@ pub fn wanted(
         }
         Effective::Repair => {}
     }
-    if refuse_scale {
+    if refuse {
         wanted.push(scope.object(VALIDATING_POLICY, STABLE, SCALE, "spec", scale(scope)));
         let mut binding = scope.binding(SCALE);
         binding["validationActions"] = json!(["Deny"]);
         wanted.push(scope.object(VALIDATING_BINDING, STABLE, SCALE, "spec", binding));
+        wanted.push(scope.object(VALIDATING_POLICY, STABLE, REVISIONS, "spec", revisions(scope)));
+        let policy = name(REVISIONS, scope.namespace.as_deref());
+        let binding = json!({"policyName": policy, "validationActions": ["Deny"]});
+        wanted.push(scope.object(VALIDATING_BINDING, STABLE, REVISIONS, "spec", binding));
     }
     wanted
 }
 
 fn policy(scope: &Scope, group: &str, resource: &str, operations: &[&str]) -> Value {
+    let mut policy = without_parameter(scope, group, resource, operations);
+    policy["paramKind"] = json!({"apiVersion": "sluice.dev/v1beta1", "kind": "Canary"});
+    policy
+}
+
+fn without_parameter(scope: &Scope, group: &str, resource: &str, operations: &[&str]) -> Value {
     json!({
-        "paramKind": {"apiVersion": "sluice.dev/v1beta1", "kind": "Canary"},
         // Expressions that are total do not fail. What can fail is to find the parameters: while an API server has no Canary
         // CRD, or has not listed them yet, `Fail` would refuse every write to any Service or Deployment in the cluster. Then
         // rather `delivery` repairs.
@@ -252,6 +260,31 @@ fn scale(scope: &Scope) -> Value {
     policy
 }
 
+/// A revision runs as it was judged: another template would be Pods that nobody judged, behind traffic that they did not earn.
+/// Kubernetes' own controllers are let through: they write back the template that they read.
+fn revisions(scope: &Scope) -> Value {
+    let revision = labels::REVISION;
+    let mut policy = without_parameter(scope, "apps", "deployments", &["UPDATE"]);
+    policy["matchConstraints"]["objectSelector"] =
+        json!({"matchExpressions": [{"key": revision, "operator": "Exists"}]});
+    // Left over from a Canary that was deleted with its dependents orphaned, it is a Deployment like any other.
+    let owned = "has(oldObject.metadata.ownerReferences) && oldObject.metadata.ownerReferences.exists(owner, \
+                 owner.kind == 'Canary' && owner.apiVersion.startsWith('sluice.dev/'))";
+    let by_hand = "!request.userInfo.username.startsWith('system:serviceaccount:kube-system:')";
+    let mut conditions = scope.conditions();
+    conditions.push(json!({"name": "not-kubernetes-itself", "expression": by_hand}));
+    conditions.push(json!({"name": "of-a-canary", "expression": owned}));
+    policy["matchConditions"] = conditions.into();
+    policy["validations"] = json!([{
+        "expression": "object.spec.template == oldObject.spec.template",
+        "message": "this Deployment runs a revision of a Canary; change the Deployment that the Canary names",
+        "messageExpression": "'Deployment ' + request.name + ' runs a revision as it was judged, and is not changed; \
+                              change the Deployment that its Canary names, and the change is released'",
+        "reason": "Forbidden",
+    }]);
+    policy
+}
+
 /// Only objects with our label, so nothing of anybody else's ever waits for us. While no controller answers, writes to a
 /// taken-over Service and to a target at rest are refused (`Fail`), and whoever made them tries again: applied without us,
 /// they would send clients around the fleet, or start Pods that nobody judged, just when nobody repairs it. Traffic flows on
@@ -330,9 +363,9 @@ mod tests {
                 .filter_map(|path| object.pointer(path))
                 .collect();
                 assert!(places.iter().all(|place| **place == only), "{object}");
-                let namespace = object.pointer("/spec/paramRef/namespace").and_then(Value::as_str);
-                let binding = kind.kind.ends_with("Binding");
-                assert_eq!((places.is_empty(), namespace), (binding, binding.then_some("shop")), "{object}");
+                assert_eq!(places.is_empty(), kind.kind.ends_with("Binding"), "{object}");
+                let parameters = object.pointer("/spec/paramRef");
+                assert!(parameters.is_none_or(|parameters| parameters["namespace"] == "shop"), "{object}");
             }
         }
     }

@@ -466,6 +466,52 @@ async fn the_target_cannot_be_scaled_and_revisions_can() {
 }
 
 #[tokio::test]
+async fn a_revision_runs_as_it_was_judged() {
+    both_ways("revision", |scene| async move {
+        scene.taken_over().await;
+        let canary = scene.own::<Canary>().get("shop").await.unwrap();
+        let owner = json!({
+            "apiVersion": "sluice.dev/v1beta1", "kind": "Canary", "name": canary.name_any(), "uid": canary.uid(),
+            "controller": true,
+        });
+        let mut revision = deployment(Some(1), "app:1");
+        revision["metadata"]["name"] = json!("web-5d8f9c7b6a");
+        revision["metadata"]["labels"] = json!({labels::CANARY: "shop", labels::REVISION: "5d8f9c7b6a"});
+        revision["metadata"]["ownerReferences"] = json!([owner]);
+        scene.create::<Deployment>(&revision).await;
+        let restart = |n: u32| {
+            let api = scene.git::<Deployment>();
+            let template = json!({"metadata": {"annotations": {"kubectl.kubernetes.io/restartedAt": n.to_string()}}});
+            let patch = json!({"spec": {"template": template}});
+            async move { api.patch("web-5d8f9c7b6a", &PatchParams::default(), &Patch::Merge(&patch)).await }
+        };
+        // A policy takes a moment to be known.
+        let mut tries = 0;
+        let error = loop {
+            tries += 1;
+            match restart(tries).await {
+                Err(error) => break error,
+                Ok(_) => assert!(tries < 500, "never refused"),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        let kube::Error::Api(status) = error else { panic!("{error}") };
+        assert_eq!((status.code, status.reason.as_str()), (403, "Forbidden"));
+        assert!(status.message.contains("change the Deployment that its Canary names"), "{}", status.message);
+        // What does not concern the Pods goes through, and so do we.
+        let more: Deployment = scene.merge(&scene.git, "web-5d8f9c7b6a", json!({"spec": {"replicas": 2}})).await;
+        assert_eq!(more.spec.unwrap().replicas, Some(2));
+        let mended = json!({"spec": {"template": {"metadata": {"annotations": null}}}});
+        scene.merge::<Deployment>(&scene.own, "web-5d8f9c7b6a", mended).await;
+        // Without its Canary it is a Deployment like any other.
+        let orphan = json!({"metadata": {"ownerReferences": null}});
+        scene.merge::<Deployment>(&scene.own, "web-5d8f9c7b6a", orphan).await;
+        until("it can be restarted", || async { restart(0).await.ok() }).await;
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn the_hand_back_takes_effect_with_its_first_write() {
     both_ways("hand-back-writes", |scene| async move {
         scene.taken_over().await;
@@ -608,7 +654,9 @@ async fn policies_are_written_once_repaired_and_removed_when_another_way_is_chos
         "MutatingAdmissionPolicyBinding services.sluice.dev",
         "MutatingAdmissionPolicyBinding deployments.sluice.dev",
         "ValidatingAdmissionPolicy scale.sluice.dev",
+        "ValidatingAdmissionPolicy revisions.sluice.dev",
         "ValidatingAdmissionPolicyBinding scale.sluice.dev",
+        "ValidatingAdmissionPolicyBinding revisions.sluice.dev",
     ];
     assert_eq!(names(&first), policies);
 
@@ -638,7 +686,9 @@ async fn policies_are_written_once_repaired_and_removed_when_another_way_is_chos
     assert_eq!(kept.start(Protection::Webhook).await, (Effective::Webhook, false));
     let webhook = [
         "ValidatingAdmissionPolicy scale.sluice.dev",
+        "ValidatingAdmissionPolicy revisions.sluice.dev",
         "ValidatingAdmissionPolicyBinding scale.sluice.dev",
+        "ValidatingAdmissionPolicyBinding revisions.sluice.dev",
         "MutatingWebhookConfiguration protection.sluice.dev",
     ];
     assert_eq!(names(&written(&kept.client, true).await), webhook);
@@ -650,11 +700,16 @@ async fn policies_are_written_once_repaired_and_removed_when_another_way_is_chos
 async fn policies_that_are_not_served_are_said_and_scaling_is_refused_all_the_same() {
     let Some(mut kept) = Kept::new(&[]).await else { return };
     assert_eq!(kept.start(Protection::Policy).await, (Effective::Repair, /* incomplete: */ true));
-    let scale = ["ValidatingAdmissionPolicy scale.sluice.dev", "ValidatingAdmissionPolicyBinding scale.sluice.dev"];
-    assert_eq!(names(&written(&kept.client, false).await), scale);
+    let refusals = [
+        "ValidatingAdmissionPolicy scale.sluice.dev",
+        "ValidatingAdmissionPolicy revisions.sluice.dev",
+        "ValidatingAdmissionPolicyBinding scale.sluice.dev",
+        "ValidatingAdmissionPolicyBinding revisions.sluice.dev",
+    ];
+    assert_eq!(names(&written(&kept.client, false).await), refusals);
     assert_eq!(kept.start(Protection::Auto).await, (Effective::Webhook, false));
     let first = written(&kept.client, false).await;
-    assert_eq!(first.len(), 3);
+    assert_eq!(first.len(), 5);
     // The same CA and the same mode: nothing to write.
     kept.start(Protection::Auto).await;
     until("it is quiet", || async { kept.quiet().await.then_some(()) }).await;
@@ -753,7 +808,7 @@ async fn uninstalling_waits_for_the_hand_back_and_leaves_nothing() {
     };
     let refused = uninstall(1).run().await.unwrap_err().to_string();
     assert!(refused.contains("Canaries shop/shop"), "{refused}");
-    assert_eq!(written(&kept.client, true).await.len(), 6, "nothing was removed");
+    assert_eq!(written(&kept.client, true).await.len(), 8, "nothing was removed");
     assert_eq!(controllers.get("sluice-controller").await.unwrap().spec.unwrap().replicas, Some(2));
 
     // The controller hands back while it waits.

@@ -517,6 +517,11 @@ async fn what_hands_change_of_ours_is_repaired() {
     .await;
     stage.nothing_failed().await;
 
+    // Another template for a revision.
+    let refused =
+        kubectl(vec!["rollout".into(), "restart".into(), format!("deployment/{revision}")]).await.unwrap_err();
+    assert!(format!("{refused:#}").contains("change the Deployment that its Canary names"), "{refused:#}");
+
     // Labels of ours on a revision's Deployment, and its owners.
     let patch = r#"{"metadata":{"ownerReferences":null}}"#;
     kubectl(vec![
