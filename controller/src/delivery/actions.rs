@@ -173,7 +173,9 @@ impl Effects {
                     // The address and its family stay as they were given; the lists of a merge patch replace.
                     let spec = wanted.spec.as_ref();
                     let patch = json!({
-                        "metadata": {"labels": wanted.metadata.labels},
+                        "metadata": {
+                            "labels": wanted.metadata.labels, "ownerReferences": wanted.metadata.owner_references,
+                        },
                         "spec": {"ports": spec.and_then(|spec| spec.ports.as_ref()), "selector": spec.and_then(|spec| spec.selector.as_ref())},
                     });
                     self.patch(&api, &**live, "following the apex with", patch).await?

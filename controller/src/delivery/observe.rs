@@ -94,7 +94,7 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
     let mut companions = BTreeMap::new();
     for name in Role::ALL.map(|role| role.name(apex_name)) {
         match service(&name) {
-            Some(companion) if revisions::owned(&*companion, canary) => {
+            Some(companion) if revisions::ours_by_label(&*companion, canary) => {
                 companions.insert(name, companion);
             }
             Some(_) => problems.push(taken("Service", &name)),

@@ -198,12 +198,14 @@ pub fn owned<K: Resource>(object: &K, canary: &Canary) -> bool {
 /// hand-back (its finalizer removed by hand): then our labels are there and nobody else controls it.
 #[must_use]
 pub fn ours<K: Resource>(object: &K, canary: &Canary, revision: &str) -> bool {
-    let meta = object.meta();
-    let labelled = labels_of(&canary.name_any(), revision)
-        .iter()
-        .all(|(key, value)| meta.labels.as_ref().and_then(|labels| labels.get(key)) == Some(value));
-    let controller = meta.owner_references.iter().flatten().find(|owner| owner.controller == Some(true));
-    labelled
+    object.labels().get(labels::REVISION).is_some_and(|value| value == revision) && ours_by_label(object, canary)
+}
+
+/// As [`ours`], for an object of no revision.
+#[must_use]
+pub fn ours_by_label<K: Resource>(object: &K, canary: &Canary) -> bool {
+    let controller = object.owner_references().iter().find(|owner| owner.controller == Some(true));
+    object.labels().get(labels::CANARY).is_some_and(|value| *value == canary.name_any())
         && controller.is_none_or(|owner| {
             Some(owner.uid.as_str()) == canary.metadata.uid.as_deref()
                 || (owner.kind == Canary::kind(&()) && owner.name == canary.name_any())

@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::{
     api::core::v1::{Service, ServicePort, ServiceSpec},
-    apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
+    apimachinery::pkg::{
+        apis::meta::v1::{ObjectMeta, OwnerReference},
+        util::intstr::IntOrString,
+    },
 };
 use kube::{ResourceExt, api::DynamicObject};
 use serde_json::Value;
@@ -304,7 +307,9 @@ pub fn is_current(live: &Service, wanted: &Service) -> bool {
         ports.map(|port| ServicePort { node_port: None, ..port }).collect()
     };
     let selector = |spec: &ServiceSpec| spec.selector.clone().unwrap_or_default();
+    let owned = |owner: &OwnerReference| live.owner_references().iter().any(|live| live.uid == owner.uid);
     wanted.labels().iter().all(|(key, value)| live.labels().get(key) == Some(value))
+        && wanted.owner_references().iter().all(owned)
         && ports(live_spec) == ports(wanted_spec)
         && selector(live_spec) == selector(wanted_spec)
 }
@@ -447,6 +452,9 @@ mod tests {
                 json!({"ports": [{"name": "http", "port": 80, "targetPort": "http"}, {"name": "admin", "port": 81, "targetPort": 9899}]}),
             );
             assert!(!is_current(&live, &companion(&canary, &more, role)), "{role:?}");
+            // An orphaned one of an earlier Canary of that name.
+            live.metadata.owner_references = None;
+            assert!(!is_current(&live, &wanted), "{role:?}");
         }
     }
 

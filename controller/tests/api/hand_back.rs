@@ -3,7 +3,7 @@
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Service};
 use kube::{
     Api, ResourceExt,
-    api::{DeleteParams, ListParams},
+    api::{DeleteParams, ListParams, Patch, PatchParams},
 };
 use serde_json::json;
 use sluice_crds::{Canary, labels};
@@ -45,6 +45,24 @@ async fn a_deleted_canary_hands_the_traffic_back_and_leaves_nothing() {
         })
         .await;
     assert!(world.told.gauges.lock().unwrap().is_empty(), "its metrics went with it");
+}
+
+#[tokio::test]
+async fn services_that_lost_their_owner_on_the_way_go_too() {
+    let Some(world) = World::new("orphans").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({})).await;
+    world.until_settled("web").await;
+    // As with `--cascade=orphan`, where the garbage collector takes the owner off and then its own finalizer.
+    world.api::<Canary>().delete("web", &DeleteParams::default()).await.unwrap();
+    let services = world.api::<Service>();
+    for name in ["web-primary", "web-canary", "web-pods"] {
+        let orphan = Patch::Merge(json!({"metadata": {"ownerReferences": null}}));
+        services.patch(name, &PatchParams::default(), &orphan).await.unwrap();
+    }
+    until_gone(&world).await;
+    let left: Vec<_> = services.list(&ListParams::default()).await.unwrap().iter().map(ResourceExt::name_any).collect();
+    assert_eq!(left, ["web"]);
 }
 
 #[tokio::test]
