@@ -112,7 +112,7 @@ async fn new_connections_are_served_until_the_settle_time_is_over() {
     };
     let (drained, served) = tokio::join!(proxy.workers.drain(PATIENCE), clients);
     assert_eq!(drained.unwrap().cut, 0);
-    assert!(served > 0 && started.elapsed() >= Duration::from_millis(300));
+    assert!(served > 3 && started.elapsed() >= Duration::from_millis(300));
 }
 
 fn quick_removal(options: &mut sluice_proxy::workers::Options) {

@@ -88,10 +88,9 @@ async fn all_controllers_killed_in_mid_release_lose_nothing() {
     let Some(stage) = adopted("kill", Use::Alone, &[], quick()).await else { return };
     in_mid_release(&stage).await;
     let pods: Api<Pod> = Api::namespaced(stage.app.cluster.client.clone(), SYSTEM);
-    let controllers = ListParams::default().labels("app.kubernetes.io/component=controller");
     let _expected = expect(CONTROLLERS_AWAY);
     let killed = unix_ms();
-    for pod in pods.list(&controllers).await.unwrap() {
+    for pod in controllers(&stage.app.cluster).await {
         let now = DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default() };
         pods.delete(&pod.name_any(), &now).await.unwrap();
     }
@@ -104,8 +103,7 @@ async fn all_controllers_killed_in_mid_release_lose_nothing() {
 async fn a_fleet_member_cut_off_from_the_controller_serves_on_and_holds_the_release() {
     let Some(node) = Node::of_ours("to cut a connection on its node") else { return };
     let Some(stage) = adopted("cutoff", Use::Alone, &[], quick()).await else { return };
-    let pods: Api<Pod> = Api::namespaced(stage.app.cluster.client.clone(), SYSTEM);
-    let member = pods.list(&ListParams::default().labels("sluice.dev/fleet")).await.unwrap().items.remove(0);
+    let member = fleet(&stage.app.cluster).await.remove(0);
     let (name, ip) = (member.name_any(), member.status.unwrap().pod_ip.unwrap());
     in_mid_release(&stage).await;
     let _expected = expect(&["no stream to the control plane", "silent for too long"]);
@@ -356,19 +354,17 @@ async fn prometheus_down_or_empty_holds_the_release_and_is_not_a_failed_check() 
             cluster.kubectl(&["-n", SYSTEM, "scale", "deployment/prometheus", &replicas], None).await.unwrap();
         }
     };
-    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
-    stage.wait("weight 20", applied, |status| status.effective_weight == Some(20)).await;
+    in_mid_release(&stage).await;
+    let gone = unix_ms();
     scale("0").await;
     let held = stage
-        .wait("an error verdict", applied, |status| {
-            status.gates.iter().any(|gate| gate.verdict == VerdictStatus::Error)
-        })
+        .wait("an error verdict", gone, |status| status.gates.iter().any(|gate| gate.verdict == VerdictStatus::Error))
         .await;
     assert_eq!((held.failed_checks, held.requested_weight), (0, 20));
     // A new, empty Prometheus: too few samples first, then it goes on.
     let restarted = unix_ms();
     scale("1").await;
-    let done = stage.wait("phase Succeeded", restarted, |status| status.phase == Phase::Succeeded).await;
+    let done = stage.wait("phase Succeeded", restarted, succeeded).await;
     assert_eq!(done.failed_checks, 0);
     stage.end().await;
 }
