@@ -179,15 +179,14 @@ async fn look(canary: Arc<Canary>, ctx: Arc<Context>) -> Result<Action, Error> {
     let tracked = ctx.tracked(&key, &canary).await?;
     let mut taken: Vec<Problem> = refused.into_iter().collect();
     taken.extend(ctx.still_taken(&key, &canary).await);
-    let reports = Reports {
-        fleet: ctx.mesh.fleet(&key),
-        report: ctx.judge.report(&key),
-        breach: ctx.guard.breach(&key),
-        problems: taken,
-    };
+    let before = canary.status.clone().unwrap_or_default();
+    let mut fleet = ctx.mesh.fleet(&key);
+    // What is requested may still be on its way, so what was acknowledged before says nothing: a weight that is withdrawn in that
+    // moment would seem to have never been given.
+    fleet.effective.take_if(|effective| before.traffic.as_ref() != Some(&*effective));
+    let reports = Reports { fleet, report: ctx.judge.report(&key), breach: ctx.guard.breach(&key), problems: taken };
     let mut observed = observe::observe(&ctx.effects.cache, &canary, tracked, reports);
     observed.observation.leading_since = ctx.memory.leading_since();
-    let before = canary.status.clone().unwrap_or_default();
     observed.observation.dry_run =
         next_release(&spec, &before, &observed.observation).and_then(|request| ctx.judge.dry_run(&request));
     if observed.observation.dry_run.is_none() {

@@ -119,3 +119,27 @@ async fn a_breach_of_the_guard_takes_the_traffic_back_whatever_the_gates_say() {
     assert!(world.told.reasons().contains(&"GuardBreached"));
     assert_eq!(world.guard.watched(&world.key("web")), None);
 }
+
+#[tokio::test]
+async fn a_weight_that_is_taken_back_while_the_fleet_has_an_older_one_is_cut() {
+    let Some(world) = World::new("overtaken").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({"spec": {"analysis": {"interval": "1h"}}})).await;
+    world.until_settled("web").await;
+    world.cluster.broken.lock().unwrap().insert("app:bad".into());
+    world.patch_deployment("web", image("app:bad")).await;
+    let prepared = || async {
+        world.fleet.acknowledged(&world.key("web")).filter(|traffic| traffic.canary.is_some() && traffic.weight == 0)
+    };
+    world.until("the canary is acknowledged at weight 0", prepared).await;
+    // As if the weight that comes next were still on its way to the fleet when it is withdrawn.
+    world.fleet.holds_back.store(true, Ordering::SeqCst);
+    world.cluster.broken.lock().unwrap().clear();
+    world.until_status("web", "a weight is requested", |status| status.requested_weight == 50).await;
+    let watched = || async { world.guard.watched(&world.key("web")).filter(|watch| watch.weight == 50) };
+    world.until("the guard watches", watched).await;
+    assert_eq!(*world.fleet.cuts.lock().unwrap(), []);
+    world.guard.breach(&world.key("web"));
+    world.until_status("web", "weight 0 is requested", |status| status.requested_weight == 0).await;
+    assert_eq!(*world.fleet.cuts.lock().unwrap(), [world.key("web")]);
+}

@@ -72,6 +72,12 @@ pub struct PlayedFleet {
     pub cuts: Mutex<Vec<CanaryKey>>,
 }
 
+impl PlayedFleet {
+    pub fn acknowledged(&self, canary: &CanaryKey) -> Option<Traffic> {
+        self.acknowledged.lock().unwrap().get(canary).cloned()
+    }
+}
+
 impl Mesh for PlayedFleet {
     fn fleet(&self, canary: &CanaryKey) -> Fleet {
         self.asked.fetch_add(1, Ordering::SeqCst);
