@@ -502,7 +502,7 @@ pub struct Metric {
     pub template_ref: Option<ObjectReference>,
     /// Values for `{{ variables.KEY }}` in the template.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(extend("maxProperties" = 32))]
+    #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "maxLength": 1024}))]
     pub template_variables: BTreeMap<String, String>,
     /// PromQL of your own; the same variables as in a MetricTemplate.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -19,7 +19,9 @@ pub use canary::{
     PortRef, ScalerReplicas, ServiceSpec, TargetRef, ThresholdRange,
 };
 pub use duration::{DurationError, parse_duration};
-pub use metric_template::{HeaderValue, MetricTemplate, MetricTemplateSpec, Provider, ProviderType, SecretReference};
+pub use metric_template::{
+    HeaderValue, HeaderValues, MetricTemplate, MetricTemplateSpec, Provider, ProviderType, SecretReference,
+};
 pub use status::{
     ActionOutcome, ActionStatus, Backend, CanaryStatus, Condition, ConditionStatus, FrozenPlan, FrozenStep, GateStatus,
     GuardSide, GuardSignal, GuardStatus, PausedRelease, PendingRelease, Phase, RejectedRevision, Retiring, Rollback,

@@ -52,7 +52,7 @@ pub struct Provider {
     /// HTTP headers of every query.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32))]
-    pub headers: BTreeMap<String, Vec<HeaderValue>>,
+    pub headers: BTreeMap<String, HeaderValues>,
     /// Does not check the server's certificate. For tests only.
     #[serde(default)]
     pub insecure_skip_verify: bool,
@@ -61,6 +61,11 @@ pub struct Provider {
     #[schemars(length(max = 64))]
     pub region: Option<String>,
 }
+
+/// All values of an HTTP header.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct HeaderValues(#[schemars(length(max = 16))] pub Vec<HeaderValue>);
 
 /// One value of an HTTP header.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]

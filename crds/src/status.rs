@@ -194,7 +194,7 @@ pub enum Stage {
     AdoptRevision,
     /// Takeover 7: the fleet acknowledges the revision in place of the target's own Pods.
     AdoptSwitch,
-    /// Takeover 8: the target is scaled to 0.
+    /// Takeover 8: after `drainSeconds` the target is scaled to 0.
     AdoptRest,
     /// Nothing under way.
     Settled,
@@ -218,7 +218,7 @@ pub enum Stage {
     ReturnScale,
     /// Hand-back 2: the fleet acknowledges the target's own Pods.
     ReturnSwitch,
-    /// Hand-back 3: the key is removed, native slices are filled, then our slice goes.
+    /// Hand-back 3: after `drainSeconds` the revisions' Pods go; then the key is removed, native slices are filled, and our slice goes.
     ReturnService,
     /// Hand-back 4: a floor of time for kube-proxy, then everything else goes.
     ReturnSettle,
@@ -251,7 +251,7 @@ pub struct TemplateStatus {
     pub replicas: Option<i32>,
     /// Hash of each tracked ConfigMap and Secret, by `configmap/NAME` or `secret/NAME`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(extend("maxProperties" = 128))]
+    #[schemars(extend("maxProperties" = 128, "additionalProperties" = {"type": "string", "maxLength": 64}))]
     pub tracked_configs: BTreeMap<String, String>,
 }
 
@@ -463,6 +463,7 @@ pub struct Rollback {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RejectedRevision {
+    /// Revision that was rejected.
     #[schemars(length(max = 63))]
     pub revision: String,
     /// CamelCase word, as in `rollback.reason`. `Rollback` where somebody went back to an older revision by hand.
@@ -537,6 +538,7 @@ pub enum ActionOutcome {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PendingRelease {
+    /// Revision that is to be released.
     #[schemars(length(max = 63))]
     pub revision: String,
     /// `ManualPromotion` or `Rollback`.
@@ -551,8 +553,10 @@ pub struct PendingRelease {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PausedRelease {
+    /// Revision that is held.
     #[schemars(length(max = 63))]
     pub revision: String,
+    /// When it was paused.
     #[schemars(schema_with = "micro_time")]
     pub since: Timestamp,
 }
@@ -561,6 +565,7 @@ pub struct PausedRelease {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Retiring {
+    /// Revision that is scaled down.
     #[schemars(length(max = 63))]
     pub revision: String,
     /// When it is scaled to 0.
@@ -572,17 +577,22 @@ pub struct Retiring {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Condition {
+    /// `Ready`, `Reconciling`, `Stalled` or `Promoted`.
     #[serde(rename = "type")]
     #[schemars(length(max = 63))]
     pub kind: String,
+    /// True, False or Unknown.
     pub status: ConditionStatus,
+    /// CamelCase word that says why.
     #[schemars(length(max = 1024))]
     pub reason: String,
+    /// A sentence that says why, and what to do.
     #[schemars(length(max = 32768))]
     pub message: String,
     /// Generation of the Canary that this condition speaks of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
+    /// When `status` changed last.
     #[schemars(schema_with = "micro_time")]
     pub last_transition_time: Timestamp,
 }

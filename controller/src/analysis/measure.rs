@@ -385,7 +385,7 @@ impl Measurer {
         let endpoint = async {
             let mut endpoint = Endpoint::new(&provider.address)?;
             for (name, values) in &provider.headers {
-                for value in values {
+                for value in &values.0 {
                     endpoint.header(name, &value.0)?;
                 }
             }
