@@ -36,7 +36,7 @@ test-e2e: ## Releases end to end on the real cluster (or on the one that KUBECON
 .PHONY: test-operations
 test-operations: ## End to end: the quickstart, Git tools that apply all the time, the core of the faults
 	tests/e2e/run --test quickstart
-	tests/e2e/run --test gitops --test faults
+	tests/e2e/run --test gitops --test faults --test deletions
 
 .PHONY: test-cluster
 test-cluster: ## End to end, all of it: faults, upgrades, deletions in every phase (NODES=2: drains a node, too)

@@ -11,6 +11,7 @@ use std::{
 };
 
 use futures::StreamExt;
+use jiff::Timestamp;
 use k8s_openapi::api::{
     apps::v1::{ControllerRevision, ReplicaSet},
     core::v1::{ConfigMap, Namespace, Pod, Secret, Service},
@@ -113,6 +114,8 @@ impl Touches {
 pub struct Scope {
     /// Only what is in this namespace; in all where absent.
     pub namespace: Option<String>,
+    /// Where Sluice is installed: that it is being uninstalled is said there.
+    pub release_namespace: String,
     /// Namespaces themselves, which only a ClusterRole may watch.
     pub namespaces: bool,
     pub secrets: bool,
@@ -143,6 +146,7 @@ pub struct Cache {
     pub secrets: Option<Store<PartialObjectMeta<Secret>>>,
     /// Canaries that a change concerns.
     pub touches: Touches,
+    release_namespace: Arc<str>,
     changes: watch::Sender<u64>,
 }
 
@@ -214,6 +218,7 @@ impl Cache {
             config_maps: config_maps.store.clone(),
             secrets: secrets.as_ref().map(|pending| pending.store.clone()),
             touches,
+            release_namespace: scope.release_namespace.as_str().into(),
             changes,
         };
         canaries.run(tasks, cache.clone(), |cache, canary, gone| {
@@ -279,6 +284,11 @@ impl Cache {
         }
         config_maps.run(tasks, cache.clone(), |cache, config, _| {
             cache.touch_namespace(config.metadata.namespace.as_deref());
+            if ObjectRef::from_obj(config) == cache.uninstall() {
+                for canary in cache.canaries.state() {
+                    cache.touches.touch(CanaryKey::of(&canary));
+                }
+            }
         });
         if let Some(secrets) = secrets {
             secrets.run(tasks, cache.clone(), |cache, secret, _| {
@@ -323,6 +333,16 @@ impl Cache {
     pub fn is_terminating(&self, namespace: &str) -> bool {
         let found = self.namespaces.as_ref().and_then(|namespaces| namespaces.get(&ObjectRef::new(namespace)));
         found.is_some_and(|namespace| namespace.metadata.deletion_timestamp.is_some())
+    }
+
+    /// Until when every Canary hands its traffic back, because Sluice is being uninstalled.
+    #[must_use]
+    pub fn uninstalling_until(&self) -> Option<Timestamp> {
+        self.config_maps.get(&self.uninstall())?.annotations().get(labels::UNTIL)?.parse().ok()
+    }
+
+    fn uninstall(&self) -> ObjectRef<PartialObjectMeta<ConfigMap>> {
+        ObjectRef::new(labels::UNINSTALL).within(&self.release_namespace)
     }
 
     /// Canaries of a namespace.

@@ -193,6 +193,7 @@ impl Settings {
     pub fn scope(&self) -> Scope {
         Scope {
             namespace: self.watched_namespace(),
+            release_namespace: self.pod_namespace.clone(),
             namespaces: !self.namespaced,
             secrets: self.config_tracking_secrets,
         }

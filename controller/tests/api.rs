@@ -16,6 +16,8 @@ mod conflicts;
 mod hand_back;
 #[path = "api/identity.rs"]
 mod identity;
+#[path = "api/keeper.rs"]
+mod keeper;
 #[path = "api/lease.rs"]
 mod lease;
 #[path = "api/release.rs"]

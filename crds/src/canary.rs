@@ -197,7 +197,8 @@ pub struct ScalerReplicas {
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("!has(self.headless) || !self.headless").message("spec.service.headless is refused: clients of a headless Service dial the Pods and go past the fleet"),
-    validation = Rule::new("!has(self.timeout) && !has(self.backendTimeout)").message("spec.service.timeout and backendTimeout are not supported in this version; remove them"),
+    validation = Rule::new("!has(self.backendTimeout)").message("spec.service.backendTimeout is not supported in this version; remove it"),
+    validation = Rule::new("!has(self.timeout) || !has(self.appProtocol) || self.appProtocol != 'tcp'").message("spec.service.timeout is for HTTP: bytes of appProtocol tcp have no end that could be timed. Remove it"),
     validation = Rule::new("!has(self.gateways) && !has(self.gatewayRefs) && !has(self.hosts) && !has(self.delegation) && !has(self.meshName) && !has(self.backends)").message("spec.service.gateways, gatewayRefs, hosts, delegation, meshName and backends belong to another mesh: the fleet splits the traffic of the Service itself. Remove them"),
     validation = Rule::new("!has(self.trafficPolicy) && !has(self.match) && !has(self.rewrite) && !has(self.retries) && !has(self.headers) && !has(self.mirror) && !has(self.corsPolicy)").message("spec.service.trafficPolicy, match, rewrite, retries, headers, mirror and corsPolicy are not supported in this version; remove them"),
     validation = Rule::new("!has(self.apex) && !has(self.primary) && !has(self.canary) && !has(self.unmanagedMetadata) && !has(self.trafficDistribution)").message("spec.service.apex, primary, canary, unmanagedMetadata and trafficDistribution are not supported in this version; remove them"),
@@ -229,9 +230,10 @@ pub struct ServiceSpec {
     /// Refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub headless: Option<bool>,
-    /// Not supported in this version; refused.
+    /// How long a request may take, from its last byte to the last byte of its answer, all tries included: `15s`, `500ms`. What takes
+    /// longer is answered with 504, or broken off where the answer has begun. Without one there is no limit. Not for WebSockets.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 32))]
+    #[schemars(length(max = 32), regex(pattern = duration::PATTERN))]
     pub timeout: Option<String>,
     /// Not supported in this version; refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]

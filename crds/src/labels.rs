@@ -26,5 +26,9 @@ pub const FINALIZER: &str = "sluice.dev/hand-back";
 pub const FIELD_MANAGER: &str = "sluice";
 /// Backend name of Pods of the user's own Deployment, during takeover and hand-back.
 pub const ORIGINAL: &str = "original";
+/// ConfigMap in the release namespace while Sluice is being uninstalled: every Canary hands its traffic back.
+pub const UNINSTALL: &str = "sluice-uninstall";
+/// Annotation on that ConfigMap: RFC 3339 time from which on it says nothing any more.
+pub const UNTIL: &str = "sluice.dev/until";
 /// ConfigMap with the trust bundle (key `ca.crt`), in the release namespace and every namespace with a Canary.
 pub const TRUST_BUNDLE: &str = "sluice-trust-bundle";

@@ -176,8 +176,10 @@ pub enum Phase {
     Succeeded,
     /// The last release was rolled back.
     Failed,
-    /// Being deleted: traffic is handed back to the target.
+    /// Being deleted, or Sluice is being uninstalled: traffic is handed back to the target.
     Terminating,
+    /// Handed back, because Sluice is being uninstalled. A later installation takes the application over again.
+    Terminated,
 }
 
 /// Where the machine is. Each stage waits for exactly one thing, and says which in `status.waiting`.

@@ -247,12 +247,12 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
             "spec.service.headless is refused: clients of a headless Service dial the Pods and go past the fleet",
         ),
         (
-            vec![("/spec/service/timeout", json!("15s"))],
-            "spec.service.timeout and backendTimeout are not supported in this version; remove them",
+            vec![("/spec/service/timeout", json!("15s")), ("/spec/service/appProtocol", json!("tcp"))],
+            "spec.service.timeout is for HTTP: bytes of appProtocol tcp have no end that could be timed. Remove it",
         ),
         (
             vec![("/spec/service/backendTimeout", json!("15s"))],
-            "spec.service.timeout and backendTimeout are not supported in this version; remove them",
+            "spec.service.backendTimeout is not supported in this version; remove it",
         ),
         (vec![("/spec/service/gateways", json!(["istio-system/public"]))], not_mesh),
         (vec![("/spec/service/gatewayRefs", json!([{"name": "public"}]))], not_mesh),

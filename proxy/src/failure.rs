@@ -19,6 +19,8 @@ pub enum Failure {
     ConnectFailed,
     #[error("the upstream closed the connection before it answered; the request may have been processed")]
     UpstreamReset,
+    #[error("the upstream did not answer in time; the request may have been processed")]
+    UpstreamTimeout,
     #[error("the upstream did not answer in HTTP as asked")]
     UpstreamProtocol,
     #[error("nothing is configured to serve this")]
@@ -50,6 +52,7 @@ pub enum Flag {
     NoHealthyUpstream,
     UpstreamConnectionFailure,
     UpstreamConnectionTermination,
+    UpstreamRequestTimeout,
     UpstreamProtocolError,
     NoRoute,
     DownstreamProtocolError,
@@ -59,10 +62,11 @@ pub enum Flag {
 }
 
 impl Flag {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::NoHealthyUpstream,
         Self::UpstreamConnectionFailure,
         Self::UpstreamConnectionTermination,
+        Self::UpstreamRequestTimeout,
         Self::UpstreamProtocolError,
         Self::NoRoute,
         Self::DownstreamProtocolError,
@@ -77,6 +81,7 @@ impl Flag {
             Self::NoHealthyUpstream => "UH",
             Self::UpstreamConnectionFailure => "UF",
             Self::UpstreamConnectionTermination => "UC",
+            Self::UpstreamRequestTimeout => "UT",
             Self::UpstreamProtocolError => "UPE",
             Self::NoRoute => "NR",
             Self::DownstreamProtocolError => "DPE",
@@ -96,6 +101,7 @@ impl Failure {
             Self::NoHealthyUpstream => (StatusCode::SERVICE_UNAVAILABLE, Flag::NoHealthyUpstream),
             Self::ConnectFailed => (StatusCode::SERVICE_UNAVAILABLE, Flag::UpstreamConnectionFailure),
             Self::UpstreamReset => (StatusCode::SERVICE_UNAVAILABLE, Flag::UpstreamConnectionTermination),
+            Self::UpstreamTimeout => (StatusCode::GATEWAY_TIMEOUT, Flag::UpstreamRequestTimeout),
             Self::UpstreamProtocol => (StatusCode::BAD_GATEWAY, Flag::UpstreamProtocolError),
             Self::NoRoute => (StatusCode::NOT_FOUND, Flag::NoRoute),
             Self::BadRequest(_) => (StatusCode::BAD_REQUEST, Flag::DownstreamProtocolError),
@@ -124,6 +130,7 @@ impl Failure {
             Self::NoHealthyUpstream
             | Self::ConnectFailed
             | Self::UpstreamReset
+            | Self::UpstreamTimeout
             | Self::UpstreamProtocol
             | Self::NoRoute
             | Self::Unauthorized
@@ -184,6 +191,7 @@ mod tests {
             (Failure::NoHealthyUpstream, 503, "UH", "14"),
             (Failure::ConnectFailed, 503, "UF", "14"),
             (Failure::UpstreamReset, 503, "UC", "14"),
+            (Failure::UpstreamTimeout, 504, "UT", "14"),
             (Failure::UpstreamProtocol, 502, "UPE", "14"),
             (Failure::NoRoute, 404, "NR", "12"),
             (Failure::BadRequest("no host"), 400, "DPE", "13"),

@@ -48,7 +48,11 @@ pub enum Protocol {
 
 #[derive(Debug, PartialEq)]
 pub enum Action {
-    Forward(Split),
+    Forward {
+        split: Split,
+        /// From the last byte of a request to the last byte of its answer, all tries included.
+        timeout: Option<Duration>,
+    },
     /// Answer without an upstream, e.g. 503 where nothing serves.
     Respond(StatusCode),
 }

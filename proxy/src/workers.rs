@@ -351,7 +351,9 @@ fn check(listener: &Listener) -> Result<(), String> {
 
 fn clusters(chain: &FilterChain) -> impl Iterator<Item = &snapshot::Cluster> {
     let targets = match &chain.protocol {
-        snapshot::Protocol::Http(Action::Forward(split)) | snapshot::Protocol::Tcp(split) => split.targets.as_slice(),
+        snapshot::Protocol::Http(Action::Forward { split, .. }) | snapshot::Protocol::Tcp(split) => {
+            split.targets.as_slice()
+        }
         snapshot::Protocol::Http(Action::Respond(_)) => &[],
     };
     targets.iter().map(|(cluster, _)| &**cluster)

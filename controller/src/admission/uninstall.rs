@@ -1,12 +1,16 @@
 //! `sluice-controller uninstall`: for the chart's pre-delete hook.
 //!
-//! Nothing may go while the fleet carries anybody's traffic, so it waits until no Canary holds a Service or Deployment. Then
-//! the controllers stop, because they would repair what is removed, and our admission configuration goes. The Canaries
-//! themselves are their owners', and stay.
+//! Nothing may go while the fleet carries anybody's traffic, so it tells the controllers to hand all of it back, by a ConfigMap, and
+//! waits until no Canary holds a Service or Deployment. Then the controllers stop, because they would repair what is removed,
+//! and our admission configuration goes. The Canaries themselves are their owners', and stay.
 
 use std::{collections::BTreeSet, future::Future, time::Duration};
 
-use k8s_openapi::api::{apps::v1::Deployment, core::v1::Pod};
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::{
+    apps::v1::Deployment,
+    core::v1::{ConfigMap, Pod},
+};
 use kube::{
     Api, Client, ResourceExt as _,
     api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, Preconditions},
@@ -25,6 +29,9 @@ const CALL: Duration = Duration::from_secs(10);
 /// Between two looks. A hook that runs once in an installation's life needs no watch.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// How much longer than it waits the hand-back stays announced.
+const GRACE: Duration = Duration::from_secs(60);
+
 /// Takes the installation's cluster-wide traces away.
 pub struct Uninstall {
     pub client: Client,
@@ -41,11 +48,17 @@ pub struct Uninstall {
 #[derive(Debug, thiserror::Error)]
 pub enum UninstallError {
     #[error(
-        "Sluice still carries the traffic of Canaries {names}, and without it their Services would lead nowhere. Hand the \
-         traffic back first: delete them (kubectl delete canary --wait; suspend what applies them from Git), then uninstall \
-         again. Nothing was removed"
+        "the traffic of Canaries {names} is not back with their Deployments within {seconds} s, and without Sluice their Services \
+         would lead nowhere. kubectl describe canary says what each waits for; mend that, or delete the Canary, then uninstall \
+         again. Nothing was removed, and what had been handed back is taken over again"
     )]
-    Holding { names: String },
+    Holding { names: String, seconds: u64 },
+    #[error(
+        "the Deployments of Canaries {names} ask for a version that was not promoted, and would serve it to everybody. Wait for the \
+         end of the release, or put the Deployment back to the version that serves, or delete the Canary; then uninstall again. \
+         Nothing was removed"
+    )]
+    Unpromoted { names: String },
     #[error("the Pods of Deployment {0} do not end; uninstall again")]
     Running(String),
     #[error("{doing}: {source}")]
@@ -56,47 +69,95 @@ pub enum UninstallError {
 
 impl Uninstall {
     /// # Errors
-    /// If a Canary is not handed back in time, or the API server refuses something; then the installation works on, unless
-    /// the controllers had been stopped already.
+    /// If a Canary cannot be handed back, or is not in time, or the API server refuses something; then the installation works on,
+    /// unless the controllers had been stopped already.
     pub async fn run(&self) -> Result<(), UninstallError> {
         let end = Instant::now() + self.deadline;
-        self.handed_back(end).await?;
+        self.all_promoted().await?;
+        self.announce().await?;
+        if let Err(error) = self.handed_back(end).await {
+            self.withdraw().await?;
+            return Err(error);
+        }
         self.stop_controllers(end).await?;
-        self.remove().await
+        self.remove().await?;
+        self.withdraw().await
+    }
+
+    /// What serves after the hand-back is the template of the Deployment.
+    async fn all_promoted(&self) -> Result<(), UninstallError> {
+        let unpromoted = |canary: &Canary| {
+            let status = canary.status.as_ref();
+            let template =
+                status.and_then(|status| status.template.as_ref()).map(|template| template.revision.as_str());
+            let primary = status.and_then(|status| status.primary_revision.as_deref());
+            holds(canary) && primary.is_some() && primary != template
+        };
+        let names = names(self.canaries().await?.iter().filter(|canary| unpromoted(canary)));
+        if names.is_empty() { Ok(()) } else { Err(UninstallError::Unpromoted { names: listed(&names) }) }
+    }
+
+    /// Tells the controllers to hand everything back, and to take nothing over. It says so for a while only, so that an installation
+    /// whose hook was killed works on.
+    async fn announce(&self) -> Result<(), UninstallError> {
+        let wait = SignedDuration::try_from(self.deadline + GRACE).unwrap_or(SignedDuration::MAX);
+        let until = Timestamp::now().saturating_add(wait).unwrap_or(Timestamp::MAX);
+        let map = json!({
+            "apiVersion": "v1", "kind": "ConfigMap",
+            "metadata": {"name": labels::UNINSTALL, "annotations": {labels::UNTIL: until}},
+        });
+        let params = PatchParams::apply(labels::FIELD_MANAGER).force();
+        let doing = format!("writing ConfigMap {}/{}", self.release_namespace, labels::UNINSTALL);
+        call(&doing, self.config_maps().patch(labels::UNINSTALL, &params, &Patch::Apply(&map))).await?;
+        Ok(())
+    }
+
+    async fn withdraw(&self) -> Result<(), UninstallError> {
+        let doing = format!("deleting ConfigMap {}/{}", self.release_namespace, labels::UNINSTALL);
+        match call(&doing, self.config_maps().delete(labels::UNINSTALL, &DeleteParams::default())).await {
+            Ok(_) => Ok(()),
+            Err(UninstallError::Api { source, .. }) if is_not_found(&source) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Waits until no Canary has our finalizer: it is there from before anything is taken over until all is handed back.
     async fn handed_back(&self, end: Instant) -> Result<(), UninstallError> {
-        let canaries: Api<Canary> = match &self.namespace {
-            Some(namespace) => Api::namespaced(self.client.clone(), namespace),
-            None => Api::all(self.client.clone()),
-        };
         let mut said = BTreeSet::new();
         loop {
-            let all = match call("listing Canaries", canaries.list(&ListParams::default())).await {
-                Ok(all) => all.items,
-                // The CRD is gone, and with it every Canary.
-                Err(UninstallError::Api { source, .. }) if is_not_found(&source) => return Ok(()),
-                Err(error) => return Err(error),
-            };
-            let holding: BTreeSet<String> = all
-                .iter()
-                .filter(|canary| canary.finalizers().iter().any(|finalizer| finalizer == labels::FINALIZER))
-                .map(|canary| CanaryKey::of(canary).to_string())
-                .collect();
+            let holding = names(self.canaries().await?.iter().filter(|canary| holds(canary)));
             if holding.is_empty() {
                 return Ok(());
             }
-            let names = holding.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
             if Instant::now() >= end {
-                return Err(UninstallError::Holding { names });
+                return Err(UninstallError::Holding { names: listed(&holding), seconds: self.deadline.as_secs() });
             }
             if holding != said {
-                tracing::info!(canaries = names, "waits until these Canaries have handed their traffic back");
+                tracing::info!(
+                    canaries = listed(&holding),
+                    "waits until these Canaries have handed their traffic back"
+                );
                 said = holding;
             }
             sleep(LOOK).await;
         }
+    }
+
+    async fn canaries(&self) -> Result<Vec<Canary>, UninstallError> {
+        let canaries: Api<Canary> = match &self.namespace {
+            Some(namespace) => Api::namespaced(self.client.clone(), namespace),
+            None => Api::all(self.client.clone()),
+        };
+        match call("listing Canaries", canaries.list(&ListParams::default())).await {
+            Ok(all) => Ok(all.items),
+            // The CRD is gone, and with it every Canary.
+            Err(UninstallError::Api { source, .. }) if is_not_found(&source) => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn config_maps(&self) -> Api<ConfigMap> {
+        Api::namespaced(self.client.clone(), &self.release_namespace)
     }
 
     async fn stop_controllers(&self, end: Instant) -> Result<(), UninstallError> {
@@ -155,6 +216,18 @@ impl Uninstall {
         }
         Ok(())
     }
+}
+
+fn holds(canary: &Canary) -> bool {
+    canary.finalizers().iter().any(|finalizer| finalizer == labels::FINALIZER)
+}
+
+fn names<'a>(canaries: impl Iterator<Item = &'a Canary>) -> BTreeSet<String> {
+    canaries.map(|canary| CanaryKey::of(canary).to_string()).collect()
+}
+
+fn listed(names: &BTreeSet<String>) -> String {
+    names.iter().map(String::as_str).collect::<Vec<_>>().join(", ")
 }
 
 fn is_not_found(error: &kube::Error) -> bool {

@@ -414,8 +414,7 @@ impl Effects {
         Ok(())
     }
 
-    /// The last action: what is left goes, then the finalizer. The garbage collector takes the revisions down once both of
-    /// their owners are gone.
+    /// The last action: what is left goes, then the finalizer.
     async fn release(&self, turn: &mut Turn<'_>) -> Result<(), ActionError> {
         let canary = &turn.canary;
         for companion in turn.observed.companions.values() {
@@ -424,9 +423,10 @@ impl Effects {
         for slice in &turn.observed.slices {
             self.delete(&self.api::<EndpointSlice>(canary), &**slice).await?;
         }
-        for record in turn.observed.records.values() {
-            self.delete(&self.api::<ControllerRevision>(canary), &**record).await?;
+        for revision in turn.observed.records.keys() {
+            self.delete_revision(turn, revision).await?;
         }
+        let canary = &turn.canary;
         let finalizers: Vec<_> =
             canary.finalizers().iter().filter(|finalizer| *finalizer != labels::FINALIZER).cloned().collect();
         if finalizers.len() == canary.finalizers().len() {

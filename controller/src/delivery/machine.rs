@@ -55,6 +55,8 @@ pub struct Spec {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Observation {
     pub deleting: bool,
+    /// Sluice is being uninstalled: until then, every Canary hands back and none is taken over.
+    pub uninstalling_until: Option<Timestamp>,
     /// Our finalizer is on the Canary. Nothing is taken over before it is.
     pub finalizer: bool,
     /// The namespace is being deleted: let go without hand-back.

@@ -136,6 +136,7 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
     });
     let observation = Observation {
         deleting: canary.metadata.deletion_timestamp.is_some(),
+        uninstalling_until: cache.uninstalling_until(),
         finalizer: canary.finalizers().iter().any(|finalizer| finalizer == labels::FINALIZER),
         namespace_terminating: cache.is_terminating(&key.namespace),
         template,

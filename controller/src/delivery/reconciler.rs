@@ -234,7 +234,7 @@ async fn look(canary: Arc<Canary>, ctx: Arc<Context>) -> Result<Action, Error> {
         ctx.memory.wait_for(&key, turn.written);
         return Err(error.into());
     }
-    if outcome.actions.contains(&machine::Action::Release) {
+    if outcome.actions.contains(&machine::Action::Release) && observed.observation.deleting {
         // The finalizer is off: a later look at an older copy of it finds nothing left to do.
         ctx.forget(&key);
         return Ok(Action::await_change());

@@ -127,6 +127,9 @@ fn check(canary: &CanaryKey, spec: &CanarySpec) -> Result<(), SpecError> {
     )?;
     check.require(!target.name.is_empty(), "spec.targetRef.name", "name the Deployment")?;
     check.range("spec.service.port", spec.service.port, 1, 65_535)?;
+    if let Some(timeout) = &spec.service.timeout {
+        check.positive("spec.service.timeout", timeout)?;
+    }
     if let Some(replicas) = spec.replicas {
         check.range("spec.replicas", replicas, 0, 100_000)?;
     }

@@ -215,6 +215,16 @@ fn kstatus(status: &CanaryStatus, spec: &Spec, seen: &Observation, stalled: Opti
         ];
     }
 
+    if status.phase == Phase::Terminated {
+        let message = status.waiting.as_ref().map_or_else(String::new, |waiting| waiting.message.clone());
+        let reason = phase_word(status.phase);
+        return vec![
+            said(READY, False, reason, message),
+            said(RECONCILING, False, reason, ""),
+            said(STALLED, False, reason, ""),
+        ];
+    }
+
     let under_way = status.stage != Stage::Settled || !matches!(status.phase, Phase::Initialized | Phase::Succeeded);
     if under_way {
         let reason = phase_word(status.phase);
@@ -269,7 +279,8 @@ fn promoted(status: &CanaryStatus) -> Said {
         | Phase::Progressing
         | Phase::Promoting
         | Phase::Finalising
-        | Phase::Terminating => said(PROMOTED, Unknown, reason, format!("revision {revision} is not promoted yet")),
+        | Phase::Terminating
+        | Phase::Terminated => said(PROMOTED, Unknown, reason, format!("revision {revision} is not promoted yet")),
     }
 }
 
@@ -284,5 +295,6 @@ fn phase_word(phase: Phase) -> &'static str {
         Phase::Succeeded => "Succeeded",
         Phase::Failed => "Failed",
         Phase::Terminating => "Terminating",
+        Phase::Terminated => "Terminated",
     }
 }

@@ -13,7 +13,7 @@ use kube::{
     api::{DeleteParams, ObjectMeta, Patch, PatchParams, Preconditions},
     runtime::{WatchStreamExt as _, watcher},
 };
-use sluice_crds::labels;
+use sluice_crds::{Canary, Phase, labels};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::{cache::Cache, lease::LeaseHandle};
@@ -110,8 +110,12 @@ impl TrustBundle {
     }
 
     fn wanted(&self, cache: &Cache) -> BTreeSet<String> {
-        let mut wanted: BTreeSet<String> =
-            cache.canaries.state().iter().filter_map(|canary| canary.namespace()).collect();
+        let handed_back = |canary: &Canary| {
+            let ends = canary.finalizers().iter().any(|finalizer| finalizer == labels::FINALIZER);
+            !ends && canary.status.as_ref().is_some_and(|status| status.phase == Phase::Terminated)
+        };
+        let canaries = cache.canaries.state_filter(|canary| !handed_back(canary));
+        let mut wanted: BTreeSet<String> = canaries.iter().filter_map(|canary| canary.namespace()).collect();
         wanted.insert(self.release_namespace.clone());
         wanted.retain(|namespace| !cache.is_terminating(namespace));
         wanted

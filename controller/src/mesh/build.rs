@@ -10,7 +10,7 @@ use k8s_openapi::{
     apimachinery::pkg::util::intstr::IntOrString,
 };
 use kube::ResourceExt;
-use sluice_crds::{Backend, Canary, Traffic, labels};
+use sluice_crds::{Backend, Canary, Traffic, labels, parse_duration};
 use sluice_xds::{SpiffeId, TypeUrl};
 
 use super::{
@@ -178,6 +178,8 @@ impl OneService<'_> {
                 self.cluster(&name, &port, backend, parts);
             }
             let split = self.split(&name);
+            // One that cannot be read is refused before it gets here.
+            let timeout = spec.timeout.as_deref().and_then(|timeout| parse_duration(timeout).ok());
             let mut carry = |kind: TypeUrl, resource: Resource| {
                 // What `-canary` does with a canary is a matter of tests, and its cluster may be the very thing that
                 // the fleet rejects: that must not hold up the way back to the primary.
@@ -189,7 +191,7 @@ impl OneService<'_> {
             match port.protocol {
                 Protocol::Http => {
                     carry(TypeUrl::Listener, encode::http_listener(&name, fleet_port));
-                    carry(TypeUrl::Route, encode::route(&name, split.as_ref()));
+                    carry(TypeUrl::Route, encode::route(&name, split.as_ref(), timeout));
                 }
                 Protocol::Tcp => {
                     let split = split.unwrap_or_else(|| vec![(format!("{name}/{NONE}"), 100)]);
@@ -546,6 +548,22 @@ mod tests {
             cut.fleet.get(TypeUrl::Route, "shop/web:80").unwrap().version,
             "what was acknowledged for the cut counts when the status has caught up"
         );
+    }
+
+    #[test]
+    fn a_timeout_is_said_and_so_is_that_there_is_none() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", None, 0);
+        let timeout = |shop: &Shop| {
+            let resource = build(&shop.inputs());
+            let config: RouteConfiguration =
+                unpack(&resource.fleet.get(TypeUrl::Route, "shop/web:80").unwrap().body).unwrap();
+            let Some(route::Action::Route(action)) = config.virtual_hosts[0].routes[0].action.clone() else { panic!() };
+            action.timeout.map(|timeout| (timeout.seconds, timeout.nanos))
+        };
+        assert_eq!(timeout(&shop), Some((0, 0)), "Envoy would take 15 s otherwise");
+        shop.canary["spec"]["service"]["timeout"] = json!("1m500ms");
+        assert_eq!(timeout(&shop), Some((60, 500_000_000)));
     }
 
     #[test]

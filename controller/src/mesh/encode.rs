@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time,
 };
 
 use prost::{Message, Name};
@@ -156,7 +157,7 @@ pub(super) fn tcp_listener(name: &str, port: u16, split: &Split) -> Resource {
 }
 
 /// The split of an HTTP port; without a split, the answer is 503.
-pub(super) fn route(name: &str, split: Option<&Split>) -> Resource {
+pub(super) fn route(name: &str, split: Option<&Split>, timeout: Option<time::Duration>) -> Resource {
     let action = match split {
         Some(split) => {
             let weight = |(name, weight): &(String, u32)| ClusterWeight { name: name.clone(), weight: Some(*weight) };
@@ -165,7 +166,9 @@ pub(super) fn route(name: &str, split: Option<&Split>) -> Resource {
                     clusters: split.iter().map(weight).collect(),
                     total_weight: None,
                 })),
-                ..forward()
+                // Without one Envoy's own, of 15 s, would hold.
+                timeout: Some(Duration::try_from(timeout.unwrap_or_default()).unwrap_or(seconds(0))),
+                ..RouteAction::default()
             })
         }
         None => route::Action::DirectResponse(DirectResponseAction { status: 503, body: None }),

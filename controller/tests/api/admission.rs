@@ -10,39 +10,33 @@ use std::{
 use k8s_openapi::api::{
     apps::v1::Deployment,
     autoscaling::v1::Scale,
-    core::v1::{Pod, Secret, Service},
+    core::v1::{Secret, Service},
 };
 use kube::{
     Api, Client, Resource, ResourceExt,
-    api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, PostParams},
-    core::{GroupVersionKind, NamespaceResourceScope},
+    api::{DeleteParams, Patch, PatchParams, PostParams},
+    core::NamespaceResourceScope,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use sluice_controller::{
-    admission::{
-        Effective, Keeper, Protection, Report, Uninstall, Webhook,
-        objects::{self, Address},
-    },
-    cache::{Cache, Scope},
+    admission::{Effective, Keeper, Protection, Report, Webhook, objects::Address},
+    cache::Cache,
     delivery::actions::LeaseGuard,
     identity::{Authority, OwnCertificate, Subject},
 };
 use sluice_crds::{Canary, labels};
 use sluice_xds::{PodSubject, SpiffeId};
-use tokio::{
-    sync::{Mutex as AsyncMutex, watch},
-    task::JoinSet,
-};
+use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::server::{self, Requests, Server};
+use crate::server::{self, Server};
 
 /// Switches `MutatingAdmissionPolicy` on: Kubernetes 1.34 serves it so, 1.36 by itself.
-const POLICIES: [&str; 2] =
+pub const POLICIES: [&str; 2] =
     ["--feature-gates=MutatingAdmissionPolicy=true", "--runtime-config=admissionregistration.k8s.io/v1beta1=true"];
-const PATIENCE: Duration = Duration::from_secs(60);
-const FLUX: &str = "kustomize-controller";
+pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const FLUX: &str = "kustomize-controller";
 
 /// Always leads.
 struct Leads;
@@ -55,7 +49,7 @@ impl LeaseGuard for Leads {
 
 /// What the keeper said last.
 #[derive(Default)]
-struct Said(Mutex<Option<(Effective, bool)>>);
+pub struct Said(pub Mutex<Option<(Effective, bool)>>);
 
 impl Report for Said {
     fn protection(&self, state: Option<(Effective, bool)>) {
@@ -69,13 +63,13 @@ struct Guard {
 }
 
 /// One test's namespace on one of them.
-struct Scene {
+pub struct Scene {
     /// Who applies what is in Git.
-    git: Client,
+    pub git: Client,
     /// The user that the controller is.
-    own: Client,
-    namespace: String,
-    by: Protection,
+    pub own: Client,
+    pub namespace: String,
+    pub by: Protection,
 }
 
 async fn guard(by: Protection) -> Option<&'static Guard> {
@@ -114,14 +108,14 @@ fn protect(server: Server, by: Protection) -> Guard {
     Guard { server }
 }
 
-fn leading() -> watch::Receiver<Option<u64>> {
+pub fn leading() -> watch::Receiver<Option<u64>> {
     let (term, leading) = watch::channel(Some(1));
     // As long as the test.
     std::mem::forget(term);
     leading
 }
 
-fn keeper(client: &Client, protection: Protection, address: Address, ca: String, said: &Arc<Said>) -> Keeper {
+pub fn keeper(client: &Client, protection: Protection, address: Address, ca: String, said: &Arc<Said>) -> Keeper {
     Keeper {
         client: client.clone(),
         protection,
@@ -133,7 +127,7 @@ fn keeper(client: &Client, protection: Protection, address: Address, ca: String,
     }
 }
 
-async fn authority(client: &Client) -> Arc<Authority> {
+pub async fn authority(client: &Client) -> Arc<Authority> {
     let secrets: Api<Secret> = Api::namespaced(client.clone(), "default");
     let life = Duration::from_secs(86_400);
     Arc::new(Authority::open(&secrets, "default", "cluster.local", life).await.unwrap())
@@ -149,7 +143,7 @@ async fn webhook(client: &Client, tasks: &mut JoinSet<()>) -> (Address, String) 
         dns_names: vec!["localhost".into()],
     };
     let own = OwnCertificate::new(Arc::clone(&authority), Arc::clone(&provider), subject).unwrap();
-    let cache = Cache::start(client, &Scope { namespace: None, namespaces: true, secrets: true }, tasks);
+    let cache = Cache::start(client, &server::scope("default"), tasks);
     cache.warm().await.unwrap();
     let webhook = Webhook::bind((Ipv4Addr::LOCALHOST, 0).into(), own, provider, cache).await.unwrap();
     let address = Address::Url(format!("https://localhost:{}", webhook.address().unwrap().port()));
@@ -157,7 +151,7 @@ async fn webhook(client: &Client, tasks: &mut JoinSet<()>) -> (Address, String) 
     (address, authority.bundle_pem().to_owned())
 }
 
-async fn until<T, F: Future<Output = Option<T>>>(what: &str, seen: impl Fn() -> F) -> T {
+pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, seen: impl Fn() -> F) -> T {
     let wait = async {
         loop {
             if let Some(found) = seen().await {
@@ -181,7 +175,7 @@ async fn both_ways<F: Future<Output = ()>>(name: &str, test: impl Fn(Scene) -> F
     }
 }
 
-fn service(selector: &Value) -> Value {
+pub fn service(selector: &Value) -> Value {
     json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "labels": {"app": "web"}},
         "spec": {"selector": selector, "ports": [{"name": "http", "port": 80, "targetPort": 8080}]},
@@ -189,7 +183,7 @@ fn service(selector: &Value) -> Value {
 }
 
 /// As in Git; `replicas: None` leaves it out.
-fn deployment(replicas: Option<u32>, image: &str) -> Value {
+pub fn deployment(replicas: Option<u32>, image: &str) -> Value {
     let mut deployment = json!({
         "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "web"},
         "spec": {
@@ -206,16 +200,16 @@ fn deployment(replicas: Option<u32>, image: &str) -> Value {
     deployment
 }
 
-fn plain() -> Value {
+pub fn plain() -> Value {
     json!({"app": "web"})
 }
 
 impl Scene {
-    fn git<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(&self) -> Api<K> {
+    pub fn git<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(&self) -> Api<K> {
         Api::namespaced(self.git.clone(), &self.namespace)
     }
 
-    fn own<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(&self) -> Api<K> {
+    pub fn own<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(&self) -> Api<K> {
         Api::namespaced(self.own.clone(), &self.namespace)
     }
 
@@ -229,17 +223,17 @@ impl Scene {
         self.git::<K>().patch(name, &params, &Patch::Apply(object)).await.unwrap()
     }
 
-    async fn applied_service(&self) -> Service {
+    pub async fn applied_service(&self) -> Service {
         self.apply(&service(&plain()), false).await
     }
 
-    async fn applied_deployment(&self, replicas: Option<u32>, image: &str) -> Deployment {
+    pub async fn applied_deployment(&self, replicas: Option<u32>, image: &str) -> Deployment {
         self.apply(&deployment(replicas, image), false).await
     }
 
     /// Deployment and Service `web` of Git, and a Canary `shop` that has taken both over, as the controller does it: the
     /// status first. Waits until the status is known where admission decides.
-    async fn taken_over(&self) {
+    pub async fn taken_over(&self) {
         self.applied_service().await;
         self.applied_deployment(Some(3), "app:1").await;
         let canary: Canary = serde_json::from_value(json!({
@@ -273,12 +267,12 @@ impl Scene {
         .await;
     }
 
-    async fn status(&self, status: Value) {
+    pub async fn status(&self, status: Value) {
         let patch = Patch::Merge(json!({"status": status}));
         self.own::<Canary>().patch_status("shop", &PatchParams::default(), &patch).await.unwrap();
     }
 
-    async fn merge<K>(&self, client: &Client, name: &str, patch: Value) -> K
+    pub async fn merge<K>(&self, client: &Client, name: &str, patch: Value) -> K
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + std::fmt::Debug,
     {
@@ -286,7 +280,7 @@ impl Scene {
         api.patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap()
     }
 
-    async fn create<K>(&self, object: &Value) -> K
+    pub async fn create<K>(&self, object: &Value) -> K
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
             + Clone
@@ -308,7 +302,7 @@ fn selector(service: &Service) -> Value {
 }
 
 /// Replicas, and the wish that is kept.
-fn rest(deployment: &Deployment) -> (i32, Option<String>) {
+pub fn rest(deployment: &Deployment) -> (i32, Option<String>) {
     let replicas = deployment.spec.as_ref().unwrap().replicas.unwrap();
     (replicas, deployment.annotations().get(labels::REPLICAS).cloned())
 }
@@ -571,263 +565,4 @@ async fn a_namespace_without_canaries_is_not_concerned() {
         assert_eq!(selector(&scene.apply(&other, false).await), plain());
     })
     .await;
-}
-
-/// Each of our cluster-wide objects that is there, with its version.
-async fn written(client: &Client, policies: bool) -> Vec<(String, String)> {
-    let mut found = Vec::new();
-    let kinds = [
-        (objects::MUTATING_POLICY, "v1beta1"),
-        (objects::MUTATING_BINDING, "v1beta1"),
-        (objects::VALIDATING_POLICY, "v1"),
-        (objects::VALIDATING_BINDING, "v1"),
-        (objects::WEBHOOK_CONFIGURATION, "v1"),
-    ];
-    for (kind, version) in kinds {
-        if version == "v1beta1" && !policies {
-            continue;
-        }
-        for name in kind.names(None) {
-            if let Some(object) = dynamic(client, kind, version).get_opt(&name).await.unwrap() {
-                found.push((format!("{} {name}", kind.kind), object.resource_version().unwrap()));
-            }
-        }
-    }
-    found
-}
-
-fn dynamic(client: &Client, kind: objects::Kind, version: &str) -> Api<DynamicObject> {
-    let resource =
-        ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(objects::GROUP, version, kind.kind), kind.plural);
-    Api::all_with(client.clone(), &resource)
-}
-
-fn names(written: &[(String, String)]) -> Vec<&str> {
-    written.iter().map(|(name, _)| name.as_str()).collect()
-}
-
-/// An API server for one test, with the keeper of a controller on it.
-struct Kept {
-    server: Server,
-    client: Client,
-    requests: Requests,
-    said: Arc<Said>,
-    tasks: JoinSet<()>,
-}
-
-impl Kept {
-    async fn new(flags: &'static [&'static str]) -> Option<Self> {
-        // These tests take an API server each: one after the other, for the sake of the machine.
-        static ONE: AsyncMutex<()> = AsyncMutex::const_new(());
-        let _one = ONE.lock().await;
-        let started = tokio::task::spawn_blocking(|| server::start(flags)).await.unwrap();
-        let server = server::or_skip(started.as_ref().map(|_| ())).and(started.ok())?;
-        let (client, requests) = server.client(None).await;
-        Some(Self { server, client, requests, said: Arc::default(), tasks: JoinSet::new() })
-    }
-
-    /// Starts a controller with this mode, in place of the one before; waits until it has nothing more to do.
-    async fn start(&mut self, protection: Protection) -> (Effective, bool) {
-        self.tasks.shutdown().await;
-        *self.said.0.lock().unwrap() = None;
-        let nowhere = Address::Url("https://127.0.0.1:1".into());
-        let ca = authority(&self.client).await.bundle_pem().to_owned();
-        self.tasks.spawn(keeper(&self.client, protection, nowhere, ca, &self.said).keep(leading()));
-        until("it protects", || async { self.said.0.lock().unwrap().clone() }).await
-    }
-
-    async fn quiet(&self) -> bool {
-        let before = self.requests.count();
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        self.requests.count() == before
-    }
-}
-
-#[tokio::test]
-async fn policies_are_written_once_repaired_and_removed_when_another_way_is_chosen() {
-    let Some(mut kept) = Kept::new(&POLICIES).await else { return };
-    assert_eq!(kept.start(Protection::Auto).await, (Effective::Policy("v1beta1".into()), false));
-    let first = written(&kept.client, true).await;
-    let policies = [
-        "MutatingAdmissionPolicy services.sluice.dev",
-        "MutatingAdmissionPolicy deployments.sluice.dev",
-        "MutatingAdmissionPolicyBinding services.sluice.dev",
-        "MutatingAdmissionPolicyBinding deployments.sluice.dev",
-        "ValidatingAdmissionPolicy scale.sluice.dev",
-        "ValidatingAdmissionPolicy revisions.sluice.dev",
-        "ValidatingAdmissionPolicyBinding scale.sluice.dev",
-        "ValidatingAdmissionPolicyBinding revisions.sluice.dev",
-    ];
-    assert_eq!(names(&first), policies);
-
-    // A controller that starts anew finds them as they should be.
-    kept.start(Protection::Auto).await;
-    until("it is quiet", || async { kept.quiet().await.then_some(()) }).await;
-    assert_eq!(written(&kept.client, true).await, first);
-
-    // Removed, weakened by a changed field, and weakened by one that is added.
-    let mutating = dynamic(&kept.client, objects::MUTATING_POLICY, "v1beta1");
-    let bindings = dynamic(&kept.client, objects::MUTATING_BINDING, "v1beta1");
-    bindings.delete("services.sluice.dev", &DeleteParams::default()).await.unwrap();
-    let weaker = json!({"spec": {"reinvocationPolicy": "Never"}});
-    mutating.patch("services.sluice.dev", &PatchParams::default(), &Patch::Merge(&weaker)).await.unwrap();
-    let weaker = json!({"spec": {"matchConstraints": {"namespaceSelector": {"matchLabels": {"never": "there"}}}}});
-    mutating.patch("deployments.sluice.dev", &PatchParams::default(), &Patch::Merge(&weaker)).await.unwrap();
-    until("all is mended", || async {
-        let all = names(&written(&kept.client, true).await) == policies;
-        let services = mutating.get("services.sluice.dev").await.unwrap();
-        let deployments = mutating.get("deployments.sluice.dev").await.unwrap();
-        let mended = services.data["spec"]["reinvocationPolicy"] == "IfNeeded"
-            && deployments.data["spec"]["matchConstraints"]["namespaceSelector"] == json!({});
-        (all && mended).then_some(())
-    })
-    .await;
-
-    assert_eq!(kept.start(Protection::Webhook).await, (Effective::Webhook, false));
-    let webhook = [
-        "ValidatingAdmissionPolicy scale.sluice.dev",
-        "ValidatingAdmissionPolicy revisions.sluice.dev",
-        "ValidatingAdmissionPolicyBinding scale.sluice.dev",
-        "ValidatingAdmissionPolicyBinding revisions.sluice.dev",
-        "MutatingWebhookConfiguration protection.sluice.dev",
-    ];
-    assert_eq!(names(&written(&kept.client, true).await), webhook);
-    assert_eq!(kept.start(Protection::None).await, (Effective::Repair, false));
-    assert_eq!(written(&kept.client, true).await, []);
-}
-
-#[tokio::test]
-async fn policies_that_are_not_served_are_said_and_scaling_is_refused_all_the_same() {
-    let Some(mut kept) = Kept::new(&[]).await else { return };
-    assert_eq!(kept.start(Protection::Policy).await, (Effective::Repair, /* incomplete: */ true));
-    let refusals = [
-        "ValidatingAdmissionPolicy scale.sluice.dev",
-        "ValidatingAdmissionPolicy revisions.sluice.dev",
-        "ValidatingAdmissionPolicyBinding scale.sluice.dev",
-        "ValidatingAdmissionPolicyBinding revisions.sluice.dev",
-    ];
-    assert_eq!(names(&written(&kept.client, false).await), refusals);
-    assert_eq!(kept.start(Protection::Auto).await, (Effective::Webhook, false));
-    let first = written(&kept.client, false).await;
-    assert_eq!(first.len(), 5);
-    // The same CA and the same mode: nothing to write.
-    kept.start(Protection::Auto).await;
-    until("it is quiet", || async { kept.quiet().await.then_some(()) }).await;
-    assert_eq!(written(&kept.client, false).await, first);
-}
-
-#[tokio::test]
-async fn with_all_controllers_down_only_what_is_taken_over_waits() {
-    let Some(mut kept) = Kept::new(&[]).await else { return };
-    // Nobody listens where this one leads.
-    kept.start(Protection::Webhook).await;
-    let (git, _) = kept.server.client(Some("git")).await;
-    server::namespace(&git, "down").await;
-    let scene = Scene { git, own: kept.client.clone(), namespace: "down".into(), by: Protection::Webhook };
-    // Objects of other people, also of the same names.
-    scene.applied_service().await;
-    scene.applied_deployment(Some(3), "app:1").await;
-    let label = json!({"metadata": {"labels": {labels::CANARY: "shop"}, "finalizers": ["example.com/hold"]}});
-    scene.merge::<Service>(&scene.own, "web", label.clone()).await;
-    scene.merge::<Deployment>(&scene.own, "web", label).await;
-
-    // Git tools wait, and lose nothing.
-    let refused = |result: kube::Result<()>| {
-        let error = result.expect_err("it would have been applied without us").to_string();
-        assert!(error.contains("failed calling webhook"), "{error}");
-    };
-    let params = PatchParams::apply(FLUX).force();
-    let service = service(&plain());
-    until("the configuration is known", || async {
-        scene.git::<Service>().patch("web", &params, &Patch::Apply(&service)).await.is_err().then_some(())
-    })
-    .await;
-    refused(scene.git::<Service>().patch("web", &params, &Patch::Apply(&service)).await.map(drop));
-    let replicas = deployment(Some(3), "app:2");
-    refused(scene.git::<Deployment>().patch("web", &params, &Patch::Apply(&replicas)).await.map(drop));
-    // The controller itself does not wait for its own webhook, and status is nobody's business.
-    scene.merge::<Service>(&scene.own, "web", json!({"metadata": {"labels": {"own": "write"}}})).await;
-    let status = Patch::Merge(json!({"status": {"observedGeneration": 1}}));
-    scene.git::<Deployment>().patch_status("web", &PatchParams::default(), &status).await.unwrap();
-    // Nor does deletion, to its end.
-    scene.git::<Service>().delete("web", &DeleteParams::default()).await.unwrap();
-    scene.git::<Deployment>().delete("web", &DeleteParams::background()).await.unwrap();
-    let let_go = json!({"metadata": {"finalizers": null}});
-    scene.merge::<Service>(&scene.git, "web", let_go.clone()).await;
-    scene.merge::<Deployment>(&scene.git, "web", let_go).await;
-    assert!(scene.git::<Service>().get_opt("web").await.unwrap().is_none());
-    assert!(scene.git::<Deployment>().get_opt("web").await.unwrap().is_none());
-    scene.applied_service().await;
-}
-
-#[tokio::test]
-async fn without_our_crds_the_policies_hold_up_nobody() {
-    let Some(mut kept) = Kept::new(&POLICIES).await else { return };
-    kept.start(Protection::Policy).await;
-    let (git, _) = kept.server.client(Some("git")).await;
-    server::namespace(&git, "no-crd").await;
-    let scene = Scene { git, own: kept.client.clone(), namespace: "no-crd".into(), by: Protection::Policy };
-    // Long enough for the policies to be in force.
-    for replicas in 1..=12 {
-        assert_eq!(
-            rest(&scene.applied_deployment(Some(replicas), "app:1").await),
-            (i32::try_from(replicas).unwrap(), None)
-        );
-        scene.applied_service().await;
-        let more = Patch::Merge(json!({"spec": {"replicas": replicas + 1}}));
-        scene.git::<Deployment>().patch_scale("web", &PatchParams::default(), &more).await.unwrap();
-        tokio::time::sleep(Duration::from_millis(250)).await;
-    }
-}
-
-#[tokio::test]
-async fn uninstalling_waits_for_the_hand_back_and_leaves_nothing() {
-    let Some(mut kept) = Kept::new(&POLICIES).await else { return };
-    server::install(&kept.client).await;
-    kept.start(Protection::Auto).await;
-    let (git, _) = kept.server.client(Some("git")).await;
-    server::namespace(&git, "shop").await;
-    let scene = Scene { git, own: kept.client.clone(), namespace: "shop".into(), by: Protection::Policy };
-    scene.taken_over().await;
-    let held = json!({"metadata": {"finalizers": [labels::FINALIZER]}});
-    scene.merge::<Canary>(&scene.own, "shop", held).await;
-    let controllers: Api<Deployment> = Api::namespaced(kept.client.clone(), "default");
-    let mut controller = deployment(Some(2), "sluice-controller");
-    controller["metadata"]["name"] = json!("sluice-controller");
-    controllers.create(&PostParams::default(), &serde_json::from_value(controller).unwrap()).await.unwrap();
-    let pod = json!({"metadata": {"name": "sluice-controller-0", "labels": plain()}, "spec": {"containers": [{"name": "app", "image": "app"}]}});
-    let pods: Api<Pod> = Api::namespaced(kept.client.clone(), "default");
-    pods.create(&PostParams::default(), &serde_json::from_value(pod).unwrap()).await.unwrap();
-
-    let uninstall = |seconds: u64| Uninstall {
-        client: kept.client.clone(),
-        release_namespace: "default".into(),
-        deployment: "sluice-controller".into(),
-        namespace: None,
-        deadline: Duration::from_secs(seconds),
-    };
-    let refused = uninstall(1).run().await.unwrap_err().to_string();
-    assert!(refused.contains("Canaries shop/shop"), "{refused}");
-    assert_eq!(written(&kept.client, true).await.len(), 8, "nothing was removed");
-    assert_eq!(controllers.get("sluice-controller").await.unwrap().spec.unwrap().replicas, Some(2));
-
-    // The controller hands back while it waits.
-    let uninstalling = uninstall(60);
-    let (done, ()) = tokio::join!(uninstalling.run(), async {
-        tokio::time::sleep(Duration::from_millis(1500)).await;
-        scene.merge::<Canary>(&scene.own, "shop", json!({"metadata": {"finalizers": null}})).await;
-        // It ends, as it is told; until then it would repair what is removed.
-        until("the controllers are stopped", || async {
-            let stopped = controllers.get("sluice-controller").await.unwrap().spec.unwrap().replicas == Some(0);
-            stopped.then_some(())
-        })
-        .await;
-        kept.tasks.shutdown().await;
-        pods.delete("sluice-controller-0", &DeleteParams::default().grace_period(0)).await.unwrap();
-    });
-    done.unwrap();
-    assert_eq!(written(&kept.client, true).await, []);
-    assert!(scene.git::<Canary>().get_opt("shop").await.unwrap().is_some(), "Canaries are their owners'");
-    // Again, on what is left.
-    uninstall(1).run().await.unwrap();
 }

@@ -3,10 +3,10 @@
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Service};
 use kube::{
     Api, ResourceExt,
-    api::{DeleteParams, ListParams, Patch, PatchParams},
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
 };
 use serde_json::json;
-use sluice_crds::{Canary, labels};
+use sluice_crds::{Canary, Phase, labels};
 
 use crate::world::World;
 
@@ -77,4 +77,38 @@ async fn in_a_namespace_that_is_being_deleted_the_finalizer_lets_go() {
     world.api::<Canary>().delete("web", &DeleteParams::default()).await.unwrap();
     until_gone(&world).await;
     assert_eq!(world.deployments().get("web").await.unwrap().data["spec"]["replicas"], 0, "no hand-back was tried");
+}
+
+#[tokio::test]
+async fn uninstalling_hands_back_and_leaves_the_canary_to_a_later_installation() {
+    let Some(world) = World::new("uninstalling").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({})).await;
+    let first = world.until_settled("web").await.primary_revision;
+    let maps = world.api::<ConfigMap>();
+    let said = json!({
+        "metadata": {"name": labels::UNINSTALL, "annotations": {labels::UNTIL: "2099-01-01T00:00:00Z"}},
+    });
+    maps.create(&PostParams::default(), &serde_json::from_value(said).unwrap()).await.unwrap();
+    world
+        .until("the Canary is let go", || async {
+            world.api::<Canary>().get("web").await.unwrap().finalizers().is_empty().then_some(())
+        })
+        .await;
+    let status = world.status("web").await;
+    assert_eq!((status.phase, status.primary_revision), (Phase::Terminated, None));
+    assert_eq!(world.deployments().get("web").await.unwrap().data["spec"]["replicas"], 2);
+    let apex = world.api::<Service>().get("web").await.unwrap();
+    assert_eq!(apex.spec.unwrap().selector.unwrap(), [("app".to_owned(), "web".to_owned())].into());
+    world
+        .until("nothing of ours is left", || async {
+            let services = world.api::<Service>().list(&ListParams::default()).await.unwrap().items.len();
+            let deployments = world.deployments().list(&ListParams::default()).await.unwrap().items.len();
+            (services == 1 && deployments == 1 && world.records().await.is_empty()).then_some(())
+        })
+        .await;
+
+    maps.delete(labels::UNINSTALL, &DeleteParams::default()).await.unwrap();
+    let again = world.until_status("web", "it is taken over again", |status| status.phase == Phase::Initialized).await;
+    assert_eq!(again.primary_revision, first);
 }

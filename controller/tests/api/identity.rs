@@ -18,7 +18,7 @@ use rustls::{ClientConfig, RootCertStore, crypto::CryptoProvider};
 use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject};
 use serde_json::json;
 use sluice_controller::{
-    cache::{Cache, Scope},
+    cache::Cache,
     identity::{
         AUDIENCE, Authority, CA_SECRET, Certificates, GrpcPort, KubeTokenReviews, OwnCertificate, PeerIdentity,
         ServeError, Subject, TrustBundle,
@@ -214,7 +214,7 @@ async fn the_trust_bundle_is_in_every_namespace_with_a_canary_and_nowhere_else()
     let release = server::namespace(&client, "identity-bundle").await;
     let shop = server::namespace(&client, "identity-bundle-shop").await;
     let mut tasks = JoinSet::new();
-    let cache = Cache::start(&client, &Scope { namespace: None, namespaces: true, secrets: true }, &mut tasks);
+    let cache = Cache::start(&client, &server::scope(&release), &mut tasks);
     cache.warm().await.unwrap();
     let settings = LeaseSettings {
         namespace: release.clone(),

@@ -19,6 +19,7 @@ use kube::{
     config::{KubeConfigOptions, Kubeconfig},
     runtime::wait::{await_condition, conditions},
 };
+use sluice_controller::cache::Scope;
 use tower::util::MapRequestLayer;
 
 pub struct Server {
@@ -146,6 +147,11 @@ pub async fn install(client: &Client) {
 }
 
 /// Makes a namespace for one test.
+/// Everything, of an installation in this namespace.
+pub fn scope(release_namespace: &str) -> Scope {
+    Scope { namespace: None, release_namespace: release_namespace.to_owned(), namespaces: true, secrets: true }
+}
+
 pub async fn namespace(client: &Client, name: &str) -> String {
     let metadata = ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() };
     let namespace = Namespace { metadata, ..Namespace::default() };

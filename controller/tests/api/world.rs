@@ -304,7 +304,9 @@ impl World {
     }
 
     async fn start_controller(&mut self, client: Client, secrets: bool) {
-        let scope = Scope { namespace: Some(self.namespace.clone()), namespaces: true, secrets };
+        let namespace = self.namespace.clone();
+        let scope =
+            Scope { namespace: Some(namespace.clone()), release_namespace: namespace, namespaces: true, secrets };
         let cache = Cache::start(&client, &scope, &mut self.tasks);
         cache.warm().await.unwrap();
         *self.fleet.cache.lock().unwrap() = Some(cache.clone());

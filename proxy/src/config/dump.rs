@@ -57,7 +57,9 @@ fn listener(it: &Listener) -> Value {
             "serverName": chain.server_name,
             "clientId": chain.tls.as_ref().map(|tls| &tls.client_id),
             "protocol": match &chain.protocol {
-                Protocol::Http(Action::Forward(of)) => json!({ "http": split(of) }),
+                Protocol::Http(Action::Forward { split: of, timeout }) => {
+                    json!({ "http": split(of), "timeoutMs": timeout.map(|timeout| timeout.as_millis()) })
+                }
                 Protocol::Http(Action::Respond(status)) => json!({ "http": { "status": status.as_u16() } }),
                 Protocol::Tcp(of) => json!({ "tcp": split(of) }),
             },

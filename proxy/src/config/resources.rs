@@ -422,7 +422,10 @@ impl Resources {
 
     fn resolve_action(&self, action: &RouteAction) -> Option<Action> {
         match action {
-            RouteAction::Forward(targets) => self.resolve_split(targets).map(Action::Forward),
+            RouteAction::Forward { targets, timeout } => {
+                let split = self.resolve_split(targets)?;
+                Some(Action::Forward { split, timeout: *timeout })
+            }
             RouteAction::Respond(status) => Some(Action::Respond(*status)),
         }
     }

@@ -1,6 +1,6 @@
 //! `RouteConfiguration`: one answer for all requests of a port, which is a split over clusters or a status.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use http::StatusCode;
 use sluice_xds::envoy::config::route::v3::{
@@ -13,7 +13,7 @@ use super::ConfigError;
 /// What to do with a request, by the names of clusters.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Action {
-    Forward(Targets),
+    Forward { targets: Targets, timeout: Option<Duration> },
     Respond(StatusCode),
 }
 
@@ -23,7 +23,7 @@ pub(super) type Targets = Vec<(String, u32)>;
 impl Action {
     pub(super) fn clusters(&self) -> impl Iterator<Item = &str> {
         let targets = match self {
-            Self::Forward(targets) => targets.as_slice(),
+            Self::Forward { targets, .. } => targets.as_slice(),
             Self::Respond(_) => &[],
         };
         targets.iter().map(|(name, _)| name.as_str())
@@ -51,7 +51,10 @@ pub(super) fn parse(message: &RouteConfiguration, field: &str) -> Result<Action,
         }
     }
     match &route.action {
-        Some(MessageAction::Route(action)) => Ok(Action::Forward(forward(action, &format!("{field}[0].route"))?)),
+        Some(MessageAction::Route(action)) => {
+            let field = format!("{field}[0].route");
+            Ok(Action::Forward { targets: forward(action, &field)?, timeout: timeout(action, &field)? })
+        }
         Some(MessageAction::DirectResponse(response)) => {
             let status = u16::try_from(response.status).ok().filter(|status| (200..600).contains(status));
             let status = status.and_then(|status| StatusCode::from_u16(status).ok());
@@ -75,6 +78,16 @@ fn forward(action: &RouteAction, field: &str) -> Result<Targets, ConfigError> {
         }
         None => Err(ConfigError::missing(format!("{field}.weighted_clusters"))),
     }
+}
+
+/// `RouteAction.timeout`: 0 is none. Unlike Envoy's, one that is not said is none, too: the controller always says it.
+fn timeout(action: &RouteAction, field: &str) -> Result<Option<Duration>, ConfigError> {
+    let Some(said) = &action.timeout else { return Ok(None) };
+    let timeout = Duration::try_from(*said).map_err(|_| {
+        let said = format!("{} s {} ns", said.seconds, said.nanos);
+        ConfigError::invalid(format!("{field}.timeout"), said, "it must not be negative")
+    })?;
+    Ok((!timeout.is_zero()).then_some(timeout))
 }
 
 fn weighted_targets(weighted: &WeightedCluster, field: &str) -> Result<Targets, ConfigError> {

@@ -9,11 +9,12 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures::channel::oneshot;
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     connection::Connection,
@@ -36,6 +37,8 @@ pub(super) enum BodyError {
     Client(#[source] ClientError),
     #[error("reading the response's body from the upstream failed: {0}")]
     Upstream(#[source] UpstreamError),
+    #[error("the response took longer than is allowed")]
+    TimedOut,
     #[error("the request is being sent again on another connection")]
     Superseded,
 }
@@ -45,9 +48,10 @@ impl BodyError {
     pub(super) fn failure(&self) -> Failure {
         match self {
             Self::Client(ClientError::Http1(http1::Error::Malformed(malformed))) => malformed.failure(),
-            Self::Client(ClientError::Http1(_) | ClientError::Http2(_)) | Self::Upstream(_) | Self::Superseded => {
-                Failure::ClientGone
-            }
+            Self::Client(ClientError::Http1(_) | ClientError::Http2(_))
+            | Self::Upstream(_)
+            | Self::TimedOut
+            | Self::Superseded => Failure::ClientGone,
         }
     }
 }
@@ -65,6 +69,32 @@ pub(super) enum ClientError {
 pub(super) enum ClientBody {
     Http1(server::RequestBody),
     Http2(Incoming),
+    Watched(Box<Watched>),
+}
+
+/// A body whose end, or the end of whoever reads it, is told by dropping `read`.
+pub(super) struct Watched {
+    body: ClientBody,
+    read: Option<oneshot::Sender<()>>,
+}
+
+/// Ends when a request has taken too long.
+pub(super) type Limit = Pin<Box<dyn Future<Output = ()>>>;
+
+/// The time that a request may take. It begins with the request's end: how long a client needs to send it is its own affair.
+pub(super) fn limit(body: RequestBody, allowed: Duration) -> (RequestBody, Limit) {
+    match body {
+        RequestBody::Once(body) if !body.is_end_stream() => {
+            let (read, end) = oneshot::channel();
+            let body = ClientBody::Watched(Box::new(Watched { body, read: Some(read) }));
+            let limit = async move {
+                let _ = end.await;
+                sleep(allowed).await;
+            };
+            (RequestBody::Once(body), Box::pin(limit))
+        }
+        body => (body, Box::pin(sleep(allowed))),
+    }
 }
 
 impl Body for ClientBody {
@@ -75,6 +105,13 @@ impl Body for ClientBody {
         let frame = match &mut *self {
             Self::Http1(body) => Pin::new(body).poll_frame(cx).map_err(ClientError::Http1),
             Self::Http2(body) => Pin::new(body).poll_frame(cx).map_err(ClientError::Http2),
+            Self::Watched(watched) => {
+                let frame = ready!(Pin::new(&mut watched.body).poll_frame(cx));
+                if matches!(frame, None | Some(Err(_))) || watched.body.is_end_stream() {
+                    watched.read = None;
+                }
+                return Poll::Ready(frame);
+            }
         };
         frame.map_err(BodyError::Client)
     }
@@ -83,6 +120,7 @@ impl Body for ClientBody {
         match self {
             Self::Http1(body) => body.is_end_stream(),
             Self::Http2(body) => body.is_end_stream(),
+            Self::Watched(watched) => watched.body.is_end_stream(),
         }
     }
 
@@ -90,6 +128,7 @@ impl Body for ClientBody {
         match self {
             Self::Http1(body) => body.size_hint(),
             Self::Http2(body) => body.size_hint(),
+            Self::Watched(watched) => watched.body.size_hint(),
         }
     }
 }
@@ -379,6 +418,7 @@ enum Content {
     Upstream {
         body: UpstreamBody,
         lease: Lease,
+        limit: Option<Limit>,
     },
     /// What a connection is from now on whose both sides have switched.
     Tunnel(Box<(Stream, Lease)>),
@@ -390,9 +430,10 @@ impl ResponseBody {
         Self { content: if content.is_empty() { Content::Ended } else { Content::Local(content) }, tally }
     }
 
-    pub(super) fn upstream(body: UpstreamBody, lease: Lease, tally: Tally) -> Self {
+    pub(super) fn upstream(body: UpstreamBody, lease: Lease, limit: Option<Limit>, tally: Tally) -> Self {
         let (ended, arrived) = (body.is_end_stream(), body.has_arrived());
-        let mut this = Self { content: Content::Upstream { body, lease }, tally };
+        let limit = limit.filter(|_| !arrived);
+        let mut this = Self { content: Content::Upstream { body, lease, limit }, tally };
         if arrived {
             this.tally.arrived();
         }
@@ -430,7 +471,7 @@ impl ResponseBody {
 
     fn end(&mut self) {
         let now = self.tally.last_byte();
-        if let Content::Upstream { body, lease } = std::mem::replace(&mut self.content, Content::Ended) {
+        if let Content::Upstream { body, lease, .. } = std::mem::replace(&mut self.content, Content::Ended) {
             lease.release(body, now);
         }
         self.tally.finish(now);
@@ -444,7 +485,14 @@ impl Body for ResponseBody {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
         let body = match &mut this.content {
-            Content::Upstream { body, .. } => body,
+            Content::Upstream { body, limit, .. } => {
+                if limit.as_mut().is_some_and(|limit| limit.as_mut().poll(cx).is_ready()) {
+                    this.content = Content::Ended;
+                    this.tally.fail(&Failure::UpstreamTimeout, Instant::now());
+                    return Poll::Ready(Some(Err(BodyError::TimedOut)));
+                }
+                body
+            }
             Content::Local(content) => {
                 let content = std::mem::take(content);
                 this.content = Content::Ended;

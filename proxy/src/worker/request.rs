@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{
     Role,
-    body::{self, Replay, RequestBody, ResponseBody, UpstreamBody},
+    body::{self, Limit, Replay, RequestBody, ResponseBody, UpstreamBody},
     cluster::Cluster,
     connection::{Connection, Current},
     headers,
@@ -39,7 +39,7 @@ pub(super) async fn serve(connection: Rc<Connection>, request: Request<RequestBo
         unread.discard().await;
     }
     let mut response = match answer {
-        Ok((response, lease)) => response.map(|body| ResponseBody::upstream(body, lease, tally)),
+        Ok(Answer { response, lease, limit }) => response.map(|body| ResponseBody::upstream(body, lease, limit, tally)),
         Err(Refusal::Failure(failure)) => {
             tally.fail(&failure, Instant::now());
             local(&failure, tally)
@@ -77,6 +77,14 @@ fn local(failure: &Failure, tally: Tally) -> Response<ResponseBody> {
     response
 }
 
+/// What an upstream answers.
+struct Answer {
+    response: Response<UpstreamBody>,
+    lease: Lease,
+    /// How long the rest of it may take.
+    limit: Option<Limit>,
+}
+
 /// Why the answer is not simply an upstream's.
 enum Refusal {
     Failure(Failure),
@@ -96,11 +104,7 @@ impl From<Failure> for Refusal {
     }
 }
 
-async fn forward(
-    tally: &mut Tally,
-    mut parts: request::Parts,
-    unread: &mut RequestBody,
-) -> Result<(Response<UpstreamBody>, Lease), Refusal> {
+async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut RequestBody) -> Result<Answer, Refusal> {
     let connection = Rc::clone(tally.connection());
     let worker = &connection.slot.worker;
     let chain = match connection.current() {
@@ -111,8 +115,8 @@ async fn forward(
         return Err(Failure::MethodRefused.into());
     }
     headers::check_request(&mut parts)?;
-    let cluster = match &chain.protocol {
-        Protocol::Http(Action::Forward(split)) => split.draw().ok_or(Failure::NoRoute)?,
+    let (cluster, timeout) = match &chain.protocol {
+        Protocol::Http(Action::Forward { split, timeout }) => (split.draw().ok_or(Failure::NoRoute)?, *timeout),
         Protocol::Http(Action::Respond(status)) => {
             return Err(Failure::DirectResponse(*status).into());
         }
@@ -143,9 +147,22 @@ async fn forward(
         headers::keep_websocket(&mut parts.headers);
     }
 
-    let body = std::mem::replace(unread, RequestBody::Empty);
+    let mut body = std::mem::replace(unread, RequestBody::Empty);
+    let mut limit = None;
+    if let Some(timeout) = timeout {
+        let (watched, until) = body::limit(body, timeout);
+        (body, limit) = (watched, Some(until));
+    }
     let mut outgoing = Outgoing::new(parts, body, repeatable(cluster, wire));
-    let sent = send(tally, cluster, wire, &mut outgoing, connection.local).await;
+    let sending = send(tally, cluster, wire, &mut outgoing, connection.local);
+    let sent = match &mut limit {
+        None => sending.await,
+        Some(limit) => tokio::select! {
+            biased;
+            sent = sending => sent,
+            () = limit => Err(Failure::UpstreamTimeout.into()),
+        },
+    };
     if let Some(request) = outgoing.next.take() {
         *unread = request.into_body();
     }
@@ -161,7 +178,7 @@ async fn forward(
     }
     headers::clean_response(response.headers_mut(), response_version(wire), cluster.config.tls.is_none());
     *response.version_mut() = response_version(wire);
-    Ok((response, lease))
+    Ok(Answer { response, lease, limit })
 }
 
 fn response_version(wire: Wire) -> Version {

@@ -1,6 +1,6 @@
 //! A listener's configuration made ready for one worker thread: handles instead of names.
 
-use std::{collections::HashMap, rc::Rc, sync::Arc};
+use std::{collections::HashMap, rc::Rc, sync::Arc, time::Duration};
 
 use http::StatusCode;
 use rustls::ServerConfig;
@@ -31,7 +31,7 @@ pub(super) enum Protocol {
 }
 
 pub(super) enum Action {
-    Forward(Split),
+    Forward { split: Split, timeout: Option<Duration> },
     Respond(StatusCode),
 }
 
@@ -80,7 +80,9 @@ impl Chain {
         let (protocol, alpn): (_, &[&[u8]]) = match &config.protocol {
             snapshot::Protocol::Http(action) => {
                 let action = match action {
-                    snapshot::Action::Forward(split) => Action::Forward(Split::new(split, clusters)),
+                    snapshot::Action::Forward { split, timeout } => {
+                        Action::Forward { split: Split::new(split, clusters), timeout: *timeout }
+                    }
                     snapshot::Action::Respond(status) => Action::Respond(*status),
                 };
                 (Protocol::Http(action), &[ALPN_H2, ALPN_HTTP1])
@@ -94,7 +96,7 @@ impl Chain {
     /// The clusters that a snapshot's chain names.
     pub(super) fn clusters_of(config: &FilterChain) -> &[(Arc<snapshot::Cluster>, u32)] {
         match &config.protocol {
-            snapshot::Protocol::Http(snapshot::Action::Forward(split)) | snapshot::Protocol::Tcp(split) => {
+            snapshot::Protocol::Http(snapshot::Action::Forward { split, .. }) | snapshot::Protocol::Tcp(split) => {
                 &split.targets
             }
             snapshot::Protocol::Http(snapshot::Action::Respond(_)) => &[],

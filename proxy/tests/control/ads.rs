@@ -152,7 +152,7 @@ fn names(requests: &[DeltaDiscoveryRequest]) -> Vec<(TypeUrl, Vec<&str>)> {
 
 /// The weights of the port, as the workers have them.
 fn served(snapshot: &Snapshot) -> Vec<(&str, u32)> {
-    let Protocol::Http(Action::Forward(split)) = &snapshot.listeners[WEB].chains[0].protocol else {
+    let Protocol::Http(Action::Forward { split, .. }) = &snapshot.listeners[WEB].chains[0].protocol else {
         panic!("{snapshot:?}");
     };
     split.targets.iter().map(|(cluster, weight)| (cluster.name.as_str(), *weight)).collect()
@@ -201,7 +201,7 @@ async fn a_bad_resource_is_rejected_alone_and_its_last_good_version_serves() {
     assert_eq!(name, CANARY);
     assert!(reason.contains("endpoints[0].lb_endpoints[0]") && reason.contains("not-an-ip"), "{reason}");
 
-    let Protocol::Http(Action::Forward(split)) = &snapshot.listeners[WEB].chains[0].protocol else { panic!() };
+    let Protocol::Http(Action::Forward { split, .. }) = &snapshot.listeners[WEB].chains[0].protocol else { panic!() };
     let upstream = |index: usize| &split.targets[index].0.upstream;
     assert_eq!(upstream(0), &Upstream::Endpoints(vec!["10.0.0.9:20443".parse().unwrap()]));
     assert_eq!(upstream(1), &Upstream::Endpoints(vec!["10.0.0.1:20443".parse().unwrap()]));

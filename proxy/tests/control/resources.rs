@@ -205,6 +205,13 @@ pub(crate) fn route(name: &str, weights: &[(&str, u32)]) -> RouteConfiguration {
     one_route(name, route::Action::Route(action))
 }
 
+pub(crate) fn timed(mut config: RouteConfiguration, seconds: i64, nanos: i32) -> RouteConfiguration {
+    if let Some(route::Action::Route(action)) = &mut config.virtual_hosts[0].routes[0].action {
+        action.timeout = Some(prost_types::Duration { seconds, nanos });
+    }
+    config
+}
+
 pub(crate) fn unavailable(name: &str) -> RouteConfiguration {
     one_route(name, route::Action::DirectResponse(DirectResponseAction { status: 503, body: None }))
 }

@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use proptest::prelude::*;
 use prost::Message;
@@ -19,7 +19,7 @@ use crate::{
     pki::FLEET,
     resources::{
         address, cluster, endpoints, inbound, listener, local_cluster, plain_cluster, resource, route, tcp_listener,
-        unavailable,
+        timed, unavailable,
     },
 };
 
@@ -70,7 +70,7 @@ fn the_fleet_view_becomes_a_weighted_split_over_revisions() {
     assert_eq!(listener.address, "127.0.0.1:20001".parse().unwrap());
     let [chain] = listener.chains.as_slice() else { panic!() };
     assert_eq!((&chain.server_name, &chain.tls), (&None, &None));
-    let Protocol::Http(Action::Forward(split)) = &chain.protocol else { panic!() };
+    let Protocol::Http(Action::Forward { split, .. }) = &chain.protocol else { panic!() };
     let [(a, 95), (b, 5)] = split.targets.as_slice() else { panic!("{split:?}") };
     assert_eq!(
         a.upstream,
@@ -101,7 +101,7 @@ fn the_sidecar_view_becomes_a_chain_for_each_application_port() {
     for (chain, (port, name)) in chains.iter().zip(names) {
         assert_eq!(chain.server_name.as_deref(), Some(name));
         assert_eq!(chain.tls, Some(ServerTls { client_id: FLEET.to_owned() }));
-        let Protocol::Http(Action::Forward(split)) = &chain.protocol else { panic!() };
+        let Protocol::Http(Action::Forward { split, .. }) = &chain.protocol else { panic!() };
         assert_eq!(split.targets[0].0.upstream, Upstream::OriginalDst { port });
         assert_eq!(split.targets[0].0.labels, None);
     }
@@ -124,6 +124,24 @@ fn an_opaque_port_and_a_port_without_back_ends_are_served_too() {
 }
 
 #[test]
+fn a_routes_timeout_is_served_and_zero_is_none() {
+    let mut resources = fleet();
+    for (version, seconds, nanos, expected) in
+        [("2", 1, 500_000_000, Some(Duration::from_millis(1500))), ("3", 0, 0, None)]
+    {
+        let timed = timed(route(WEB, &[(A, 100)]), seconds, nanos);
+        let snapshot = accept(&mut resources, TypeUrl::Route, &[resource(WEB, version, &timed)]);
+        let Protocol::Http(Action::Forward { timeout, .. }) = &snapshot.listeners[WEB].chains[0].protocol else {
+            panic!()
+        };
+        assert_eq!(*timeout, expected);
+    }
+    let negative = resource(WEB, "4", &timed(route(WEB, &[(A, 100)]), -1, 0));
+    let reason = reason(TypeUrl::Route, negative);
+    assert!(reason.contains("virtual_hosts[0].routes[0].route.timeout"), "{reason}");
+}
+
+#[test]
 fn what_did_not_change_is_the_same_arc() {
     let mut resources = fleet();
     let before = accept(
@@ -136,7 +154,7 @@ fn what_did_not_change_is_the_same_arc() {
     assert!(Arc::ptr_eq(&before.listeners["shop/db:5432"], &after.listeners["shop/db:5432"]));
     assert!(!Arc::ptr_eq(&before.listeners[WEB], &after.listeners[WEB]));
     let cluster = |snapshot: &Snapshot, index: usize| match &snapshot.listeners[WEB].chains[0].protocol {
-        Protocol::Http(Action::Forward(split)) => split.targets[index].0.clone(),
+        Protocol::Http(Action::Forward { split, .. }) => split.targets[index].0.clone(),
         Protocol::Http(Action::Respond(_)) | Protocol::Tcp(_) => panic!(),
     };
     assert!(Arc::ptr_eq(&cluster(&before, 0), &cluster(&after, 0)));
@@ -314,7 +332,7 @@ proptest! {
                 prop_assert!(!listener.chains.is_empty() && listener.address.port() != 0);
                 for chain in &listener.chains {
                     let split = match &chain.protocol {
-                        Protocol::Http(Action::Forward(split)) | Protocol::Tcp(split) => split,
+                        Protocol::Http(Action::Forward { split, .. }) | Protocol::Tcp(split) => split,
                         Protocol::Http(Action::Respond(_)) => continue,
                     };
                     let sum: u64 = split.targets.iter().map(|(_, weight)| u64::from(*weight)).sum();

@@ -8,5 +8,6 @@ mod http;
 mod retries;
 mod support;
 mod tcp;
+mod timeouts;
 mod tls;
 mod upstream_http1;

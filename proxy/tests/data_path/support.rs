@@ -214,7 +214,7 @@ pub(crate) fn split(targets: impl IntoIterator<Item = (Cluster, u32)>) -> Split 
 }
 
 pub(crate) fn http_to(targets: impl IntoIterator<Item = (Cluster, u32)>) -> Protocol {
-    Protocol::Http(Action::Forward(split(targets)))
+    Protocol::Http(Action::Forward { split: split(targets), timeout: None })
 }
 
 /// A sidecar beside an application at `ip`:8080, and the cluster by which a fleet reaches it.
@@ -231,7 +231,8 @@ pub(crate) async fn sidecar(ca: &Ca, ip: IpAddr, tcp: bool) -> Proxy {
         },
         1,
     )]);
-    let protocol = if tcp { Protocol::Tcp(local) } else { Protocol::Http(Action::Forward(local)) };
+    let protocol =
+        if tcp { Protocol::Tcp(local) } else { Protocol::Http(Action::Forward { split: local, timeout: None }) };
     let chains = vec![FilterChain {
         server_name: Some("p8080.abc".into()),
         tls: Some(ServerTls { client_id: FLEET.into() }),

@@ -92,7 +92,8 @@ fn listener((address, upstream): (SocketAddr, SocketAddr), tls: Option<ServerTls
         connect_timeout: Duration::from_secs(1),
     };
     let split = Split { targets: vec![(Arc::new(cluster), 100)] };
-    let chain = FilterChain { server_name: None, tls, protocol: Protocol::Http(Action::Forward(split)) };
+    let chain =
+        FilterChain { server_name: None, tls, protocol: Protocol::Http(Action::Forward { split, timeout: None }) };
     Listener { name, address, chains: vec![chain] }
 }
 

@@ -9,9 +9,9 @@ use std::{
 
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::{
-    Api, ResourceExt,
+    Api, Resource, ResourceExt,
     api::{ApiResource, DynamicObject, ListParams},
-    core::GroupVersionKind,
+    core::{GroupVersionKind, NamespaceResourceScope},
 };
 use serde_json::json;
 use sluice_crds::{CanaryStatus, Stage};
@@ -123,7 +123,28 @@ pub fn unique(name: &str) -> String {
     format!("{name}-{}", unix_ms() % 100_000)
 }
 
+/// The canary has a fifth of the traffic.
+#[must_use]
+pub fn at_weight_20(status: &CanaryStatus) -> bool {
+    status.effective_weight == Some(20)
+}
+
 impl Adopted {
+    /// Objects of the application's namespace.
+    #[must_use]
+    pub fn api<K>(&self) -> Api<K>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+    {
+        Api::namespaced(self.app.cluster.client.clone(), &self.app.namespace)
+    }
+
+    /// Releases v2 and waits until it has a fifth of the traffic.
+    pub async fn in_mid_release(&self) -> CanaryStatus {
+        let applied = self.app.release(&[("VERSION", "v2")]).await.unwrap();
+        self.wait("weight 20", applied, at_weight_20).await
+    }
+
     /// No request failed that a version of the application did not answer.
     pub async fn nothing_failed(&self) {
         self.load.catch_up().await.unwrap();

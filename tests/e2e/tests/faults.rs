@@ -1,12 +1,12 @@
 //! What a release survives: processes of Sluice killed and frozen, the API server and Prometheus gone, Pods that cannot start,
-//! hands that change what is ours, objects deleted in mid-release. As in `releases.rs`, no request may fail that the version
+//! hands that change what is ours. As in `releases.rs`, no request may fail that the version
 //! under test did not cause. Counted apart, and printed: what was in flight on a killed process, and new connections until
 //! kube-proxy has dropped its address.
 //!
 //! `cargo test` runs the core; the rest is ignored as "full" (README.md).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use k8s_openapi::api::{
     apps::v1::Deployment,
@@ -15,15 +15,12 @@ use k8s_openapi::api::{
 };
 use kube::{
     Api, ResourceExt,
-    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
+    api::{DeleteParams, ListParams, Patch, PatchParams},
 };
 use serde_json::json;
 use sluice_crds::{CanaryStatus, Phase, Stage, VerdictStatus};
 use sluice_e2e::{
-    adopted::{
-        Adopted, MINUTE, Use, adopted, cluster, condition, ended, eventually, expect, gone, nothing_went_wrong,
-        of_ours, quick, slow,
-    },
+    adopted::{MINUTE, Use, adopted, cluster, condition, eventually, expect, quick, slow},
     audit,
     cluster::SYSTEM,
     installation::{self, CONTROLLERS_AWAY, controllers, fleet, leader, try_leader},
@@ -36,30 +33,8 @@ const IN_FLIGHT: u64 = 40;
 /// By then kube-proxy has dropped a dead address on a slow machine: the kubelet's notice, our slice, its own second.
 const DROPPED: u64 = 20_000;
 
-fn at_weight_20(status: &CanaryStatus) -> bool {
-    status.effective_weight == Some(20)
-}
-
 fn succeeded(status: &CanaryStatus) -> bool {
     status.phase == Phase::Succeeded
-}
-
-fn deployments(stage: &Adopted) -> Api<Deployment> {
-    Api::namespaced(stage.app.cluster.client.clone(), &stage.app.namespace)
-}
-
-fn pods(stage: &Adopted) -> Api<Pod> {
-    Api::namespaced(stage.app.cluster.client.clone(), &stage.app.namespace)
-}
-
-fn services(stage: &Adopted) -> Api<Service> {
-    Api::namespaced(stage.app.cluster.client.clone(), &stage.app.namespace)
-}
-
-/// Releases v2 and waits until it has a fifth of the traffic.
-async fn in_mid_release(stage: &Adopted) -> CanaryStatus {
-    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
-    stage.wait("weight 20", applied, at_weight_20).await
 }
 
 #[tokio::test]
@@ -67,7 +42,7 @@ async fn a_leader_that_is_killed_in_mid_release_leads_again_and_goes_on() {
     let Some(node) = Node::of_ours("to kill a process") else { return };
     let Some(stage) = adopted("kill9", Use::Alone, &[], quick()).await else { return };
     let cluster = stage.app.cluster.clone();
-    in_mid_release(&stage).await;
+    stage.in_mid_release().await;
     let _expected = expect(CONTROLLERS_AWAY);
     let (killed, epoch) = leader(&cluster).await;
     let at = unix_ms();
@@ -86,7 +61,7 @@ async fn a_leader_that_is_killed_in_mid_release_leads_again_and_goes_on() {
 #[tokio::test]
 async fn all_controllers_killed_in_mid_release_lose_nothing() {
     let Some(stage) = adopted("kill", Use::Alone, &[], quick()).await else { return };
-    in_mid_release(&stage).await;
+    stage.in_mid_release().await;
     let pods: Api<Pod> = Api::namespaced(stage.app.cluster.client.clone(), SYSTEM);
     let _expected = expect(CONTROLLERS_AWAY);
     let killed = unix_ms();
@@ -105,7 +80,7 @@ async fn a_fleet_member_cut_off_from_the_controller_serves_on_and_holds_the_rele
     let Some(stage) = adopted("cutoff", Use::Alone, &[], quick()).await else { return };
     let member = fleet(&stage.app.cluster).await.remove(0);
     let (name, ip) = (member.name_any(), member.status.unwrap().pod_ip.unwrap());
-    in_mid_release(&stage).await;
+    stage.in_mid_release().await;
     let _expected = expect(&["no stream to the control plane", "silent for too long"]);
     let rule = ["FORWARD", "-s", &ip, "-p", "tcp", "--dport", "18000", "-j", "DROP"];
     node.exec(&[&["iptables", "-I"], &rule[..]].concat()).await.unwrap();
@@ -173,7 +148,7 @@ async fn a_controller_that_is_killed_in_any_phase_loses_nothing() {
 async fn without_any_controller_for_half_a_minute_a_release_only_waits() {
     let Some(stage) = adopted("nocontroller", Use::Alone, &[], quick()).await else { return };
     let cluster = stage.app.cluster.clone();
-    in_mid_release(&stage).await;
+    stage.in_mid_release().await;
     let _expected = expect(CONTROLLERS_AWAY);
     let scale = |replicas: &'static str| {
         let cluster = cluster.clone();
@@ -201,7 +176,7 @@ async fn a_leader_that_is_frozen_beyond_its_lease_writes_nothing_when_it_thaws()
     let Some(node) = Node::of_ours("to freeze a process") else { return };
     let Some(stage) = adopted("frozen", Use::Alone, &[], slow(8)).await else { return };
     let cluster = stage.app.cluster.clone();
-    in_mid_release(&stage).await;
+    stage.in_mid_release().await;
     let _expected = expect(CONTROLLERS_AWAY);
     let (frozen, _) = leader(&cluster).await;
     let at = unix_ms();
@@ -236,7 +211,7 @@ async fn a_fleet_proxy_that_is_killed_takes_only_what_it_had_in_flight() {
     let Some(node) = Node::of_ours("to kill a process") else { return };
     let Some(mut stage) = adopted("fleetkill", Use::Alone, &[], quick()).await else { return };
     let cluster = stage.app.cluster.clone();
-    in_mid_release(&stage).await;
+    stage.in_mid_release().await;
     let _expected = expect(&["the container was restarted", "silent for too long"]);
     let member = fleet(&cluster).await.remove(0);
     let at = unix_ms();
@@ -254,7 +229,7 @@ async fn a_fleet_proxy_that_is_killed_takes_only_what_it_had_in_flight() {
 async fn a_fleet_pod_that_is_deleted_without_grace_takes_only_what_it_had_in_flight() {
     let Some(mut stage) = adopted("fleetgone", Use::Alone, &[], quick()).await else { return };
     let cluster = stage.app.cluster.clone();
-    in_mid_release(&stage).await;
+    stage.in_mid_release().await;
     let _expected = expect(&["silent for too long"]);
     let now = DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default() };
     let member = fleet(&cluster).await.remove(0).name_any();
@@ -273,7 +248,7 @@ async fn a_fleet_pod_that_is_deleted_without_grace_takes_only_what_it_had_in_fli
 async fn the_fleet_is_restarted_in_mid_release_without_a_failed_request() {
     let Some(stage) = adopted("fleetroll", Use::Alone, &[], slow(8)).await else { return };
     let cluster = stage.app.cluster.clone();
-    in_mid_release(&stage).await;
+    stage.in_mid_release().await;
     let at = unix_ms();
     cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "deployment/sluice-fleet"], None).await.unwrap();
     installation::complete(&cluster, "sluice-fleet").await;
@@ -289,10 +264,10 @@ async fn the_fleet_is_restarted_in_mid_release_without_a_failed_request() {
 async fn a_sidecar_that_is_killed_takes_only_what_it_had_in_flight() {
     let Some(node) = Node::of_ours("to kill a process") else { return };
     let Some(mut stage) = adopted("sidecar", Use::Shared, &[], quick()).await else { return };
-    let judged = in_mid_release(&stage).await;
+    let judged = stage.in_mid_release().await;
     let _expected = expect(&[&stage.app.namespace]);
     let name = stage.app.pods_of(&judged.primary_revision.unwrap()).await.unwrap().remove(0);
-    let pod = pods(&stage).get(&name).await.unwrap();
+    let pod = stage.api::<Pod>().get(&name).await.unwrap();
     let statuses = pod.status.as_ref().unwrap().init_container_statuses.clone().unwrap();
     let sidecar = statuses.into_iter().find(|status| status.image.contains("sluice-proxy")).unwrap().name;
     let at = unix_ms();
@@ -313,7 +288,7 @@ async fn without_api_server_for_half_a_minute_a_release_only_waits() {
     spec["progressDeadlineSeconds"] = json!(120);
     let Some(stage) = adopted("noapi", Use::Alone, &[], spec).await else { return };
     let cluster = stage.app.cluster.clone();
-    in_mid_release(&stage).await;
+    stage.in_mid_release().await;
     let _expected = expect(&[CONTROLLERS_AWAY, API_SERVER_AWAY].concat());
     let at = unix_ms();
     installation::without_api_server(&cluster, &node, Duration::from_secs(25)).await;
@@ -354,7 +329,7 @@ async fn prometheus_down_or_empty_holds_the_release_and_is_not_a_failed_check() 
             cluster.kubectl(&["-n", SYSTEM, "scale", "deployment/prometheus", &replicas], None).await.unwrap();
         }
     };
-    in_mid_release(&stage).await;
+    stage.in_mid_release().await;
     let gone = unix_ms();
     scale("0").await;
     let held = stage
@@ -377,7 +352,7 @@ async fn prometheus_frozen_or_blind_for_one_member_holds_the_release_and_says_so
     let cluster = stage.app.cluster.clone();
     let all = installation::pods(&cluster).list(&ListParams::default().labels("app=prometheus")).await.unwrap();
     let prometheus = all.items.into_iter().next().unwrap();
-    let judged = in_mid_release(&stage).await;
+    let judged = stage.in_mid_release().await;
 
     // Frozen: it accepts connections and never answers.
     let at = unix_ms();
@@ -414,7 +389,7 @@ async fn prometheus_frozen_or_blind_for_one_member_holds_the_release_and_says_so
 #[ignore = "full"]
 async fn a_version_that_cannot_start_ends_by_the_progress_deadline_and_says_why() {
     let Some(stage) = adopted("nostart", Use::Shared, &[], quick()).await else { return };
-    let deployments = deployments(&stage);
+    let deployments = stage.api::<Deployment>();
     let template = |spec: serde_json::Value| Patch::Strategic(json!({"spec": {"template": {"spec": spec}}}));
     let container = |more: serde_json::Value| {
         let mut container = json!({"name": "hello"});
@@ -485,7 +460,7 @@ async fn what_hands_change_of_ours_is_repaired() {
     let patch = r#"{"metadata":{"labels":{"sluice.dev/canary":null}},"spec":{"selector":{"sluice.dev/fleet":null}}}"#;
     kubectl([words("patch service hello --type=merge -p"), vec![patch.to_owned()]].concat()).await.unwrap();
     eventually("the key", MINUTE, || async {
-        let service = services(&stage).get("hello").await.unwrap();
+        let service = stage.api::<Service>().get("hello").await.unwrap();
         service.spec.unwrap().selector.unwrap().contains_key("sluice.dev/fleet").then_some(())
     })
     .await;
@@ -496,19 +471,20 @@ async fn what_hands_change_of_ours_is_repaired() {
     let patch = r#"{"spec":{"ports":[{"name":"http","port":81,"targetPort":81}]}}"#;
     kubectl([words("patch service hello-primary --type=merge -p"), vec![patch.to_owned()]].concat()).await.unwrap();
     eventually("the companion's port", MINUTE, || async {
-        let service = services(&stage).get("hello-primary").await.unwrap();
+        let service = stage.api::<Service>().get("hello-primary").await.unwrap();
         service.spec.unwrap().ports.unwrap().iter().any(|port| port.port == 80).then_some(())
     })
     .await;
     kubectl(words("delete service hello-canary")).await.unwrap();
-    eventually("the companion", MINUTE, || async { services(&stage).get_opt("hello-canary").await.unwrap() }).await;
+    eventually("the companion", MINUTE, || async { stage.api::<Service>().get_opt("hello-canary").await.unwrap() })
+        .await;
 
     // The target at rest is scaled by a write of its spec.
     kubectl([words("patch deployment hello --type=merge -p"), vec![r#"{"spec":{"replicas":2}}"#.to_owned()]].concat())
         .await
         .unwrap();
     eventually("the target's rest", MINUTE, || async {
-        (deployments(&stage).get("hello").await.unwrap().spec.unwrap().replicas == Some(0)).then_some(())
+        (stage.api::<Deployment>().get("hello").await.unwrap().spec.unwrap().replicas == Some(0)).then_some(())
     })
     .await;
     stage.nothing_failed().await;
@@ -560,12 +536,12 @@ async fn what_hands_change_of_ours_is_repaired() {
     // A revision scaled down by hand: one Pod goes as in any scale-down, and comes back.
     kubectl(vec!["scale".into(), "deployment".into(), revision.clone(), "--replicas=1".into()]).await.unwrap();
     eventually("the capacity", MINUTE, || async {
-        let deployment = deployments(&stage).get(&revision).await.unwrap();
+        let deployment = stage.api::<Deployment>().get(&revision).await.unwrap();
         (deployment.spec.unwrap().replicas == Some(2)).then_some(())
     })
     .await;
     eventually("two ready Pods", 2 * MINUTE, || async {
-        let deployment = deployments(&stage).get(&revision).await.unwrap();
+        let deployment = stage.api::<Deployment>().get(&revision).await.unwrap();
         (deployment.status.unwrap().ready_replicas == Some(2)).then_some(())
     })
     .await;
@@ -598,182 +574,6 @@ async fn certificates_that_live_for_a_minute_are_renewed_under_load() {
 
 #[tokio::test]
 #[ignore = "full"]
-async fn without_its_deployment_a_canary_serves_on_and_goes_on_when_it_is_back() {
-    let Some(stage) = adopted("notarget", Use::Shared, &[], quick()).await else { return };
-    let before = deployments(&stage).get("hello").await.unwrap();
-    let at = unix_ms();
-    deployments(&stage).delete("hello", &DeleteParams::default()).await.unwrap();
-    stage.wait("TargetNotFound", at, |status| condition(status, "Stalled").1 == "TargetNotFound").await;
-    tokio::time::sleep(Duration::from_secs(5)).await;
-    stage.nothing_failed().await;
-    // As Git applies it: without anything of ours.
-    let back = unix_ms();
-    let mut again = Deployment { spec: before.spec, ..Deployment::default() };
-    again.metadata.name = Some("hello".to_owned());
-    again.spec.as_mut().unwrap().replicas = Some(2);
-    deployments(&stage).create(&PostParams::default(), &again).await.unwrap();
-    stage.wait("no longer Stalled", back, |status| condition(status, "Stalled").0 != "True").await;
-    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
-    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
-    stage.end().await;
-}
-
-#[tokio::test]
-#[ignore = "full"]
-async fn a_service_that_is_deleted_and_made_again_is_taken_over_again() {
-    let Some(mut stage) = adopted("noservice", Use::Shared, &[], quick()).await else { return };
-    let before = services(&stage).get("hello").await.unwrap();
-    let at = unix_ms();
-    services(&stage).delete("hello", &DeleteParams::default()).await.unwrap();
-    // Either its owner makes it again, or Sluice does, which needs it: whoever comes first.
-    let manifest = json!({
-        "apiVersion": "v1", "kind": "Service",
-        "metadata": {"name": "hello", "labels": {"app": "hello"}},
-        "spec": {"selector": {"app": "hello"}, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]},
-    });
-    stage.app.cluster.apply(&stage.app.namespace, &manifest.to_string()).await.unwrap();
-    eventually("the takeover of the new Service", 2 * MINUTE, || async {
-        let service = services(&stage).get_opt("hello").await.unwrap()?;
-        let taken_over = service.spec.clone()?.selector?.contains_key("sluice.dev/fleet");
-        (taken_over && service.uid() != before.uid()).then_some(())
-    })
-    .await;
-    // Clients look the name up again: CoreDNS's and their own answers live for some seconds.
-    stage.load.steady().await.unwrap();
-    stage.counted_apart("its Service deleted and made again", at).await;
-    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
-    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
-    stage.end().await;
-}
-
-/// Deletes the Canary when it has come so far. Afterwards the Deployment serves alone, and nothing of ours is left.
-async fn deleted(name: &str, propagation: &DeleteParams, wanted: impl Fn(&CanaryStatus) -> bool, env: &[(&str, &str)]) {
-    let Some(stage) = adopted(name, Use::Shared, &[], quick()).await else { return };
-    if !env.is_empty() {
-        let applied = stage.app.release(env).await.unwrap();
-        stage.wait("the moment", applied, wanted).await;
-    }
-    stage.app.canaries().delete("hello", propagation).await.unwrap();
-    handed_back(&stage).await;
-    stage.end().await;
-}
-
-async fn handed_back(stage: &Adopted) {
-    eventually("the end of the Canary", 2 * MINUTE, || async {
-        stage.app.canaries().get_opt("hello").await.unwrap().is_none().then_some(())
-    })
-    .await;
-    eventually("the end of all that is ours", 2 * MINUTE, || async {
-        let left = of_ours(&stage.app.cluster, &stage.app.namespace).await;
-        left.is_empty().then_some(()).or_else(|| {
-            println!("left: {left:?}");
-            None
-        })
-    })
-    .await;
-    let target = deployments(stage).get("hello").await.unwrap();
-    assert_eq!(target.spec.unwrap().replicas, Some(2));
-    let selector = services(stage).get("hello").await.unwrap().spec.unwrap().selector.unwrap();
-    assert!(!selector.contains_key("sluice.dev/fleet"), "{selector:?}");
-}
-
-#[tokio::test]
-#[ignore = "full"]
-async fn a_settled_canary_is_deleted_in_the_background() {
-    deleted("back-settled", &DeleteParams::background(), |_| true, &[]).await;
-}
-
-#[tokio::test]
-#[ignore = "full"]
-async fn a_settled_canary_is_deleted_in_the_foreground() {
-    deleted("fore-settled", &DeleteParams::foreground(), |_| true, &[]).await;
-}
-
-#[tokio::test]
-#[ignore = "full"]
-async fn a_settled_canary_is_deleted_and_its_dependents_orphaned() {
-    deleted("orphan-settled", &DeleteParams::orphan(), |_| true, &[]).await;
-}
-
-#[tokio::test]
-#[ignore = "full"]
-async fn a_canary_is_deleted_in_the_foreground_in_mid_release() {
-    deleted("fore-judge", &DeleteParams::foreground(), at_weight_20, &[("VERSION", "v2")]).await;
-}
-
-#[tokio::test]
-#[ignore = "full"]
-async fn a_canary_is_deleted_and_its_dependents_orphaned_in_mid_release() {
-    deleted("orphan-judge", &DeleteParams::orphan(), at_weight_20, &[("VERSION", "v2")]).await;
-}
-
-#[tokio::test]
-#[ignore = "full"]
-async fn a_canary_is_deleted_in_the_foreground_while_it_is_promoted() {
-    let promoting =
-        |status: &CanaryStatus| matches!(status.stage, Stage::PromoteScale | Stage::PromoteShift | Stage::Finalise);
-    deleted("fore-promote", &DeleteParams::foreground(), promoting, &[("VERSION", "v2")]).await;
-}
-
-#[tokio::test]
-#[ignore = "full"]
-async fn a_canary_is_deleted_while_it_starts_its_canary() {
-    let scaling = |status: &CanaryStatus| status.stage == Stage::Scale;
-    deleted("back-scale", &DeleteParams::background(), scaling, &[("VERSION", "v2")]).await;
-}
-
-#[tokio::test]
-#[ignore = "full"]
-async fn a_canary_is_deleted_while_it_takes_over() {
-    let Some((cluster, _held)) = cluster(Use::Shared).await else { return };
-    for (propagation, stage_wanted) in [
-        (DeleteParams::background(), Stage::AdoptSettle),
-        (DeleteParams::foreground(), Stage::AdoptRevision),
-        (DeleteParams::orphan(), Stage::AdoptRevision),
-    ] {
-        let app = sluice_e2e::app::App::deploy(&cluster, &sluice_e2e::adopted::unique("adopting"), 2).await.unwrap();
-        let arguments = ["--target", "hello:80", "--rate", "60"];
-        let load = sluice_e2e::load::Load::start(&cluster, &app.namespace, "load", &arguments).await.unwrap();
-        let from_ms = load.steady().await.unwrap();
-        app.canary(quick()).await.unwrap();
-        app.history.wait("the moment", 0, 2 * MINUTE, |status| status.stage == stage_wanted).await.unwrap();
-        app.canaries().delete("hello", &propagation).await.unwrap();
-        eventually("the end of the Canary", 2 * MINUTE, || async {
-            app.canaries().get_opt("hello").await.unwrap().is_none().then_some(())
-        })
-        .await;
-        eventually("the end of all that is ours", 2 * MINUTE, || async {
-            let left = of_ours(&cluster, &app.namespace).await;
-            left.is_empty().then_some(()).or_else(|| {
-                println!("left: {left:?}");
-                None
-            })
-        })
-        .await;
-        load.catch_up().await.unwrap();
-        let failed = load.failures_since(from_ms);
-        assert!(failed.is_empty(), "{stage_wanted:?}: {failed:#?}");
-        ended(app).await;
-    }
-}
-
-#[tokio::test]
-async fn a_namespace_that_is_deleted_in_mid_release_ends() {
-    let Some(stage) = adopted("nonamespace", Use::Shared, &[], quick()).await else { return };
-    in_mid_release(&stage).await;
-    let Adopted { app, load, .. } = stage;
-    drop(load);
-    let (cluster, namespace) = (app.cluster.clone(), app.namespace.clone());
-    let _expected = expect(&[&namespace, "because it is being terminated"]);
-    let at = Instant::now();
-    app.delete().await.unwrap();
-    gone(&cluster, &namespace).await;
-    println!("the namespace was gone after {} ms", at.elapsed().as_millis());
-    nothing_went_wrong(&cluster).await;
-}
-
-#[tokio::test]
-#[ignore = "full"]
 async fn a_node_is_drained_in_mid_release_without_a_failed_request() {
     let Some((cluster, held)) = cluster(Use::Alone).await else { return };
     let nodes: Api<KubeNode> = Api::all(cluster.client.clone());
@@ -785,9 +585,9 @@ async fn a_node_is_drained_in_mid_release_without_a_failed_request() {
     drop(held);
     let Some(stage) = adopted("drain", Use::Alone, &[], slow(8)).await else { return };
     // Never the one where the load, or Prometheus, which is one Pod, runs.
-    let load = pods(&stage).get("load").await.unwrap().spec.unwrap().node_name.unwrap();
+    let load = stage.api::<Pod>().get("load").await.unwrap().spec.unwrap().node_name.unwrap();
     let drained = nodes.iter().map(ResourceExt::name_any).find(|name| *name != load).unwrap();
-    in_mid_release(&stage).await;
+    stage.in_mid_release().await;
     let _expected = expect(CONTROLLERS_AWAY);
     let at = unix_ms();
     let arguments = ["drain", &drained, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=240s"];

@@ -2,10 +2,11 @@
 //! Pod of a user is restarted.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
-use kube::api::DeleteParams;
-use sluice_crds::{Phase, Stage};
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::{Api, ResourceExt as _};
+use sluice_crds::{Phase, Stage, labels};
 use sluice_e2e::{
-    adopted::{Adopted, MINUTE, Use, adopted, eventually, expect, of_ours, slow},
+    adopted::{Adopted, Use, adopted, expect, of_ours, slow},
     cluster::SYSTEM,
     installation::{self, CONTROLLERS_AWAY},
     watch::unix_ms,
@@ -56,22 +57,35 @@ async fn helm_upgrade_and_helm_rollback_under_load_lose_no_request_and_restart_n
 
 #[tokio::test]
 #[ignore = "full"]
-async fn helm_uninstall_after_the_hand_back_leaves_an_application_that_never_lost_a_request() {
+async fn helm_uninstall_hands_every_canary_back_and_a_later_installation_takes_it_over_again() {
     let Some(stage) = adopted("uninstall", Use::Alone, &[], slow(10)).await else { return };
     let cluster = stage.app.cluster.clone();
     let _expected = expect(&[SYSTEM]);
-    stage.app.canaries().delete("hello", &DeleteParams::default()).await.unwrap();
-    eventually("the end of the Canary", 2 * MINUTE, || async {
-        stage.app.canaries().get_opt("hello").await.unwrap().is_none().then_some(())
-    })
-    .await;
-    cluster.helm(&["uninstall", "sluice", "-n", SYSTEM, "--wait", "--timeout", "280s"]).await.unwrap();
+    let uninstall = ["uninstall", "sluice", "-n", SYSTEM, "--wait", "--timeout", "280s"];
+
+    // The Deployment asks for a version that is not promoted yet: everybody would get it.
+    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
+    stage.wait("weight 20", applied, |status| status.effective_weight == Some(20)).await;
+    cluster.helm(&uninstall).await.unwrap_err();
+    stage.wait("phase Succeeded", applied, |status| status.phase == Phase::Succeeded).await;
+
+    let at = unix_ms();
+    cluster.helm(&uninstall).await.unwrap();
+    println!("uninstalled within {} ms", unix_ms() - at);
     stage.nothing_failed().await;
     for kinds in ["mutatingwebhookconfigurations", "validatingadmissionpolicies", "clusterroles"] {
         let found = cluster.kubectl(&["get", kinds, "-o", "name"], None).await.unwrap();
         assert!(!found.contains("sluice"), "{found}");
     }
     assert_eq!(of_ours(&cluster, &stage.app.namespace).await, Vec::<String>::new());
+    let bundles: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), &stage.app.namespace);
+    assert!(bundles.get_opt(labels::TRUST_BUNDLE).await.unwrap().is_none(), "the trust bundle went, too");
+    let canary = stage.app.canaries().get("hello").await.unwrap();
+    assert!(canary.finalizers().is_empty());
+    assert_eq!(canary.status.unwrap().phase, Phase::Terminated);
+
+    let at = unix_ms();
     installation::upgrade(&cluster, &[]).await;
+    stage.wait("the second takeover", at, |status| status.phase == Phase::Initialized).await;
     stage.end().await;
 }

@@ -209,14 +209,14 @@ async fn a_revert_in_mid_release_ends_it_at_once() {
 #[tokio::test]
 async fn a_change_of_a_config_map_alone_is_a_release() {
     let Some(stage) = adopted("config", Use::Shared, &[], quick()).await else { return };
-    let maps: Api<ConfigMap> = Api::namespaced(stage.app.cluster.client.clone(), &stage.app.namespace);
+    let maps: Api<ConfigMap> = stage.api();
     let applied = unix_ms();
     maps.patch("hello", &PatchParams::default(), &Patch::Merge(json!({"data": {"greeting": "good day"}})))
         .await
         .unwrap();
     let done = stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap().status;
     // The serving pods have a pinned copy of it.
-    let pods: Api<Pod> = Api::namespaced(stage.app.cluster.client.clone(), &stage.app.namespace);
+    let pods: Api<Pod> = stage.api();
     let pod = stage.app.pods_of(done.primary_revision.as_ref().unwrap()).await.unwrap().remove(0);
     let pod = pods.get(&pod).await.unwrap();
     let volume = pod.spec.unwrap().volumes.unwrap().into_iter().find(|volume| volume.name == "greeting").unwrap();
@@ -253,7 +253,7 @@ async fn a_canary_deleted_in_mid_release_hands_the_traffic_back_to_the_deploymen
         canaries.get_opt("hello").await.unwrap().is_none().then_some(())
     })
     .await;
-    let deployments: Api<Deployment> = Api::namespaced(stage.app.cluster.client.clone(), &stage.app.namespace);
+    let deployments: Api<Deployment> = stage.api();
     let target = deployments.get("hello").await.unwrap();
     assert_eq!(target.spec.as_ref().unwrap().replicas, Some(2));
     eventually("the end of the revisions", MINUTE, || async {
@@ -261,8 +261,7 @@ async fn a_canary_deleted_in_mid_release_hands_the_traffic_back_to_the_deploymen
         ours.items.is_empty().then_some(())
     })
     .await;
-    let services: Api<k8s_openapi::api::core::v1::Service> =
-        Api::namespaced(stage.app.cluster.client.clone(), &stage.app.namespace);
+    let services: Api<k8s_openapi::api::core::v1::Service> = stage.api();
     let selector = services.get("hello").await.unwrap().spec.unwrap().selector.unwrap();
     assert!(!selector.contains_key("sluice.dev/fleet"), "{selector:?}");
     stage.end().await;
@@ -337,7 +336,7 @@ async fn an_application_that_exits_at_once_loses_no_new_connection_at_takeover()
 #[tokio::test]
 async fn plaintext_to_the_sidecars_port_is_refused() {
     let Some(stage) = adopted("plain", Use::Shared, &[], quick()).await else { return };
-    let pods: Api<Pod> = Api::namespaced(stage.app.cluster.client.clone(), &stage.app.namespace);
+    let pods: Api<Pod> = stage.api();
     let list = ListParams::default().labels("sluice.dev/canary=hello");
     let pod = pods.list(&list).await.unwrap().items.remove(0);
     let address = format!("{}:20443", pod.status.unwrap().pod_ip.unwrap());

@@ -1,14 +1,19 @@
-//! Deletion of a Canary: the mirror image of the takeover. The target's own Pods serve again, seen by every member of the
+//! Deletion of a Canary, and of Sluice: the mirror image of the takeover. The target's own Pods serve again, seen by every member of the
 //! fleet, before the Service's key and our EndpointSlices go; everything else goes last. Needs no verdict and no new revision.
 
-use sluice_crds::{Backend, Phase, Stage};
+use sluice_crds::{Backend, CanaryStatus, Phase, Stage};
 
 use super::{Action, Next, Run};
 
 pub(super) fn advance(run: &mut Run<'_>) -> Next {
+    if run.status.stage == Stage::AdoptFleet {
+        // Nothing was taken over yet, or nothing is any more.
+        return release(run);
+    }
     if run.status.phase != Phase::Terminating {
         run.set_phase(Phase::Terminating);
-        run.tell(false, "HandBackStarted", format!("the traffic goes back to Deployment {}", run.spec.target));
+        let why = if run.seen.deleting { "" } else { ": Sluice is being uninstalled" };
+        run.tell(false, "HandBackStarted", format!("the traffic goes back to Deployment {}{why}", run.spec.target));
     }
     if run.seen.namespace_terminating {
         // Every object goes anyway, and none can be made: waiting for the target to be available would never end.
@@ -20,7 +25,6 @@ pub(super) fn advance(run: &mut Run<'_>) -> Next {
         );
     }
     match run.status.stage {
-        // Nothing was taken over yet.
         Stage::AdoptFleet => release(run),
         Stage::ReturnScale => scale(run),
         Stage::ReturnSwitch => switch(run),
@@ -87,6 +91,17 @@ fn scale(run: &mut Run<'_>) -> Next {
     }
     run.set_traffic(Backend::original(), None, 0);
     run.enter(Stage::ReturnSwitch)
+}
+
+/// Sluice is not uninstalled after all, and the primary serves still: the target goes back to rest.
+pub(super) fn stay(run: &mut Run<'_>) -> Next {
+    if let Some(traffic) = run.status.traffic.clone() {
+        if let Some(canary) = &traffic.canary {
+            run.retire(&canary.0, run.spec.drain);
+        }
+        run.set_traffic(traffic.primary, None, 0);
+    }
+    run.enter(Stage::AdoptRest)
 }
 
 fn switch(run: &mut Run<'_>) -> Next {
@@ -160,6 +175,39 @@ fn settle(run: &mut Run<'_>) -> Next {
 
 /// Everything of ours goes, the finalizer last. The fleet drains its listener by itself.
 fn release(run: &mut Run<'_>) -> Next {
-    run.act(Action::Release);
-    run.wait("Release", "what Sluice made is removed".into(), None)
+    if run.seen.deleting {
+        run.set_phase(Phase::Terminating);
+        run.act(Action::Release);
+        return run.wait("Release", "what Sluice made is removed".into(), None);
+    }
+    // The Canary stays. Its status says so before the finalizer goes, because whoever uninstalls waits for the finalizer only.
+    if run.status.stage != Stage::AdoptFleet {
+        forget(run);
+    }
+    run.set_phase(Phase::Terminated);
+    if !run.leaving() {
+        // The finalizer is gone already, and the installation stays: it is taken over again.
+        return Next::Again;
+    }
+    if run.seen.finalizer {
+        run.act(Action::Release);
+    }
+    let message =
+        format!("Sluice is being uninstalled: the traffic is with the Pods of Deployment {}", run.spec.target);
+    run.wait("Uninstall", message, run.seen.uninstalling_until)
+}
+
+/// A later takeover begins as if it were the first. Only what was said by hand stays said: Git may bring the words back.
+fn forget(run: &mut Run<'_>) {
+    let known = std::mem::take(&mut run.status);
+    run.status = CanaryStatus {
+        observed_generation: known.observed_generation,
+        phase: known.phase,
+        stage_since: Some(run.now),
+        action: known.action,
+        handled_actions: known.handled_actions,
+        last_promotion_time: known.last_promotion_time,
+        last_transition_time: known.last_transition_time,
+        ..CanaryStatus::default()
+    };
 }

@@ -82,12 +82,19 @@ pub(super) fn holds(before: &CanaryStatus, outcome: &Outcome, seen: &Observation
         require(next == Some(to), "a weight is raised to what the plan says")?;
     }
     unjudged(before, after, seen)?;
-    if after.primary_revision != before.primary_revision && before.primary_revision.is_some() {
-        require(
-            after.plan.as_ref().map(|plan| &plan.revision) == after.primary_revision.as_ref(),
-            "what is promoted is what was judged",
-        )?;
-        require(effective.is_some_and(|effective| effective.weight == 100), "roles are swapped at 100 percent")?;
+    match (&before.primary_revision, &after.primary_revision) {
+        (Some(_), None) => {
+            let serves = before.traffic.as_ref().is_none_or(|traffic| traffic.primary.is_original());
+            require(serves || seen.template.is_none(), "the target serves by itself before it is let go")?;
+        }
+        (Some(old), Some(new)) if old != new => {
+            require(
+                after.plan.as_ref().is_some_and(|plan| plan.revision == *new),
+                "what is promoted is what was judged",
+            )?;
+            require(effective.is_some_and(|effective| effective.weight == 100), "roles are swapped at 100 percent")?;
+        }
+        _ => {}
     }
     for action in &outcome.actions {
         allowed(action, outcome, seen)?;
@@ -189,7 +196,10 @@ fn allowed(action: &Action, outcome: &Outcome, seen: &Observation) -> Result<(),
         Action::CutTraffic => {
             require(after.traffic.as_ref().is_none_or(|traffic| traffic.weight == 0), "what is cut is written as 0")
         }
-        Action::Release => require(seen.deleting, "only a deleted Canary is released"),
+        Action::Release => require(
+            seen.deleting || after.phase == Phase::Terminated,
+            "only what is handed back or deleted is released",
+        ),
         Action::WakeTemplate { .. } => require(
             after.template.as_ref().is_none_or(|template| template.name.is_empty()),
             "the status lets the target go before it is woken",

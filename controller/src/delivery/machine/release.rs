@@ -108,7 +108,8 @@ fn template_changed(run: &mut Run<'_>) {
         | Phase::Promoting
         | Phase::Finalising
         | Phase::Succeeded
-        | Phase::Terminating => {
+        | Phase::Terminating
+        | Phase::Terminated => {
             run.status.rollback = None;
             if failed {
                 let message = format!("Deployment {} is back at revision {template}, which serves", run.spec.target);

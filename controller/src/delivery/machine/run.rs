@@ -62,13 +62,13 @@ impl<'a> Run<'a> {
 
     /// Carries the present stage on.
     pub(super) fn advance(&mut self) -> Next {
-        if self.seen.deleting {
-            verbs::handle(self);
-            return handback::advance(self);
-        }
-        if self.seen.namespace_terminating {
+        if self.seen.namespace_terminating && !self.seen.deleting {
             // The Canary goes with it: nothing can be made here any more, and nothing needs to.
             return self.wait("NamespaceTerminating", "the namespace is being deleted".into(), None);
+        }
+        if self.leaving() {
+            verbs::handle(self);
+            return handback::advance(self);
         }
         let changed = self.note_template();
         match self.status.stage {
@@ -90,14 +90,13 @@ impl<'a> Run<'a> {
             | Stage::Finalise
             | Stage::RollBack
             | Stage::Paused => release::advance(self, changed),
-            // A deletion is never taken back.
-            Stage::ReturnScale | Stage::ReturnSwitch | Stage::ReturnService | Stage::ReturnSettle => Next::Wait,
+            Stage::ReturnScale => handback::stay(self),
+            Stage::ReturnSwitch | Stage::ReturnService | Stage::ReturnSettle => Next::Wait,
         }
     }
 
     pub(super) fn finish(mut self, before: &CanaryStatus) -> Outcome {
-        let (task, watch) =
-            if self.seen.deleting { (None, None) } else { (release::task(&self), guarded::watch(&self)) };
+        let (task, watch) = if self.leaving() { (None, None) } else { (release::task(&self), guarded::watch(&self)) };
         status::present(&mut self.status, before, self.spec, self.seen, self.stalled.as_ref(), self.now);
         self.events.extend(status::warnings_event(before, &self.status));
         // What protects users goes first.
@@ -168,6 +167,14 @@ impl<'a> Run<'a> {
     }
 
     // What is so.
+
+    /// The traffic is handed back: the Canary is being deleted, or Sluice is being uninstalled. Once the traffic moves it is carried
+    /// to its end, even if the installation stays after all: only then it is taken over again.
+    pub(super) fn leaving(&self) -> bool {
+        let begun = matches!(self.status.stage, Stage::ReturnSwitch | Stage::ReturnService | Stage::ReturnSettle);
+        let ends = self.status.phase == Phase::Terminated && self.seen.finalizer;
+        self.seen.deleting || begun || ends || self.seen.uninstalling_until.is_some_and(|until| self.now < until)
+    }
 
     /// Replicas that the target's owner says now, by its own field or by what was kept of it.
     pub(super) fn owners_wish(&self) -> Option<u32> {

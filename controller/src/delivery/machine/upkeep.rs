@@ -12,7 +12,7 @@ pub(super) fn keep(run: &mut Run<'_>) {
     if run.seen.namespace_terminating {
         return;
     }
-    if run.seen.deleting {
+    if run.leaving() {
         key(run);
         if run.seen.autoscaler.exists {
             run.act(Action::EndAutoscaling);

@@ -76,6 +76,9 @@ fn carry_out(run: &mut Run<'_>, verb: Verb, revision: &str, value: &str) -> Answ
     if run.seen.deleting {
         return Err("this Canary is being deleted".into());
     }
+    if run.leaving() {
+        return Err("Sluice is being uninstalled".into());
+    }
     if run.status.primary_revision.is_none() || run.status.phase == Phase::Initializing {
         return Err(format!(
             "Deployment {} is still being taken over: there is no release yet. Say it again when there is, with another note: {value}:2",

@@ -49,6 +49,7 @@ enum Happening {
     Problem(bool),
     Crash(Crash),
     Deleted,
+    Uninstalling(bool),
 }
 
 fn happening() -> impl Strategy<Value = Happening> {
@@ -80,6 +81,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => any::<bool>().prop_map(Happening::Problem),
         3 => prop_oneof![Just(Crash::BeforeStatus), (0_usize..4).prop_map(Crash::After)].prop_map(Happening::Crash),
         1 => Just(Happening::Deleted),
+        1 => any::<bool>().prop_map(Happening::Uninstalling),
     ]
 }
 
@@ -175,6 +177,7 @@ fn happen(world: &mut World, happening: &Happening) {
         }
         Happening::Crash(crash) => world.crash = Some(*crash),
         Happening::Deleted => world.deleting = true,
+        Happening::Uninstalling(uninstalling) => world.uninstalling = *uninstalling,
     }
     world.reconcile();
     world.tick();
@@ -192,6 +195,7 @@ fn heal(world: &mut World) {
         running.dead = false;
     }
     world.joining = false;
+    world.uninstalling = false;
     world.reports = true;
     // There are samples, and where a release has paused somebody lets it go on.
     world.quality.insert("v5".into(), Quality::Good);
@@ -242,7 +246,8 @@ fn at_the_end(world: &World) -> Result<(), TestCaseError> {
         | Phase::Progressing
         | Phase::Promoting
         | Phase::Finalising
-        | Phase::Terminating => prop_assert!(false, "{}", world.summary()),
+        | Phase::Terminating
+        | Phase::Terminated => prop_assert!(false, "{}", world.summary()),
     }
     let rest = Traffic { primary: Backend::revision(&primary), canary: None, weight: 0 };
     prop_assert_eq!(world.status.traffic.as_ref(), Some(&rest));
@@ -378,6 +383,15 @@ fn a_crash_at_any_action_of_a_superseded_release_ends_in_the_same_state() {
 #[test]
 fn a_crash_at_any_action_of_a_hand_back_in_mid_release_ends_in_the_same_state() {
     crash_everywhere(&[(60, |world| world.apply("v2")), (80, |world| world.deleting = true), (200, |_| ())]);
+}
+
+#[test]
+fn a_crash_at_any_action_of_uninstalling_in_mid_release_ends_in_the_same_state() {
+    crash_everywhere(&[
+        (60, |world| world.apply("v2")),
+        (80, |world| world.uninstalling = true),
+        (200, |world| world.uninstalling = false),
+    ]);
 }
 
 #[test]

@@ -80,6 +80,8 @@ pub(super) struct World {
     pub(super) spec: Spec,
     pub(super) status: CanaryStatus,
     pub(super) deleting: bool,
+    /// Sluice is being uninstalled.
+    pub(super) uninstalling: bool,
     pub(super) finalizer: bool,
     pub(super) gone: bool,
     pub(super) namespace_terminating: bool,
@@ -152,6 +154,7 @@ impl World {
             spec,
             status: CanaryStatus::default(),
             deleting: false,
+            uninstalling: false,
             finalizer: false,
             gone: false,
             namespace_terminating: false,
@@ -313,6 +316,7 @@ impl World {
             .collect();
         Observation {
             deleting: self.deleting,
+            uninstalling_until: self.uninstalling.then_some(Timestamp::MAX),
             finalizer: self.finalizer,
             namespace_terminating: self.namespace_terminating,
             template: self.target.as_ref().map(|target| Template {
@@ -575,7 +579,7 @@ impl World {
                 self.companions = false;
                 self.slices = false;
                 self.finalizer = false;
-                self.gone = true;
+                self.gone = self.deleting;
             }
         }
     }

@@ -1,3 +1,5 @@
+use sluice_crds::ActionOutcome;
+
 use super::*;
 
 #[test]
@@ -72,4 +74,81 @@ fn without_any_fleet_nobody_is_waited_for() {
     world.deleting = true;
     world.settle();
     assert!(world.gone);
+}
+
+#[test]
+fn uninstalling_hands_back_lets_go_and_says_so_and_a_later_installation_takes_over_again() {
+    let mut world = World::adopted();
+    world.uninstalling = true;
+    world.until("it is handed back", |world| !world.finalizer);
+    assert!(!world.key && world.status.service.is_none() && world.revisions.is_empty());
+    assert_eq!(world.target.as_ref().map(|target| (target.replicas, target.wish)), Some((3, None)));
+    assert_eq!(
+        (world.status.phase, world.status.traffic.as_ref(), world.waiting()),
+        (Phase::Terminated, None, "Uninstall")
+    );
+    assert_eq!(world.condition("Ready"), "False Terminated");
+    assert_eq!(world.condition("Reconciling"), "False Terminated");
+    // Nothing more happens to it, and nothing new is taken over.
+    world.pass_time(3);
+    let writes = world.writes;
+    world.pass_time(60);
+    assert_eq!((world.writes, world.finalizer, actions(&world)), (writes, false, vec![]));
+
+    world.uninstalling = false;
+    world.settle();
+    assert_eq!((world.status.phase, world.status.primary_revision.as_deref()), (Phase::Initialized, Some(FIRST)));
+    assert!(world.key && world.finalizer);
+}
+
+#[test]
+fn a_hand_back_that_has_begun_is_carried_to_its_end_even_if_the_installation_stays() {
+    let mut world = World::adopted();
+    world.uninstalling = true;
+    world.until("the target's own Pods serve", |world| world.status.stage == Stage::ReturnService);
+    world.uninstalling = false;
+    world.until("it is handed back", |world| !world.finalizer);
+    assert!(!world.key);
+    world.settle();
+    assert_eq!(world.status.phase, Phase::Initialized);
+}
+
+#[test]
+fn a_target_that_cannot_run_goes_back_to_rest_when_the_installation_stays() {
+    let mut world = World::adopted();
+    world.quality.insert(FIRST.into(), Quality::NeverReady);
+    world.uninstalling = true;
+    world.pass_time(300);
+    assert_eq!((world.status.stage, world.condition("Stalled").as_str()), (Stage::ReturnScale, "True TargetNotReady"));
+    world.uninstalling = false;
+    world.settle();
+    assert_eq!((world.status.phase, world.status.primary_revision.as_deref()), (Phase::Initialized, Some(FIRST)));
+    assert_eq!(world.target.as_ref().map(|target| target.replicas), Some(0));
+    assert_eq!(world.desired(FIRST), 3);
+}
+
+#[test]
+fn what_was_said_by_hand_before_a_hand_back_is_not_done_once_more() {
+    let mut world = World::adopted();
+    world.say("rollback:v0");
+    world.reconcile();
+    world.uninstalling = true;
+    world.until("it is handed back", |world| !world.finalizer);
+    world.action = None;
+    world.uninstalling = false;
+    world.settle();
+    world.say("rollback:v0");
+    world.reconcile();
+    assert_eq!(world.status.action.as_ref().map(|action| action.outcome), Some(ActionOutcome::Repeated));
+}
+
+#[test]
+fn nothing_is_taken_over_while_sluice_is_being_uninstalled() {
+    let mut world = World::stepped();
+    world.uninstalling = true;
+    world.pass_time(30);
+    assert_eq!((world.status.phase, world.finalizer, world.companions), (Phase::Terminated, false, false));
+    world.uninstalling = false;
+    world.settle();
+    assert_eq!(world.status.phase, Phase::Initialized);
 }
