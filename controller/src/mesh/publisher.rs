@@ -122,7 +122,9 @@ impl PublisherHandle {
             return;
         }
         let keys: BTreeSet<&CanaryKey> = published.canaries.keys().chain(next.canaries.keys()).collect();
-        let changed = |key: &&CanaryKey| published.canaries.get(*key) != next.canaries.get(*key);
+        // No report will come of a member that is gone, and each may have waited for it.
+        let gone = published.members.keys().any(|uid| !next.members.contains_key(uid));
+        let changed = |key: &&CanaryKey| gone || published.canaries.get(*key) != next.canaries.get(*key);
         let changed: Vec<CanaryKey> = keys.into_iter().filter(changed).cloned().collect();
         self.0.snapshot.send_replace(Arc::new(next));
         for key in changed {
@@ -526,6 +528,20 @@ mod tests {
         version(&shop, "2");
         handle.rebuild();
         assert_eq!(weight(&handle), 5);
+    }
+
+    #[tokio::test]
+    async fn a_member_that_is_gone_holds_up_nobody_any_more_and_all_are_told() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", None, 0);
+        shop.fleet_pod("stays", "10.0.1.1");
+        shop.fleet_pod("goes", "10.0.1.2");
+        let (shop, handle, touches) = published(shop);
+        touches.take().await;
+        lock(&shop).pods.pop();
+        handle.rebuild();
+        assert!(!touches.is_empty());
+        assert_eq!(touches.take().await, BTreeSet::from([CanaryKey::new("shop", "web")]));
     }
 
     #[tokio::test]

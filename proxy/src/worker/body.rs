@@ -93,7 +93,9 @@ pub(super) fn limit(body: RequestBody, allowed: Duration) -> (RequestBody, Limit
             };
             (RequestBody::Once(body), Box::pin(limit))
         }
-        body => (body, Box::pin(sleep(allowed))),
+        body @ (RequestBody::Empty | RequestBody::Once(_) | RequestBody::Replayable(_)) => {
+            (body, Box::pin(sleep(allowed)))
+        }
     }
 }
 

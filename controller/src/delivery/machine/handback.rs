@@ -206,7 +206,6 @@ fn forget(run: &mut Run<'_>) {
         stage_since: Some(run.now),
         action: known.action,
         handled_actions: known.handled_actions,
-        last_promotion_time: known.last_promotion_time,
         last_transition_time: known.last_transition_time,
         ..CanaryStatus::default()
     };
