@@ -169,11 +169,22 @@ impl<'a> Run<'a> {
     // What is so.
 
     /// The traffic is handed back: the Canary is being deleted, or Sluice is being uninstalled. Once the traffic moves it is carried
-    /// to its end, even if the installation stays after all: only then it is taken over again.
+    /// to its end, even if the installation stays after all: only then it is taken over again. A release comes to its end first.
     pub(super) fn leaving(&self) -> bool {
         let begun = matches!(self.status.stage, Stage::ReturnSwitch | Stage::ReturnService | Stage::ReturnSettle);
         let ends = self.status.phase == Phase::Terminated && self.seen.finalizer;
-        self.seen.deleting || begun || ends || self.seen.uninstalling_until.is_some_and(|until| self.now < until)
+        let uninstalling = self.seen.uninstalling_until.is_some_and(|until| self.now < until);
+        self.seen.deleting || begun || ends || (uninstalling && self.can_go_back())
+    }
+
+    /// The target's own Pods would serve what serves now, and nothing that nobody has judged.
+    fn can_go_back(&self) -> bool {
+        let Some(primary) = &self.status.primary_revision else { return true };
+        let (Some(seen), Some(known)) = (&self.seen.template, &self.status.template) else { return false };
+        let touched = known.observed_generation != seen.generation || known.tracked_configs != seen.tracked_configs;
+        let asked = if touched { &seen.revision } else { &known.revision };
+        // Once the target wakes, its generation says nothing any more about its template.
+        self.status.stage == Stage::ReturnScale || primary == asked
     }
 
     /// Replicas that the target's owner says now, by its own field or by what was kept of it.

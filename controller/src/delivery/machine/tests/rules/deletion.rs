@@ -114,6 +114,35 @@ fn a_hand_back_that_has_begun_is_carried_to_its_end_even_if_the_installation_sta
 }
 
 #[test]
+fn a_release_comes_to_its_end_before_sluice_is_uninstalled() {
+    let mut world = judging("v2");
+    world.uninstalling = true;
+    world.until("it is promoted", |world| world.status.primary_revision.as_deref() == Some("v2"));
+    world.until("it is handed back", |world| !world.finalizer);
+    assert_eq!(world.told("HandBackStarted"), 1);
+}
+
+#[test]
+fn a_rejected_version_is_never_handed_back_to_by_uninstalling() {
+    let mut world = judging("v2");
+    world.quality.insert("v2".into(), Quality::Failing);
+    world.uninstalling = true;
+    world.pass_time(600);
+    assert_eq!((world.status.phase, world.key, world.finalizer), (Phase::Failed, true, true));
+    world.apply(FIRST);
+    world.until("it is handed back", |world| !world.finalizer);
+}
+
+#[test]
+fn without_a_target_uninstalling_leaves_the_fleet_serving() {
+    let mut world = World::adopted();
+    world.target = None;
+    world.uninstalling = true;
+    world.pass_time(60);
+    assert_eq!((world.key, world.finalizer, world.desired(FIRST)), (true, true, 3));
+}
+
+#[test]
 fn a_target_that_cannot_run_goes_back_to_rest_when_the_installation_stays() {
     let mut world = World::adopted();
     world.quality.insert(FIRST.into(), Quality::NeverReady);
