@@ -307,17 +307,24 @@ impl<A: Apply> Client<A> {
                 // Whoever renews our certificate is gone, which only the end of the process explains.
                 return std::future::pending().await;
             };
-            if self.round(&certificate).await {
+            if self.round(&certificate, backoff.is_fresh()).await {
                 backoff.reset();
             }
             tokio::time::sleep(backoff.draw()).await;
         }
     }
 
-    /// Tries all addresses until one gave us something; true if one did. It lasts as long as that stream.
-    async fn round(&mut self, certificate: &Certificate) -> bool {
+    /// Tries all addresses until one gave us something; true if one did. It lasts as long as that stream. `first`: the round before
+    /// gave us something.
+    async fn round(&mut self, certificate: &Certificate, first: bool) -> bool {
         let mut addresses = match self.controller.addresses().await {
             Ok(addresses) => VecDeque::from(addresses),
+            // One answer of the DNS that is late is no news for people yet.
+            Err(error) if first => {
+                tracing::info!(%error, "the controllers were not found; tried again");
+                self.state.lock().last_error = Some(error.to_string());
+                return false;
+            }
             Err(error) => {
                 self.failed(&error.into());
                 return false;

@@ -261,6 +261,12 @@ impl Backoff {
     pub fn reset(&mut self) {
         self.next = self.first;
     }
+
+    /// Nothing has failed since the last success: one failure is no news for people yet.
+    #[must_use]
+    pub fn is_fresh(&self) -> bool {
+        self.next == self.first
+    }
 }
 
 #[cfg(test)]
@@ -277,8 +283,9 @@ mod tests {
             let wait = backoff.draw();
             assert!(wait >= ms(limit / 2) && wait <= ms(limit), "{wait:?} for {limit} ms");
         }
+        assert!(!backoff.is_fresh());
         backoff.reset();
-        assert!(backoff.draw() <= ms(50));
+        assert!(backoff.is_fresh() && backoff.draw() <= ms(50));
     }
 
     #[test]

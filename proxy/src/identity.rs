@@ -104,8 +104,13 @@ impl Renewer {
                     self.keep(certificate, bundle, until).await;
                 }
                 Err(error) => {
+                    let first = backoff.is_fresh();
                     let wait = backoff.draw();
-                    tracing::warn!(%error, ?wait, "no certificate was signed; the current one, if any, stays in use");
+                    if first {
+                        tracing::info!(%error, ?wait, "no certificate was signed yet; tried again");
+                    } else {
+                        tracing::warn!(%error, ?wait, "no certificate was signed; the current one, if any, stays in use");
+                    }
                     tokio::time::sleep(wait).await;
                 }
             }
