@@ -319,14 +319,8 @@ impl<A: Apply> Client<A> {
     async fn round(&mut self, certificate: &Certificate, first: bool) -> bool {
         let mut addresses = match self.controller.addresses().await {
             Ok(addresses) => VecDeque::from(addresses),
-            // One answer of the DNS that is late is no news for people yet.
-            Err(error) if first => {
-                tracing::info!(%error, "the controllers were not found; tried again");
-                self.state.lock().last_error = Some(error.to_string());
-                return false;
-            }
             Err(error) => {
-                self.failed(&error.into());
+                self.failed(&error.into(), first);
                 return false;
             }
         };
@@ -343,7 +337,7 @@ impl<A: Apply> Client<A> {
                 inner.resources.forget_pending();
                 inner.updates != before
             };
-            self.failed(&error);
+            self.failed(&error, first);
             if progress {
                 return true;
             }
@@ -354,9 +348,12 @@ impl<A: Apply> Client<A> {
         false
     }
 
-    fn failed(&self, error: &StreamError) {
+    fn failed(&self, error: &StreamError, first: bool) {
         if error.leader().is_some() {
             tracing::debug!(%error, "a standby named the leader");
+        } else if first && matches!(error, StreamError::Connect(ConnectError::Resolve { .. })) {
+            // One answer of the DNS that is late is no news for people yet.
+            tracing::info!(%error, "the controllers were not found; tried again");
         } else {
             tracing::warn!(%error, "no stream to the control plane; the last good configuration serves");
         }
