@@ -247,8 +247,8 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
             "spec.service.headless is refused: clients of a headless Service dial the Pods and go past the fleet",
         ),
         (
-            vec![("/spec/service/timeout", json!("15s")), ("/spec/service/appProtocol", json!("tcp"))],
-            "spec.service.timeout is for HTTP: bytes of appProtocol tcp have no end that could be timed. Remove it",
+            vec![("/spec/service/timeout", json!("15s")), ("/spec/service/appProtocol", json!("HTTPS"))],
+            "spec.service.timeout is for HTTP: on a port whose appProtocol is not, such as tcp or https, no request has an end that could be timed. Remove it",
         ),
         (
             vec![("/spec/service/backendTimeout", json!("15s"))],
