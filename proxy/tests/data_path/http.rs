@@ -7,7 +7,6 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Body, Frame};
-use hyper_util::rt::TokioIo;
 use sluice_proxy::{
     snapshot::{Action, Protocol},
     workers::Role,
@@ -198,47 +197,14 @@ async fn a_client_that_waits_for_100_continue_gets_it_when_an_upstream_takes_the
     assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("body"), "{answer}");
 }
 
-/// Echoes bytes after a switch to WebSocket.
-async fn echo(ip: std::net::IpAddr) -> App {
-    App::start(ip, 8080, |mut request| async move {
-        if !request.headers().contains_key("upgrade") {
-            return Response::new(full("plain"));
-        }
-        tokio::spawn(async move {
-            let mut stream = TokioIo::new(hyper::upgrade::on(&mut request).await.unwrap());
-            let mut buffer = [0; 1024];
-            while let Ok(read @ 1..) = stream.read(&mut buffer).await {
-                stream.write_all(&buffer[..read]).await.unwrap();
-            }
-            stream.write_all(b"bye").await.unwrap();
-            stream.shutdown().await.unwrap();
-        });
-        Response::builder()
-            .status(101)
-            .header("connection", "upgrade")
-            .header("upgrade", "websocket")
-            .body(full(""))
-            .unwrap()
-    })
-    .await
-}
-
 #[tokio::test]
 async fn websockets_pass_both_roles_with_half_close_and_are_not_counted() {
     let (ip, ca) = (own_ip(), Ca::new());
-    let _app = echo(ip).await;
+    let _app = websocket_echo(ip).await;
     let sidecar = sidecar(&ca, ip, false).await;
     let fleet = Proxy::with(Role::Fleet, ca.identity(FLEET), |_| {});
     fleet.serve(http_to([(mesh_cluster("abc", &[&sidecar]), 100)])).await;
-    let mut stream = TcpStream::connect(fleet.address).await.unwrap();
-    let head = "GET / HTTP/1.1\r\nhost: a\r\nconnection: keep-alive, Upgrade\r\nupgrade: WebSocket\r\n\r\n";
-    stream.write_all(head.as_bytes()).await.unwrap();
-    let mut answer = Vec::new();
-    while !answer.ends_with(b"\r\n\r\n") {
-        answer.push(soon("the switch", stream.read_u8()).await.unwrap());
-    }
-    let answer = String::from_utf8(answer).unwrap();
-    assert!(answer.starts_with("HTTP/1.1 101") && answer.contains("upgrade: websocket"), "{answer}");
+    let mut stream = websocket(fleet.address).await;
     for _ in 0..3 {
         stream.write_all(b"ping").await.unwrap();
         let mut back = [0; 4];

@@ -38,6 +38,7 @@ use sluice_proxy::{
     workers::{Options, Role, Timing, Workers},
 };
 use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     time::{sleep, timeout},
 };
@@ -390,3 +391,42 @@ pub(crate) fn call(path: &str) -> Request<AnyBody> {
 
 /// Which requests an application got, for looking at afterwards.
 pub(crate) type Seen = Arc<Mutex<Vec<HeaderMap>>>;
+
+/// Echoes bytes after a switch to WebSocket.
+pub(crate) async fn websocket_echo(ip: IpAddr) -> App {
+    App::start(ip, 8080, |mut request| async move {
+        if !request.headers().contains_key("upgrade") {
+            return Response::new(full("plain"));
+        }
+        tokio::spawn(async move {
+            let mut stream = TokioIo::new(hyper::upgrade::on(&mut request).await.unwrap());
+            let mut buffer = [0; 1024];
+            while let Ok(read @ 1..) = stream.read(&mut buffer).await {
+                stream.write_all(&buffer[..read]).await.unwrap();
+            }
+            stream.write_all(b"bye").await.unwrap();
+            stream.shutdown().await.unwrap();
+        });
+        Response::builder()
+            .status(101)
+            .header("connection", "upgrade")
+            .header("upgrade", "websocket")
+            .body(full(""))
+            .unwrap()
+    })
+    .await
+}
+
+/// A connection that was switched to WebSocket.
+pub(crate) async fn websocket(address: SocketAddr) -> TcpStream {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let head = "GET / HTTP/1.1\r\nhost: a\r\nconnection: keep-alive, Upgrade\r\nupgrade: WebSocket\r\n\r\n";
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"\r\n\r\n") {
+        answer.push(soon("the switch", stream.read_u8()).await.unwrap());
+    }
+    let answer = String::from_utf8(answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 101") && answer.contains("upgrade: websocket"), "{answer}");
+    stream
+}

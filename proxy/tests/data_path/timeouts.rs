@@ -11,6 +11,8 @@ use sluice_proxy::{
     workers::Role,
 };
 
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
 use crate::support::*;
 
 const TIMEOUT: Duration = Duration::from_millis(150);
@@ -73,6 +75,20 @@ async fn an_answer_that_does_not_end_is_broken_off() {
         proxy.metric("sluice_local_errors_total{listener=\"shop/cart:80\",flag=\"UT\"}") == 2
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_websocket_lives_on() {
+    let app = websocket_echo(own_ip()).await;
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(limited(app.address)).await;
+    let mut stream = websocket(proxy.address).await;
+    // What is tested is that this time does not count.
+    tokio::time::sleep(2 * TIMEOUT).await;
+    stream.write_all(b"ping").await.unwrap();
+    let mut back = [0; 4];
+    soon("the echo", stream.read_exact(&mut back)).await.unwrap();
+    assert_eq!(&back, b"ping");
 }
 
 #[tokio::test]
