@@ -34,7 +34,7 @@ test-e2e: ## Releases end to end on the real cluster (or on the one that KUBECON
 	tests/e2e/run
 
 .PHONY: test-operations
-test-operations: ## End to end: the quickstart, Git tools that apply all the time, the core of the faults
+test-operations: ## End to end: the quickstart, Git tools that apply all the time, the core of faults and deletions
 	tests/e2e/run --test quickstart
 	tests/e2e/run --test gitops --test faults --test deletions
 
