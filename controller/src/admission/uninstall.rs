@@ -16,7 +16,7 @@ use kube::{
     api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, Preconditions},
 };
 use serde_json::json;
-use sluice_crds::{Canary, labels};
+use sluice_crds::{Canary, Phase, labels};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{
@@ -87,11 +87,8 @@ impl Uninstall {
     /// What serves after the hand-back is the template of the Deployment.
     async fn all_promoted(&self) -> Result<(), UninstallError> {
         let unpromoted = |canary: &Canary| {
-            let status = canary.status.as_ref();
-            let template =
-                status.and_then(|status| status.template.as_ref()).map(|template| template.revision.as_str());
-            let primary = status.and_then(|status| status.primary_revision.as_deref());
-            holds(canary) && primary.is_some() && primary != template
+            let phase = canary.status.as_ref().map(|status| status.phase);
+            holds(canary) && phase.is_some_and(asks_for_more)
         };
         let names = names(self.canaries().await?.iter().filter(|canary| unpromoted(canary)));
         if names.is_empty() { Ok(()) } else { Err(UninstallError::Unpromoted { names: listed(&names) }) }
@@ -215,6 +212,14 @@ impl Uninstall {
             }
         }
         Ok(())
+    }
+}
+
+/// The target asks for another version than the one that serves.
+fn asks_for_more(phase: Phase) -> bool {
+    match phase {
+        Phase::Waiting | Phase::Progressing | Phase::Promoting | Phase::Finalising | Phase::Failed => true,
+        Phase::Initializing | Phase::Initialized | Phase::Succeeded | Phase::Terminating | Phase::Terminated => false,
     }
 }
 

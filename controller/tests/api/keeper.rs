@@ -264,10 +264,10 @@ async fn uninstalling_waits_for_the_hand_back_and_leaves_nothing() {
         map.annotations()[labels::UNTIL].parse::<jiff::Timestamp>().ok()
     };
     // The Deployment would serve what was not promoted.
-    scene.status(json!({"primaryRevision": "one", "template": {"name": "web", "revision": "two"}})).await;
+    scene.status(json!({"phase": "Failed"})).await;
     let refused = uninstall(1).run().await.unwrap_err().to_string();
     assert!(refused.contains("Canaries shop/shop ask for a version that was not promoted"), "{refused}");
-    scene.status(json!({"primaryRevision": "one", "template": {"name": "web", "revision": "one"}})).await;
+    scene.status(json!({"phase": "Succeeded"})).await;
     let refused = uninstall(1).run().await.unwrap_err().to_string();
     assert!(refused.contains("Canaries shop/shop is not back"), "{refused}");
     assert_eq!(announced().await, None, "what had been handed back is taken over again");

@@ -35,6 +35,15 @@ pub(super) struct Run<'a> {
     again_at: Option<Timestamp>,
 }
 
+/// Somebody has changed the target's template, or a configuration that it tracks, since the status observed it.
+///
+/// A hash that changes while neither the target's generation nor a tracked configuration does is no change of anybody's:
+/// new API defaults after an upgrade of the cluster look like that.
+fn changed(known: &TemplateStatus, seen: &Template) -> bool {
+    let touched = known.observed_generation != seen.generation || known.tracked_configs != seen.tracked_configs;
+    touched && known.revision != seen.revision
+}
+
 impl<'a> Run<'a> {
     pub(super) fn new(spec: &'a Spec, status: &CanaryStatus, seen: &'a Observation, now: Timestamp) -> Self {
         let now = micros(now);
@@ -89,7 +98,16 @@ impl<'a> Run<'a> {
             | Stage::PromoteShift
             | Stage::Finalise
             | Stage::RollBack
-            | Stage::Paused => release::advance(self, changed),
+            | Stage::Paused => {
+                let next = release::advance(self, changed);
+                if !self.leaving() {
+                    return next;
+                }
+                // The release that an uninstallation waited for has just ended; what holds up the next one is nothing to it.
+                self.stalled = None;
+                self.again_at = None;
+                Next::Again
+            }
             Stage::ReturnScale => handback::stay(self),
             Stage::ReturnSwitch | Stage::ReturnService | Stage::ReturnSettle => Next::Wait,
         }
@@ -112,9 +130,6 @@ impl<'a> Run<'a> {
     }
 
     /// Records what is seen of the target, and says whether its revision is another one than the status speaks of.
-    ///
-    /// A hash that changes while neither the target's generation nor a tracked configuration does is no change of anybody's:
-    /// new API defaults after an upgrade of the cluster look like that.
     fn note_template(&mut self) -> bool {
         let Some(seen) = &self.seen.template else {
             if let Some(known) = &mut self.status.template {
@@ -127,8 +142,7 @@ impl<'a> Run<'a> {
             .status
             .template
             .get_or_insert_with(|| TemplateStatus { revision: seen.revision.clone(), ..TemplateStatus::default() });
-        let touched = known.observed_generation != seen.generation || known.tracked_configs != seen.tracked_configs;
-        let changed = touched && known.revision != seen.revision;
+        let changed = changed(known, seen);
         known.observed_generation = seen.generation;
         known.tracked_configs.clone_from(&seen.tracked_configs);
         known.revision.clone_from(&seen.revision);
@@ -179,12 +193,13 @@ impl<'a> Run<'a> {
 
     /// The target's own Pods would serve what serves now, and nothing that nobody has judged.
     fn can_go_back(&self) -> bool {
-        let Some(primary) = &self.status.primary_revision else { return true };
+        if self.status.primary_revision.is_none() {
+            return true;
+        }
         let (Some(seen), Some(known)) = (&self.seen.template, &self.status.template) else { return false };
-        let touched = known.observed_generation != seen.generation || known.tracked_configs != seen.tracked_configs;
-        let asked = if touched { &seen.revision } else { &known.revision };
         // Once the target wakes, its generation says nothing any more about its template.
-        self.status.stage == Stage::ReturnScale || primary == asked
+        self.status.stage == Stage::ReturnScale
+            || (matches!(self.status.phase, Phase::Initialized | Phase::Succeeded) && !changed(known, seen))
     }
 
     /// Replicas that the target's owner says now, by its own field or by what was kept of it.

@@ -123,6 +123,16 @@ fn a_release_comes_to_its_end_before_sluice_is_uninstalled() {
 }
 
 #[test]
+fn a_hash_that_drifts_with_the_cluster_holds_up_no_hand_back() {
+    let mut world = World::adopted();
+    world.hash_drifts = true;
+    world.target.as_mut().unwrap().revision = "drifted".into();
+    world.pass_time(5);
+    world.uninstalling = true;
+    world.until("it is handed back", |world| !world.finalizer);
+}
+
+#[test]
 fn a_rejected_version_is_never_handed_back_to_by_uninstalling() {
     let mut world = judging("v2");
     world.quality.insert("v2".into(), Quality::Failing);
