@@ -67,6 +67,8 @@ async fn helm_uninstall_hands_every_canary_back_and_a_later_installation_takes_i
     let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
     stage.wait("weight 20", applied, |status| status.effective_weight == Some(20)).await;
     cluster.helm(&uninstall).await.unwrap_err();
+    let said = cluster.kubectl(&["logs", "-n", SYSTEM, "job/sluice-uninstall"], None).await.unwrap();
+    assert!(said.contains("/hello ask for a version that was not promoted"), "{said}");
     stage.wait("phase Succeeded", applied, |status| status.phase == Phase::Succeeded).await;
 
     let at = unix_ms();
