@@ -265,7 +265,7 @@ impl Cache {
         slices.run(tasks, cache.clone(), |cache, slice, _| {
             let service = slice.labels().get("kubernetes.io/service-name");
             for canary in cache.canaries_in(slice.metadata.namespace.as_deref()) {
-                if service.is_some_and(|service| service == canary.spec.service_name()) {
+                if service.is_some_and(|service| canary.spec.service_names().any(|name| name == service)) {
                     cache.touches.touch(CanaryKey::of(&canary));
                 }
             }

@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use kube::{Api, Client, Config};
+use kube::{Client, Config};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use sluice_controller::{
     admission::{Keeper, Uninstall, Webhook},
@@ -18,7 +18,9 @@ use sluice_controller::{
         reconciler::{self, Context, Guarding, Judge, Memories, Mesh},
     },
     guard::{self, Breach, Outcomes, Watch},
-    identity::{Authority, Certificates, GrpcPort, KubeTokenReviews, OwnCertificate, Subject, TrustBundle},
+    identity::{
+        Authority, Certificates, GrpcPort, KubeTokenReviews, OwnCertificate, Rotation, Subject, Times, TrustBundle,
+    },
     lease::{Election, LeaseHandle},
     mesh::{CatchUp, Publisher, PublisherHandle},
     notify,
@@ -101,8 +103,8 @@ async fn run(settings: Settings, provider: Arc<CryptoProvider>) -> anyhow::Resul
 
     let controller_id = settings.controller_id()?;
     let life = Duration::from_secs(settings.certificate_seconds);
-    let secrets = Api::namespaced(client.clone(), &settings.pod_namespace);
-    let authority = Arc::new(Authority::open(&secrets, &settings.pod_namespace, &settings.trust_domain, life).await?);
+    let times = Times { life, spread: Duration::from_secs(settings.root_spread_seconds) };
+    let authority = Arc::new(Authority::open(&client, &settings.pod_namespace, &settings.trust_domain, times).await?);
     let pod = PodSubject {
         namespace: settings.pod_namespace.clone(),
         pod: settings.pod_name.clone(),
@@ -141,11 +143,23 @@ async fn run(settings: Settings, provider: Arc<CryptoProvider>) -> anyhow::Resul
     tasks.spawn(ads.clone().mark_silent(client.clone()));
     let bundle = TrustBundle {
         client: client.clone(),
-        pem: authority.bundle_pem().to_owned(),
+        authority: authority.clone(),
         release_namespace: settings.pod_namespace.clone(),
         watched: settings.watched_namespace(),
     };
     tasks.spawn(bundle.keep(cache.clone(), lease.clone()));
+    let (gauges, signs) = (metrics.clone(), authority.clone());
+    tasks.spawn(async move {
+        let mut changes = signs.changes();
+        loop {
+            gauges.set_root_expires(signs.root_expires());
+            // Its sender is in the authority that we hold.
+            let _ = changes.changed().await;
+        }
+    });
+    let rotation =
+        Rotation { client: client.clone(), authority: authority.clone(), namespace: settings.pod_namespace.clone() };
+    tasks.spawn(rotation.follow(lease.clone()));
 
     let webhook = if settings.protection.may_be_webhook() {
         Some(Webhook::bind(settings.webhook_address, own.clone(), provider.clone(), cache.clone()).await?)
@@ -163,14 +177,14 @@ async fn run(settings: Settings, provider: Arc<CryptoProvider>) -> anyhow::Resul
         client: client.clone(),
         protection: settings.protection,
         address: settings.webhook(),
-        ca: authority.bundle_pem().to_owned(),
+        ca: authority.bundle(),
         namespace: settings.watched_namespace(),
         lease: Arc::new(Guard(lease.clone())),
         report: Arc::new(metrics.clone()),
     };
     let mut protecting = tokio::spawn(keeper.keep(leading.clone()));
 
-    let port = GrpcPort::bind(settings.grpc_address, &authority, own, provider).await?;
+    let port = GrpcPort::bind(settings.grpc_address, authority.clone(), own, provider).await?;
     let certificates = Certificates::server(authority, KubeTokenReviews::new(client.clone()));
     let guard = guard::Guard::new(cache.touches.clone(), Arc::new(metrics.clone()));
     let outcomes = Outcomes::server(guard.clone(), mesh_settings, handle.snapshots(), leadership);

@@ -101,6 +101,10 @@ pub struct Settings {
     /// Life of the certificates of proxies.
     #[arg(long, env = "SLUICE_CERTIFICATE_SECONDS", default_value_t = 86_400)]
     pub certificate_seconds: u64,
+    /// From the publication of another root certificate to its first signature: how long it takes until every Pod has the new trust
+    /// bundle in its volume. The kubelet needs up to two minutes with its defaults (`syncFrequency` and its cache).
+    #[arg(long, env = "SLUICE_ROOT_SPREAD_SECONDS", default_value_t = 300)]
+    pub root_spread_seconds: u64,
     /// Service account of the controllers.
     #[arg(long, env = "SLUICE_SERVICE_ACCOUNT", default_value = CONTROLLER)]
     pub service_account: String,

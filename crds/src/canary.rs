@@ -52,6 +52,8 @@ use crate::{
     validation = Rule::new("has(self.analysis) || (has(self.skipAnalysis) && self.skipAnalysis)").message("spec.analysis is required: without it nothing would judge a release (or say skipAnalysis: true)"),
     validation = Rule::new("!has(self.provider)").message("spec.provider is not needed: Sluice brings its own proxies. Remove it"),
     validation = Rule::new("!has(self.ingressRef) && !has(self.routeRef) && !has(self.upstreamRef)").message("spec.ingressRef, spec.routeRef and spec.upstreamRef are not needed: the fleet splits the traffic of the Service itself. Remove them"),
+    validation = Rule::new("!has(self.service.additional) || !self.service.additional.exists(s, s.name == (has(self.service.name) ? self.service.name : self.targetRef.name))").message("spec.service.additional names the Service itself: name others only"),
+    validation = Rule::new("(has(self.service.name) ? self.service.name : self.targetRef.name) == (has(oldSelf.service.name) ? oldSelf.service.name : oldSelf.targetRef.name)").message("spec.service.name cannot be changed: delete this Canary and create another one"),
     validation = Rule::new("!has(self.canaryAnalysis)").message("spec.canaryAnalysis is the old name of spec.analysis: rename it"),
     validation = Rule::new("!has(self.revertOnDeletion) || self.revertOnDeletion").message("spec.revertOnDeletion: Sluice always hands the traffic back when a Canary is deleted; remove the field or set it to true"),
     validation = Rule::new("!(has(self.service.appProtocol) && !(self.service.appProtocol.lowerAscii().replace('kubernetes.io/', '') in ['http', 'http2', 'h2c', 'grpc', 'grpc-web', 'ws', 'web']) && has(self.analysis) && has(self.analysis.metrics) && self.analysis.metrics.exists(m, !has(m.query) && !has(m.templateRef)))").message("spec.analysis.metrics: a built-in metric counts HTTP requests and can never have samples on a port whose appProtocol is not HTTP, such as tcp or https; use a templateRef or a query")
@@ -202,13 +204,12 @@ pub struct ScalerReplicas {
     validation = Rule::new("!has(self.gateways) && !has(self.gatewayRefs) && !has(self.hosts) && !has(self.delegation) && !has(self.meshName) && !has(self.backends)").message("spec.service.gateways, gatewayRefs, hosts, delegation, meshName and backends belong to another mesh: the fleet splits the traffic of the Service itself. Remove them"),
     validation = Rule::new("!has(self.trafficPolicy) && !has(self.match) && !has(self.rewrite) && !has(self.retries) && !has(self.headers) && !has(self.mirror) && !has(self.corsPolicy)").message("spec.service.trafficPolicy, match, rewrite, retries, headers, mirror and corsPolicy are not supported in this version; remove them"),
     validation = Rule::new("!has(self.apex) && !has(self.primary) && !has(self.canary) && !has(self.unmanagedMetadata) && !has(self.trafficDistribution)").message("spec.service.apex, primary, canary, unmanagedMetadata and trafficDistribution are not supported in this version; remove them"),
-    validation = Rule::new("!has(self.additional)").message("spec.service.additional is not supported in this version; remove it")
+    validation = Rule::new("has(self.additional) == has(oldSelf.additional) && (!has(self.additional) || self.additional == oldSelf.additional)").message("spec.service.additional cannot be changed: delete this Canary and create another one")
 )]
 pub struct ServiceSpec {
     /// Name of the Service; that of the target by default. Taken over if it exists, made otherwise. Cannot be changed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 55))]
-    #[x_kube(validation = Rule::new("self == oldSelf").message("spec.service.name cannot be changed: delete this Canary and create another one"))]
     pub name: Option<String>,
     /// Port of the Service.
     #[schemars(range(min = 1, max = 65535))]
@@ -295,9 +296,19 @@ pub struct ServiceSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     pub traffic_distribution: Option<String>,
-    /// Not supported in this version; refused.
+    /// Further Services of the same Pods, which are there already: their traffic is split and counted like that of the first. They get no
+    /// `-primary` and `-canary`. Cannot be changed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub additional: Option<UnsupportedList>,
+    #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub additional: Option<Vec<AdditionalService>>,
+}
+
+/// A further Service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct AdditionalService {
+    /// Name of the Service in the Canary's namespace.
+    #[schemars(length(min = 1, max = 55))]
+    pub name: String,
 }
 
 fn default_port_name() -> String {
@@ -558,6 +569,16 @@ impl CanarySpec {
     #[must_use]
     pub fn service_name(&self) -> &str {
         self.service.name.as_deref().unwrap_or(&self.target_ref.name)
+    }
+
+    /// Names of the further Services that are split like it.
+    pub fn additional_services(&self) -> impl Iterator<Item = &str> {
+        self.service.additional.iter().flatten().map(|service| service.name.as_str())
+    }
+
+    /// Names of all Services that are taken over, the apex first.
+    pub fn service_names(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(self.service_name()).chain(self.additional_services())
     }
 }
 

@@ -32,3 +32,5 @@ pub const UNINSTALL: &str = "sluice-uninstall";
 pub const UNTIL: &str = "sluice.dev/until";
 /// ConfigMap with the trust bundle (key `ca.crt`), in the release namespace and every namespace with a Canary.
 pub const TRUST_BUNDLE: &str = "sluice-trust-bundle";
+/// Annotation on it in the release namespace: JSON, by SHA-256 of each root that is new or leaves, `since` and `until` when.
+pub const ROOTS: &str = "sluice.dev/roots";

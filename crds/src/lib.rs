@@ -15,8 +15,8 @@ mod status;
 mod unsupported;
 
 pub use canary::{
-    Analysis, AutoscalerRef, Canary, CanarySpec, Guard, Inconclusive, InconclusiveAction, Metric, ObjectReference,
-    PortRef, ScalerReplicas, ServiceSpec, TargetRef, ThresholdRange,
+    AdditionalService, Analysis, AutoscalerRef, Canary, CanarySpec, Guard, Inconclusive, InconclusiveAction, Metric,
+    ObjectReference, PortRef, ScalerReplicas, ServiceSpec, TargetRef, ThresholdRange,
 };
 pub use duration::{DurationError, parse_duration};
 pub use metric_template::{

@@ -273,8 +273,8 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
         (vec![("/spec/service/unmanagedMetadata", json!({"labels": ["a"]}))], not_generated),
         (vec![("/spec/service/trafficDistribution", json!("PreferClose"))], not_generated),
         (
-            vec![("/spec/service/additional", json!([{"name": "cart-admin"}]))],
-            "spec.service.additional is not supported in this version; remove it",
+            vec![("/spec/service/additional", json!([{"name": "cart-admin"}, {"name": "cart"}]))],
+            "spec.service.additional names the Service itself: name others only",
         ),
         // The strategy.
         (vec![("/spec/analysis/stepWeight", Value::Null)], one_strategy),
@@ -550,6 +550,10 @@ async fn what_a_canary_is_bound_to_cannot_be_changed_and_its_scale_can() {
         (
             json!({"spec": {"service": {"name": "other"}}}),
             "spec.service.name cannot be changed: delete this Canary and create another one",
+        ),
+        (
+            json!({"spec": {"service": {"additional": [{"name": "cart-admin"}]}}}),
+            "spec.service.additional cannot be changed: delete this Canary and create another one",
         ),
     ] {
         match api.patch("cart", &PatchParams::default(), &Patch::Merge(&patch)).await {

@@ -72,13 +72,21 @@ pub struct Renewer {
     token: PathBuf,
     handle: IdentityHandle,
     current: watch::Sender<Option<Arc<Certificate>>>,
+    bundle_interval: Duration,
 }
 
 impl Renewer {
     /// `token` is the path of the projected service-account token.
     #[must_use]
     pub fn new(controller: Controller, token: PathBuf, handle: IdentityHandle) -> Self {
-        Self { controller, token, handle, current: watch::Sender::new(None) }
+        Self { controller, token, handle, current: watch::Sender::new(None), bundle_interval: BUNDLE_INTERVAL }
+    }
+
+    /// Looks at the trust bundle so often; every 30 s by default.
+    #[must_use]
+    pub fn bundle_interval(mut self, interval: Duration) -> Self {
+        self.bundle_interval = interval;
+        self
     }
 
     /// The certificate in use; `None` until the first is signed.
@@ -134,7 +142,7 @@ impl Renewer {
     }
 
     /// Waits for the time of renewal. A *changed* trust bundle is taken into use at once: a root that is added or
-    /// withdrawn cannot wait for a renewal.
+    /// withdrawn cannot wait for a renewal. If it is the one that our own certificate ends in, that is renewed at once, too.
     async fn keep(
         &self,
         certificate: Arc<Certificate>,
@@ -143,13 +151,19 @@ impl Renewer {
     ) {
         // Slept in slices: the clock of the wall goes on while a suspended machine's timers do not.
         while let Ok(left) = until.duration_since(SystemTime::now()) {
-            tokio::time::sleep(left.min(BUNDLE_INTERVAL)).await;
+            tokio::time::sleep(left.min(self.bundle_interval)).await;
             let now = self.bundle();
             let Some(roots) = now.clone().filter(|_| now != bundle) else {
                 continue;
             };
             match self.install(&certificate, roots) {
-                Ok(()) => tracing::info!("the trust bundle has changed and is in use"),
+                Ok(()) if self.handle.trusts_itself() => tracing::info!("the trust bundle has changed and is in use"),
+                Ok(()) => {
+                    tracing::info!(
+                        "the trust bundle has changed and does not know our own certificate, which is renewed"
+                    );
+                    return;
+                }
                 Err(error) => {
                     tracing::warn!(%error, "the trust bundle has changed; the old one stays in use")
                 }

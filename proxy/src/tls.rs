@@ -83,6 +83,18 @@ impl IdentityHandle {
         self.0.load().is_some()
     }
 
+    /// Whether others that have the same trust bundle believe our own certificate: it ends in a root of the bundle, and is valid.
+    #[must_use]
+    pub fn trusts_itself(&self) -> bool {
+        let Some(identity) = self.0.load_full() else { return false };
+        let [leaf, intermediates @ ..] = identity.key.cert.as_slice() else { return false };
+        let algorithms = provider().signature_verification_algorithms.all;
+        ParsedCertificate::try_from(leaf).is_ok_and(|leaf| {
+            let (roots, now) = (&identity.roots, UnixTime::now());
+            verify_server_cert_signed_by_trust_anchor(&leaf, roots, intermediates, now, algorithms).is_ok()
+        })
+    }
+
     /// TLS that admits exactly the client `client_id`, for a listener of ours.
     #[must_use]
     pub fn server_config(&self, client_id: &str, alpn: &[&[u8]]) -> Arc<ServerConfig> {

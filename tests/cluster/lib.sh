@@ -66,7 +66,8 @@ start_in_node() {
     GOGC=${GOGC:-400} in_node "$node" bash -c 'setsid "$@" >>"$0" 2>&1 </dev/null 9>&- &' "$log" "$@"
 }
 
-# make_pki DIR SUBJECT_ALT_NAMES: an authority, the API server's certificate, and the key of service account tokens.
+# make_pki DIR SUBJECT_ALT_NAMES: an authority, the API server's certificates (its own, and the one that it shows to API servers
+# behind it), and the key of service account tokens.
 make_pki() {
     local dir=$1 names=$2
     local key=(-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 365)
@@ -76,6 +77,8 @@ make_pki() {
         openssl req -x509 "${key[@]}" -subj /CN=kube-apiserver -CA "$dir/ca.crt" -CAkey "$dir/ca.key" \
             -addext "subjectAltName=$names" -addext basicConstraints=critical,CA:FALSE \
             -keyout "$dir/apiserver.key" -out "$dir/apiserver.crt"
+        openssl req -x509 "${key[@]}" -subj /CN=front-proxy -CA "$dir/ca.crt" -CAkey "$dir/ca.key" \
+            -addext basicConstraints=critical,CA:FALSE -keyout "$dir/front-proxy.key" -out "$dir/front-proxy.crt"
         openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out "$dir/service-accounts.key"
         openssl pkey -in "$dir/service-accounts.key" -pubout -out "$dir/service-accounts.pub"
     } 2>"$dir/openssl.log" || die "openssl failed: $(cat "$dir/openssl.log")"
@@ -94,6 +97,10 @@ apiserver_flags() {
         --service-account-issuer=https://kubernetes.default.svc.cluster.local
         --service-cluster-ip-range=10.96.0.0/16
         --token-auth-file="$1/tokens.csv"
+        --requestheader-client-ca-file="$1/ca.crt" --requestheader-allowed-names=front-proxy
+        --requestheader-username-headers=X-Remote-User --requestheader-group-headers=X-Remote-Group
+        --requestheader-extra-headers-prefix=X-Remote-Extra-
+        --proxy-client-cert-file="$1/front-proxy.crt" --proxy-client-key-file="$1/front-proxy.key"
         --allow-privileged=true
     )
 }

@@ -34,7 +34,11 @@ pub fn changes<'a>(
     match (request.resource.group.as_str(), request.resource.resource.as_str()) {
         ("", "services") => canaries
             .into_iter()
-            .find(|canary| canary.status.as_ref().is_some_and(|status| status.service.as_ref() == Some(&name)))
+            .find(|canary| {
+                canary.status.as_ref().is_some_and(|status| {
+                    status.service.as_ref() == Some(&name) || status.additional_services.contains(&name)
+                })
+            })
             .map_or_else(Vec::new, |canary| service(object, &canary.name_any())),
         ("apps", "deployments") => canaries
             .into_iter()
@@ -133,7 +137,7 @@ mod tests {
         let template = |name: &str| json!({"name": name, "observedGeneration": 1, "revision": "r"});
         vec![
             canary("idle", json!({"phase": "Initializing", "template": template("")})),
-            canary("web", json!({"service": "front", "template": template("web-app")})),
+            canary("web", json!({"service": "front", "additionalServices": ["back"], "template": template("web-app")})),
             canary("api", json!({"service": "api", "template": template("api")})),
         ]
     }
@@ -201,7 +205,12 @@ mod tests {
                 front(json!({"app": "x"}), without.clone()),
                 Some(front(json!({"app": "x", "sluice.dev/canary": "web"}), with_key.clone())),
             ),
-            ("created anew", "CREATE", front(Value::Null, without.clone()), Some(front(ours.clone(), with_key))),
+            (
+                "created anew",
+                "CREATE",
+                front(Value::Null, without.clone()),
+                Some(front(ours.clone(), with_key.clone())),
+            ),
             (
                 "a changed selector",
                 "UPDATE",
@@ -209,6 +218,12 @@ mod tests {
                 Some(front(ours.clone(), json!({"selector": {"tier": "web", "sluice.dev/fleet": "web"}}))),
             ),
             ("no selector", "UPDATE", front(ours.clone(), json!({})), None),
+            (
+                "a further one",
+                "UPDATE",
+                json!({"metadata": {"name": "back", "labels": ours}, "spec": without}),
+                Some(json!({"metadata": {"name": "back", "labels": ours}, "spec": with_key})),
+            ),
             ("another Service", "UPDATE", named("other"), None),
             ("named like a Canary, not like its Service", "UPDATE", named("web"), None),
             ("not taken over", "UPDATE", named("idle"), None),

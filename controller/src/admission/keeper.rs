@@ -52,7 +52,7 @@ pub struct Keeper {
     pub protection: Protection,
     pub address: Address,
     /// Roots that the webhook's certificate may end in, PEM.
-    pub ca: String,
+    pub ca: watch::Receiver<Arc<str>>,
     /// Only Canaries of this namespace; all where absent.
     pub namespace: Option<String>,
     pub lease: Arc<dyn LeaseGuard>,
@@ -180,7 +180,9 @@ impl Keeper {
     ) -> Result<(), Error> {
         let scope = Scope { own_user: served.own_user.clone(), namespace: self.namespace.clone() };
         let refuse = self.protection != Protection::None;
-        let wanted: BTreeMap<Id, Value> = objects::wanted(effective, refuse, &scope, &self.address, &self.ca)
+        let mut roots = self.ca.clone();
+        let ca = roots.borrow_and_update().clone();
+        let wanted: BTreeMap<Id, Value> = objects::wanted(effective, refuse, &scope, &self.address, &ca)
             .into_iter()
             .map(|(kind, object)| ((kind, name_of(&object)), object))
             .collect();
@@ -202,6 +204,8 @@ impl Keeper {
                     Some((kind, Err(source))) => return Err(Error::watch(kind, source)),
                     None => return Ok(()),
                 },
+                // Begun anew with the other roots. No branch when nobody can say so any more.
+                Ok(()) = roots.changed() => return Ok(()),
                 () = sleep_until(due) => if Instant::now() >= again { return Ok(()) },
             }
             // A list in progress says nothing yet about what is missing.

@@ -199,7 +199,8 @@ fn mutating(scope: &Scope, group: &str, resource: &str, conditions: &[(&str, Str
 fn services(scope: &Scope) -> Value {
     let key = labels::FLEET;
     let taken_over = "has(params.status) && has(params.status.service) && has(object.metadata.name) \
-                      && params.status.service == object.metadata.name";
+                      && (params.status.service == object.metadata.name || (has(params.status.additionalServices) \
+                      && object.metadata.name in params.status.additionalServices))";
     let missing = format!("has(object.spec.selector) && !('{key}' in object.spec.selector)");
     let mut policy = mutating(scope, "", "services", &[("taken-over", taken_over.into()), ("key-missing", missing)]);
     // Not as an apply configuration: a selector is atomic there.

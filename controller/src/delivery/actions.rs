@@ -188,12 +188,7 @@ impl Effects {
     }
 
     async fn set_key(&self, turn: &mut Turn<'_>, wanted: bool) -> Result<(), ActionError> {
-        // Without a Service there is no key; it is made with one.
-        let Some(apex) = &turn.observed.apex else { return Ok(()) };
         let name = turn.canary.name_any();
-        if services::has_key(apex, &turn.canary) == wanted {
-            return Ok(());
-        }
         // A merge patch, because server-side apply owns a selector as one atomic field.
         let patch = if wanted {
             json!({"metadata": {"labels": {labels::CANARY: name}}, "spec": {"selector": {labels::FLEET: name}}})
@@ -202,8 +197,14 @@ impl Effects {
         };
         let doing =
             if wanted { "adding the fleet's selector key to" } else { "removing the fleet's selector key from" };
-        let written = self.patch(&self.api::<Service>(&turn.canary), &**apex, doing, patch).await?;
-        turn.wrote_service(&written);
+        // Without a Service there is no key; the apex is made with one.
+        let all = turn.observed.apex.iter().chain(&turn.observed.additional);
+        let differs = |service: &&Arc<Service>| services::has_key(service, &turn.canary) != wanted;
+        let todo: Vec<_> = all.filter(differs).cloned().collect();
+        for service in &todo {
+            let written = self.patch(&self.api::<Service>(&turn.canary), &**service, doing, patch.clone()).await?;
+            turn.wrote_service(&written);
+        }
         Ok(())
     }
 

@@ -37,6 +37,8 @@ pub struct Spec {
     pub generation: i64,
     pub target: String,
     pub service: String,
+    /// Further Services.
+    pub additional: Vec<String>,
     pub analysis: Option<Analysis>,
     pub skip_analysis: bool,
     pub suspend: bool,
@@ -112,18 +114,23 @@ pub struct Template {
     pub pods: u32,
 }
 
-/// The apex Service.
+/// The apex Service, and the further ones that are taken over with it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Service {
+    /// The apex is there.
     pub exists: bool,
     /// `-primary`, `-canary` and `-pods` are there and as they should be.
     pub companions: bool,
-    /// Its selector has our key.
+    /// The selector of each that is there has our key.
     pub key: bool,
-    /// Our EndpointSlices are there and right.
+    /// That of one has it.
+    pub any_key: bool,
+    /// Our EndpointSlices of each are there and right.
     pub slices: bool,
-    /// Ready endpoints in slices that are not ours.
+    /// Ready endpoints in slices that are not ours, of all together.
     pub native_endpoints: u32,
+    /// One has no such endpoint.
+    pub no_native_endpoint: bool,
 }
 
 /// Our copy of the autoscaler that `spec.autoscalerRef` names.

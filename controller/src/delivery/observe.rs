@@ -32,9 +32,11 @@ pub struct Observed {
     /// The target Deployment.
     pub target: Option<Arc<DynamicObject>>,
     pub apex: Option<Arc<Service>>,
+    /// The further Services that are there.
+    pub additional: Vec<Arc<Service>>,
     /// Our companions that are there, by name.
     pub companions: BTreeMap<String, Arc<Service>>,
-    /// Our EndpointSlices, of the apex and its companions.
+    /// Our EndpointSlices, of these Services and the companions.
     pub slices: Vec<Arc<EndpointSlice>>,
     pub records: BTreeMap<String, Arc<ControllerRevision>>,
     pub deployments: BTreeMap<String, Arc<DynamicObject>>,
@@ -67,6 +69,7 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
     let apex_name = canary.spec.service_name();
     let service = |name: &str| cache.services.get(&ObjectRef::new(name).within(&key.namespace));
     let apex = service(apex_name);
+    let additional: Vec<Arc<Service>> = canary.spec.additional_services().filter_map(service).collect();
     let pods = cache
         .pods
         .state_filter(|pod| pod.metadata.namespace.as_deref() == Some(key.namespace.as_str()) && !is_gone(pod));
@@ -87,9 +90,16 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
         template
     });
 
-    if let Some(apex) = &apex {
-        problems.extend(services::refusals(apex, canary, pod_template));
-        warnings.extend(services::warnings(apex, canary));
+    for service in apex.iter().chain(&additional) {
+        problems.extend(services::refusals(service, canary, pod_template));
+        warnings.extend(services::warnings(service, canary));
+    }
+    let there = |name: &&str| additional.iter().any(|service| service.name_any() == **name);
+    let missing = canary.spec.additional_services().filter(|name| !there(name)).map(services::missing);
+    // Before the takeover it is waited for. Later it is its owner's affair.
+    match canary.status.as_ref().is_some_and(|status| status.service.is_some()) {
+        false => problems.extend(missing),
+        true => warnings.extend(missing),
     }
     let mut companions = BTreeMap::new();
     for name in Role::ALL.map(|role| role.name(apex_name)) {
@@ -140,7 +150,7 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
         finalizer: canary.finalizers().iter().any(|finalizer| finalizer == labels::FINALIZER),
         namespace_terminating: cache.is_terminating(&key.namespace),
         template,
-        service: service_of(canary, apex.as_deref(), current, slices.iter().map(AsRef::as_ref)),
+        service: service_of(canary, apex.as_deref(), &additional, current, &slices),
         revisions,
         fleet: reports.fleet,
         report: reports.report,
@@ -156,11 +166,13 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
     };
     let own = |slice: &EndpointSlice| {
         is_ours(slice)
-            && service_name(slice)
-                .is_some_and(|name| name == apex_name || Role::ALL.iter().any(|role| role.name(apex_name) == name))
+            && service_name(slice).is_some_and(|name| {
+                canary.spec.service_names().any(|own| own == name)
+                    || Role::ALL.iter().any(|role| role.name(apex_name) == name)
+            })
     };
     let slices = slices.into_iter().filter(|slice| own(slice)).collect();
-    Observed { observation, target, apex, companions, slices, records, deployments, tracked, scaling }
+    Observed { observation, target, apex, additional, companions, slices, records, deployments, tracked, scaling }
 }
 
 fn deployment(cache: &Cache, canary: &Canary, name: &str) -> Option<Arc<DynamicObject>> {
@@ -261,10 +273,9 @@ fn conflict(canary: &Canary, all: &[Arc<Canary>]) -> Option<Problem> {
     all.iter().filter(first).find_map(|other| {
         let what = if other.spec.target_ref.name == canary.spec.target_ref.name {
             format!("Deployment {}", canary.spec.target_ref.name)
-        } else if other.spec.service_name() == canary.spec.service_name() {
-            format!("Service {}", canary.spec.service_name())
         } else {
-            return None;
+            let shared = |name: &&str| other.spec.service_names().any(|service| service == *name);
+            format!("Service {}", canary.spec.service_names().find(shared)?)
         };
         Some(Problem {
             reason: "TargetConflict",
@@ -273,28 +284,34 @@ fn conflict(canary: &Canary, all: &[Arc<Canary>]) -> Option<Problem> {
     })
 }
 
-fn service_of<'a>(
+fn service_of(
     canary: &Canary,
     apex: Option<&Service>,
+    additional: &[Arc<Service>],
     companions: bool,
-    slices: impl Iterator<Item = &'a EndpointSlice>,
+    slices: &[Arc<EndpointSlice>],
 ) -> machine::Service {
-    let Some(apex) = apex else { return machine::Service::default() };
-    let name = apex.name_any();
-    let (ours, native): (Vec<_>, Vec<_>) =
-        slices.filter(|slice| service_name(slice) == Some(name.as_str())).partition(|slice| is_ours(slice));
-    machine::Service {
-        exists: true,
-        companions,
-        key: services::has_key(apex, canary),
-        slices: carries_every_port(apex, &ours),
-        native_endpoints: count(
-            native
-                .iter()
-                .flat_map(|slice| &slice.endpoints)
-                .filter(|endpoint| endpoint.conditions.as_ref().and_then(|conditions| conditions.ready) != Some(false)),
-        ),
+    let mut seen =
+        machine::Service { exists: apex.is_some(), companions, key: true, slices: true, ..machine::Service::default() };
+    for service in apex.into_iter().chain(additional.iter().map(AsRef::as_ref)) {
+        let name = service.name_any();
+        let of_it = slices.iter().map(AsRef::as_ref).filter(|slice| service_name(slice) == Some(name.as_str()));
+        let (ours, native): (Vec<_>, Vec<_>) = of_it.partition(|slice| is_ours(slice));
+        let native = native.iter().flat_map(|slice| &slice.endpoints);
+        let native =
+            count(native.filter(|endpoint| {
+                endpoint.conditions.as_ref().and_then(|conditions| conditions.ready) != Some(false)
+            }));
+        let key = services::has_key(service, canary);
+        seen.key &= key;
+        seen.any_key |= key;
+        seen.slices &= carries_every_port(service, &ours);
+        seen.native_endpoints += native;
+        seen.no_native_endpoint |= native == 0;
     }
+    seen.key &= seen.exists;
+    seen.slices &= seen.exists;
+    seen
 }
 
 /// A port of the Service that is missing in the slices is rejected by kube-proxy: all or nothing.
@@ -454,6 +471,12 @@ mod tests {
     use super::*;
     use serde_json::json;
 
+    fn with_more(canary: &Canary, additional: &str) -> Arc<Canary> {
+        let mut canary = canary.clone();
+        canary.spec.service.additional = Some(vec![sluice_crds::AdditionalService { name: additional.to_owned() }]);
+        Arc::new(canary)
+    }
+
     fn canary(name: &str, target: &str, service: Option<&str>, created: &str) -> Arc<Canary> {
         let canary = json!({
             "apiVersion": "sluice.dev/v1beta1", "kind": "Canary",
@@ -491,6 +514,12 @@ mod tests {
                 canary("0", "x", None, early),
                 Some("Deployment x"),
             ),
+            (
+                "a further Service",
+                canary("a", "x", Some("web"), early),
+                with_more(&canary("b", "y", None, late), "web"),
+                Some("Service web"),
+            ),
             ("nothing in common", canary("a", "x", None, early), canary("b", "y", None, late), None),
         ];
         for (what, older, younger, words) in cases {
@@ -526,7 +555,10 @@ mod tests {
         }))
         .unwrap();
         let canary = canary("a", "x", Some("web"), "2026-01-01T00:00:00Z");
-        let see = |slices: &[EndpointSlice]| service_of(&canary, Some(&apex), true, slices.iter());
+        let see = |slices: &[EndpointSlice]| {
+            let slices: Vec<_> = slices.iter().cloned().map(Arc::new).collect();
+            service_of(&canary, Some(&apex), &[], true, &slices)
+        };
         let both = ["http", "grpc"];
         assert!(see(&[slice("sluice.dev", "now", &both, Some(true))]).slices);
         assert!(
@@ -540,6 +572,31 @@ mod tests {
         assert!(!seen.slices && seen.key);
         assert_eq!(seen.native_endpoints, 1);
         assert_eq!(see(&[slice("endpointslice-controller.k8s.io", "now", &both, Some(false))]).native_endpoints, 0);
+    }
+
+    #[test]
+    fn several_services_are_as_far_as_the_one_that_is_behind() {
+        let service = |name: &str, key: bool| -> Arc<Service> {
+            let selector = if key { json!({"app": "web", "sluice.dev/fleet": "a"}) } else { json!({"app": "web"}) };
+            let service = json!({"metadata": {"name": name, "uid": "now"}, "spec": {"selector": selector, "ports": [{"name": "http", "port": 80}]}});
+            Arc::new(serde_json::from_value(service).unwrap())
+        };
+        let of = |name: &str, managed_by: &str| {
+            let mut slice = slice(managed_by, "now", &["http"], Some(true));
+            slice.labels_mut().insert("kubernetes.io/service-name".to_owned(), name.to_owned());
+            Arc::new(slice)
+        };
+        let canary = canary("a", "x", Some("web"), "2026-01-01T00:00:00Z");
+        let see = |second: bool, slices: &[Arc<EndpointSlice>]| {
+            service_of(&canary, Some(&service("web", true)), &[service("more", second)], true, slices)
+        };
+        let ours = [of("web", "sluice.dev"), of("more", "sluice.dev")];
+        let both = see(true, &ours);
+        assert!(both.key && both.slices && both.no_native_endpoint && both.native_endpoints == 0);
+        let one = see(false, &ours[..1]);
+        assert!(!one.key && one.any_key && !one.slices);
+        let native = see(true, &[of("more", "endpointslice-controller.k8s.io")]);
+        assert!(native.native_endpoints == 1 && native.no_native_endpoint, "the first has none yet");
     }
 
     #[test]

@@ -73,10 +73,8 @@ pub fn refusals(apex: &Service, canary: &Canary, pod_template: Option<&Value>) -
     if let Some(owner) = apex.owner_references().iter().find(|owner| owner.controller == Some(true))
         && Some(owner.uid.as_str()) != canary.metadata.uid.as_deref()
     {
-        problems.push(refuse(format!(
-            "it belongs to {} {}; name another Service in spec.service.name",
-            owner.kind, owner.name
-        )));
+        problems
+            .push(refuse(format!("it belongs to {} {}; name another Service in spec.service", owner.kind, owner.name)));
     }
     let Some(spec) = &apex.spec else { return problems };
     match spec.type_.as_deref() {
@@ -110,7 +108,7 @@ pub fn refusals(apex: &Service, canary: &Canary, pod_template: Option<&Value>) -
         selector(apex).and_then(|selector| selector.get(labels::FLEET)).filter(|key| **key != canary.name_any())
     {
         problems.push(refuse(format!(
-            "its selector says {}: {key}, so Canary {key} has it; name another Service in spec.service.name",
+            "its selector says {}: {key}, so Canary {key} has it; name another Service in spec.service",
             labels::FLEET
         )));
     }
@@ -128,7 +126,7 @@ pub fn refusals(apex: &Service, canary: &Canary, pod_template: Option<&Value>) -
         .find(|(key, value)| pod_labels.get(key.as_str()).and_then(|label| label.as_str()) != Some(value.as_str()))
     {
         problems.push(refuse(format!(
-            "it selects Pods with {key}: {value}, which Deployment {} does not make; name the application's own Service in spec.service.name",
+            "it selects Pods with {key}: {value}, which Deployment {} does not make; name the application's own Service in spec.service",
             canary.spec.target_ref.name
         )));
     }
@@ -147,6 +145,15 @@ pub fn refusals(apex: &Service, canary: &Canary, pod_template: Option<&Value>) -
         }
     }
     problems
+}
+
+/// A Service of `spec.service.additional` that is not there.
+#[must_use]
+pub fn missing(name: &str) -> Problem {
+    Problem {
+        reason: "ServiceMissing",
+        message: format!("Service {name} (spec.service.additional) is not there; create it"),
+    }
 }
 
 /// What a person should know about a Service that is taken over.
@@ -172,7 +179,8 @@ pub fn warnings(apex: &Service, canary: &Canary) -> Vec<Problem> {
         });
     }
     let ports = spec.ports.iter().flatten();
-    if !ports.clone().any(|port| port.port == canary.spec.service.port) {
+    let is_apex = name == canary.spec.service_name();
+    if is_apex && !ports.clone().any(|port| port.port == canary.spec.service.port) {
         let has: Vec<_> = ports.map(|port| port.port.to_string()).collect();
         warnings.push(Problem {
             reason: "PortMismatch",
@@ -196,7 +204,10 @@ pub fn bypasses<'a>(
     let pod_labels = pod_labels(pod_template);
     services
         .into_iter()
-        .filter(|service| service.name_any() != canary.spec.service_name() && !revisions::owned(*service, canary))
+        .filter(|service| {
+            let name = service.name_any();
+            canary.spec.service_names().all(|own| own != name) && !revisions::owned(*service, canary)
+        })
         .filter(|service| {
             selector(service).is_some_and(|selector| {
                 !selector.is_empty()
@@ -206,7 +217,7 @@ pub fn bypasses<'a>(
         .map(|service| Problem {
             reason: "OtherServices",
             message: format!(
-                "Service {} selects Pods of the canary too: its clients get the new version by the number of Pods, not by the weight",
+                "Service {} selects Pods of the canary too: its clients get the new version by the number of Pods, not by the weight. Name it in spec.service.additional",
                 service.name_any()
             ),
         })

@@ -49,6 +49,7 @@ pub fn parse(canary: &Canary, settle: Duration) -> Result<Spec, Refused> {
         generation: canary.metadata.generation.unwrap_or_default(),
         target: written.target_ref.name.clone(),
         service: written.service_name().to_owned(),
+        additional: written.additional_services().map(str::to_owned).collect(),
         analysis: None,
         skip_analysis: written.skip_analysis,
         suspend: written.suspend,

@@ -1,35 +1,27 @@
-//! The root certificate and what it signs.
+//! What signs certificates, and what they may end in.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use k8s_openapi::{ByteString, api::core::v1::Secret};
-use kube::{
-    Api,
-    api::{ObjectMeta, PostParams},
-};
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
+use kube::{Api, Client, api::PostParams};
 use rcgen::{
-    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, DnValue, ExtendedKeyUsagePurpose,
-    IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType, SerialNumber,
-    date_time_ymd,
+    CertificateParams, DistinguishedName, DnType, DnValue, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose,
+    PublicKeyData, SanType, SerialNumber, date_time_ymd,
 };
-use rustls_pki_types::{CertificateDer, pem::PemObject};
+use rustls_pki_types::CertificateDer;
+use sluice_crds::labels;
 use sluice_xds::{PodSubject, SpiffeId};
-use x509_parser::prelude::{FromDer, X509Certificate};
+use tokio::sync::watch;
 
-use super::IdentityError;
-
-/// Secret in the release namespace with the root: `tls.crt`, `tls.key`, and in `ca.crt` everything that a peer's chain may
-/// end in (the root itself, and others while one root replaces another).
-pub const CA_SECRET: &str = "sluice-ca";
-
-const CERTIFICATE: &str = "tls.crt";
-const KEY: &str = "tls.key";
-const BUNDLE: &str = "ca.crt";
+use super::{
+    IdentityError,
+    root::{self, CA_SECRET, Root, Wanted},
+    trust::{self, Times, Trust},
+};
 
 /// Certificates are valid from a little before they are made: clocks of nodes differ.
-const BACKDATE: Duration = Duration::from_secs(5 * 60);
-const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+pub(super) const BACKDATE: Duration = Duration::from_secs(5 * 60);
 /// Deadline of a call to the API server.
 const CALL: Duration = Duration::from_secs(10);
 
@@ -54,22 +46,41 @@ pub struct Issued {
     pub serial: String,
 }
 
-/// The certificate authority. Cheap to use from any number of tasks: nothing in it changes.
+/// The certificate authority. Its root may be replaced while it works: see [`trust`].
 pub struct Authority {
     trust_domain: String,
-    life: Duration,
-    issuer: Issuer<'static, KeyPair>,
-    roots: Vec<CertificateDer<'static>>,
-    bundle_pem: String,
-    not_after: Timestamp,
+    times: Times,
+    state: watch::Sender<State>,
+    /// Of `state`: what a peer's chain may end in, PEM.
+    bundle: watch::Sender<Arc<str>>,
+}
+
+#[derive(Clone)]
+struct State {
+    wanted: Wanted,
+    /// What signs; `None` in a replica that knows only a root that the proxies do not know yet.
+    signs: Option<Arc<Root>>,
+    /// As published.
+    trust: Trust,
+}
+
+impl State {
+    /// Everything that a peer's chain may end in: what signs, what is published, and what will be.
+    fn roots(&self) -> Vec<CertificateDer<'static>> {
+        let mut roots: Vec<CertificateDer<'static>> = Vec::new();
+        let signs = self.signs.iter().map(|root| &root.certificate);
+        for root in signs.chain(self.wanted.roots()).chain(self.trust.roots()) {
+            if !roots.contains(root) {
+                roots.push(root.clone());
+            }
+        }
+        roots
+    }
 }
 
 impl std::fmt::Debug for Authority {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Authority")
-            .field("trust_domain", &self.trust_domain)
-            .field("not_after", &self.not_after)
-            .finish_non_exhaustive()
+        f.debug_struct("Authority").field("trust_domain", &self.trust_domain).finish_non_exhaustive()
     }
 }
 
@@ -77,16 +88,16 @@ impl Authority {
     /// Reads the root from its Secret; makes one if there is none. Any number of replicas may do so at once: all but one
     /// find that the Secret exists, and read it.
     ///
-    /// `life` is that of the certificates that it will sign.
-    ///
     /// # Errors
-    /// If the Secret can neither be read nor created, or what it holds is no usable root.
+    /// If the Secret can neither be read nor created, or what it holds is no usable root; or if what proxies trust cannot be
+    /// read.
     pub async fn open(
-        secrets: &Api<Secret>,
+        client: &Client,
         namespace: &str,
         trust_domain: &str,
-        life: Duration,
+        times: Times,
     ) -> Result<Self, IdentityError> {
+        let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
         let failed = |action| {
             let namespace = namespace.to_owned();
             move |source| IdentityError::Secret { action, namespace, source: Box::new(source) }
@@ -95,7 +106,7 @@ impl Authority {
         let found = match deadline(secrets.get_opt(CA_SECRET)).await.map_err(failed("read"))? {
             Some(found) => found,
             None => {
-                let root = new_root(trust_domain, Timestamp::now()).map_err(|why| unusable(why.to_string()))?;
+                let root = root::new(trust_domain, Timestamp::now()).map_err(|why| unusable(why.to_string()))?;
                 match deadline(secrets.create(&PostParams::default(), &root)).await {
                     Ok(created) => {
                         tracing::info!("made a root certificate in Secret {namespace}/{CA_SECRET}");
@@ -108,49 +119,36 @@ impl Authority {
                 }
             }
         };
-        let data = found.data.unwrap_or_default();
-        let text = |key: &str| {
-            let bytes = &data.get(key).ok_or_else(|| format!("it has no {key}"))?.0;
-            std::str::from_utf8(bytes).map_err(|_| format!("its {key} is not PEM"))
-        };
-        let bundle = data.contains_key(BUNDLE).then(|| text(BUNDLE)).transpose();
-        let parts = text(CERTIFICATE).and_then(|c| Ok((c, text(KEY)?, bundle?.unwrap_or_default())));
-        let (certificate, key, bundle) = parts.map_err(unusable)?;
-        Self::new(certificate, key, bundle, trust_domain, life, Timestamp::now()).map_err(unusable)
+        let now = Timestamp::now();
+        let wanted = Wanted::read(&found, now).map_err(unusable)?;
+        let maps: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
+        let published = deadline(maps.get_opt(labels::TRUST_BUNDLE)).await;
+        let published = published
+            .map_err(|source| IdentityError::Trust { namespace: namespace.to_owned(), source: Box::new(source) })?;
+        let trust = published.as_ref().map(Trust::read).unwrap_or_default();
+        Ok(Self::new(wanted, trust, trust_domain, times, now))
     }
 
-    /// `bundle`: further roots, PEM, may be empty.
-    fn new(
-        certificate: &str,
-        key: &str,
-        bundle: &str,
-        trust_domain: &str,
-        life: Duration,
-        now: Timestamp,
-    ) -> Result<Self, String> {
-        let key = KeyPair::from_pem(key).map_err(|e| format!("{KEY} is not a private key in PKCS#8: {e}"))?;
-        let root = CertificateDer::from_pem_slice(certificate.as_bytes())
-            .map_err(|e| format!("{CERTIFICATE} is not a PEM certificate: {e}"))?;
-        let not_after = check_root(&root, &key, now)?;
-        let issuer = Issuer::from_ca_cert_der(&root, key).map_err(|e| format!("{CERTIFICATE} cannot be read: {e}"))?;
-        let mut roots: Vec<_> = CertificateDer::pem_slice_iter(bundle.as_bytes())
-            .collect::<Result<_, _>>()
-            .map_err(|e| format!("{BUNDLE} is not a list of PEM certificates: {e}"))?;
-        let mut bundle_pem = bundle.to_owned();
-        if !roots.contains(&root) {
-            bundle_pem = format!("{}\n{bundle}", certificate.trim_end());
-            roots.push(root);
+    fn new(wanted: Wanted, trust: Trust, trust_domain: &str, times: Times, now: Timestamp) -> Self {
+        let signs = trust.may_sign(&wanted.signer.certificate, now, times).then(|| Arc::clone(&wanted.signer));
+        if signs.is_none() {
+            tracing::warn!(
+                "the root in Secret {CA_SECRET} is new to the proxies, and the one before it is not here any more: no certificate is \
+                 signed by this replica until they know it, in {:?} at most",
+                times.spread
+            );
         }
-        Ok(Self { trust_domain: trust_domain.to_owned(), life, issuer, roots, bundle_pem, not_after })
+        let state = State { wanted, signs, trust };
+        let bundle = watch::Sender::new(trust::pem(state.roots().iter()).into());
+        Self { trust_domain: trust_domain.to_owned(), times, state: watch::Sender::new(state), bundle }
     }
 
     #[cfg(test)]
     pub(super) fn for_tests(trust_domain: &str, life: Duration) -> Self {
         #![allow(clippy::unwrap_used)]
         let now = Timestamp::now();
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
-        let root = root_certificate(&key, trust_domain, now).unwrap();
-        Self::new(&root.pem(), &key.serialize_pem(), "", trust_domain, life, now).unwrap()
+        let wanted = Wanted::read(&root::new(trust_domain, now).unwrap(), now).unwrap();
+        Self::new(wanted, Trust::default(), trust_domain, Times { life, spread: Duration::from_secs(300) }, now)
     }
 
     pub fn trust_domain(&self) -> &str {
@@ -158,23 +156,128 @@ impl Authority {
     }
 
     /// Everything that a peer's chain may end in, PEM.
-    pub fn bundle_pem(&self) -> &str {
-        &self.bundle_pem
+    pub fn bundle(&self) -> watch::Receiver<Arc<str>> {
+        self.bundle.subscribe()
     }
 
     /// The same, DER.
-    pub fn roots(&self) -> &[CertificateDer<'static>] {
-        &self.roots
+    pub fn roots(&self) -> Vec<CertificateDer<'static>> {
+        self.state.borrow().roots()
+    }
+
+    /// When the root ends that signs here.
+    #[must_use]
+    pub fn root_expires(&self) -> Timestamp {
+        self.own_signer().not_after
+    }
+
+    /// Tells when a root is asked for, published, or signs that was not before. Nothing is to be read in it.
+    pub fn changes(&self) -> watch::Receiver<impl Sized + use<>> {
+        self.state.subscribe()
+    }
+
+    /// The root that Secret `sluice-ca` asks for.
+    pub(super) fn wanted(&self) -> Arc<Root> {
+        Arc::clone(&self.state.borrow().wanted.signer)
+    }
+
+    /// The Secret has another content.
+    pub(super) fn want(&self, wanted: Wanted, now: Timestamp) {
+        let same = self.state.borrow().wanted.roots().eq(wanted.roots());
+        if !same {
+            tracing::info!(
+                fingerprint = trust::fingerprint(&wanted.signer.certificate),
+                "Secret {CA_SECRET} has another root; it is made known to the proxies before it signs"
+            );
+            self.change(now, |state| state.wanted = wanted);
+        }
+    }
+
+    /// What should be published.
+    pub(super) fn next_trust(&self, now: Timestamp) -> Trust {
+        let state = self.state.borrow();
+        state.trust.advance(state.wanted.roots(), now, self.times)
+    }
+
+    /// When that changes by itself, or another root may sign: then [`Self::look`] is to be called.
+    pub(super) fn due(&self) -> Option<Timestamp> {
+        self.state.borrow().trust.due(self.times)
+    }
+
+    /// What is published now.
+    pub(super) fn published(&self, trust: Trust, now: Timestamp) {
+        self.change(now, |state| state.trust = trust);
+    }
+
+    /// Time has gone on.
+    pub(super) fn look(&self, now: Timestamp) {
+        self.change(now, |_| ());
+    }
+
+    fn change(&self, now: Timestamp, change: impl FnOnce(&mut State)) {
+        self.state.send_if_modified(|state| {
+            let before = state.clone();
+            change(state);
+            if state.trust.may_sign(&state.wanted.signer.certificate, now, self.times) {
+                state.signs = Some(Arc::clone(&state.wanted.signer));
+            }
+            let certificate = |state: &State| state.signs.as_ref().map(|root| root.certificate.clone());
+            let signs = certificate(state);
+            if signs != certificate(&before)
+                && let Some(root) = &signs
+            {
+                tracing::info!(fingerprint = trust::fingerprint(root), "the root that signs from now on");
+            }
+            signs != certificate(&before)
+                || state.trust != before.trust
+                || !state.wanted.roots().eq(before.wanted.roots())
+        });
+        let bundle: Arc<str> = trust::pem(self.roots().iter()).into();
+        self.bundle.send_if_modified(|before| {
+            let differs = *before != bundle;
+            *before = bundle;
+            differs
+        });
     }
 
     /// Signs `key` for `subject`, from five minutes before `now` for the set life, but never longer than the root lives.
     ///
     /// # Errors
-    /// If `subject` cannot be written into a certificate.
+    /// If `subject` cannot be written into a certificate, or the proxies do not know the only root that is here.
     pub fn issue(&self, key: &impl PublicKeyData, subject: &Subject, now: Timestamp) -> Result<Issued, IdentityError> {
+        let signs = self.state.borrow().signs.clone();
+        let root = signs.ok_or(IdentityError::NotKnownYet { spread: self.times.spread })?;
+        self.issue_by(&root, key, subject, now)
+    }
+
+    /// The same for this controller itself, which has to show something: a proxy that does not know the root yet goes to another
+    /// replica, or waits. Also the root that signed.
+    pub(super) fn issue_own(
+        &self,
+        key: &impl PublicKeyData,
+        subject: &Subject,
+        now: Timestamp,
+    ) -> Result<(Issued, CertificateDer<'static>), IdentityError> {
+        let root = self.own_signer();
+        Ok((self.issue_by(&root, key, subject, now)?, root.certificate.clone()))
+    }
+
+    /// The root that signs for this controller itself.
+    pub(super) fn own_signer(&self) -> Arc<Root> {
+        let state = self.state.borrow();
+        Arc::clone(state.signs.as_ref().unwrap_or(&state.wanted.signer))
+    }
+
+    fn issue_by(
+        &self,
+        root: &Root,
+        key: &impl PublicKeyData,
+        subject: &Subject,
+        now: Timestamp,
+    ) -> Result<Issued, IdentityError> {
         let failed = |source| IdentityError::Issue { subject: subject.pod.common_name(), source };
         let not_before = now - BACKDATE;
-        let not_after = (now + self.life).min(self.not_after);
+        let not_after = (now + self.times.life).min(root.not_after);
         let serial = random_serial().map_err(failed)?;
         let mut params = CertificateParams::default();
         params.serial_number = Some(SerialNumber::from_slice(&serial));
@@ -190,7 +293,7 @@ impl Authority {
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
         params.use_authority_key_identifier_extension = true;
-        let certificate = params.signed_by(key, &self.issuer).map_err(failed)?;
+        let certificate = params.signed_by(key, &root.issuer).map_err(failed)?;
         Ok(Issued {
             certificate: certificate.der().clone(),
             chain_pem: certificate.pem(),
@@ -212,7 +315,7 @@ fn subject_name(pod: &PodSubject) -> Result<DistinguishedName, rcgen::Error> {
 }
 
 /// 127 random bits: at most 20 octets, positive, not zero (RFC 5280, 4.1.2.2).
-fn random_serial() -> Result<[u8; 16], rcgen::Error> {
+pub(super) fn random_serial() -> Result<[u8; 16], rcgen::Error> {
     let mut serial = [0; 16];
     rustls::crypto::aws_lc_rs::default_provider()
         .secure_random
@@ -222,60 +325,7 @@ fn random_serial() -> Result<[u8; 16], rcgen::Error> {
     Ok(serial)
 }
 
-fn new_root(trust_domain: &str, now: Timestamp) -> Result<Secret, rcgen::Error> {
-    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-    let certificate = root_certificate(&key, trust_domain, now)?.pem();
-    let data = [(CERTIFICATE, certificate.clone()), (BUNDLE, certificate), (KEY, key.serialize_pem())];
-    Ok(Secret {
-        metadata: ObjectMeta {
-            name: Some(CA_SECRET.to_owned()),
-            labels: Some(BTreeMap::from([(
-                "app.kubernetes.io/managed-by".to_owned(),
-                sluice_crds::labels::FIELD_MANAGER.to_owned(),
-            )])),
-            ..ObjectMeta::default()
-        },
-        type_: Some("kubernetes.io/tls".to_owned()),
-        data: Some(data.into_iter().map(|(key, value)| (key.to_owned(), ByteString(value.into_bytes()))).collect()),
-        ..Secret::default()
-    })
-}
-
-fn root_certificate(key: &KeyPair, trust_domain: &str, now: Timestamp) -> Result<Certificate, rcgen::Error> {
-    let mut params = CertificateParams::default();
-    let mut name = DistinguishedName::new();
-    name.push(DnType::CommonName, "Sluice root");
-    name.push(DnType::OrganizationName, trust_domain);
-    params.distinguished_name = name;
-    params.not_before = date_time_ymd(1970, 1, 1) + since_1970(now - BACKDATE);
-    params.not_after = date_time_ymd(1970, 1, 1) + since_1970(now + ROOT_LIFE);
-    params.serial_number = Some(SerialNumber::from_slice(&random_serial()?));
-    // It signs leaves only. No name constraint: verifiers differ on URI constraints (webpki refuses such chains).
-    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    params.self_signed(key)
-}
-
-/// The end of the root's life, if it can sign for us now.
-fn check_root(root: &[u8], key: &KeyPair, now: Timestamp) -> Result<Timestamp, String> {
-    let (_, root) = X509Certificate::from_der(root).map_err(|e| format!("{CERTIFICATE} cannot be read: {e}"))?;
-    if root.public_key().raw != key.subject_public_key_info() {
-        return Err(format!("{KEY} is not the key of {CERTIFICATE}"));
-    }
-    if !root.is_ca() {
-        return Err(format!("{CERTIFICATE} is not a certificate authority"));
-    }
-    let time = |at: x509_parser::time::ASN1Time| {
-        Timestamp::from_second(at.timestamp()).map_err(|e| format!("{CERTIFICATE} has an unusable validity: {e}"))
-    };
-    let (from, to) = (time(root.validity().not_before)?, time(root.validity().not_after)?);
-    if now < from || now >= to {
-        return Err(format!("{CERTIFICATE} is valid from {from} to {to}, and it is {now}"));
-    }
-    Ok(to)
-}
-
-fn since_1970(at: Timestamp) -> Duration {
+pub(super) fn since_1970(at: Timestamp) -> Duration {
     Duration::from_secs(u64::try_from(at.as_second()).unwrap_or_default())
 }
 
@@ -286,66 +336,87 @@ async fn deadline<T>(call: impl Future<Output = kube::Result<T>>) -> kube::Resul
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
+    use rustls_pki_types::pem::PemObject;
 
     use super::*;
 
-    fn root(now: Timestamp) -> (String, String) {
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
-        let root = root_certificate(&key, "cluster.local", now).unwrap();
-        (root.pem(), key.serialize_pem())
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+    const TIMES: Times = Times { life: DAY, spread: Duration::from_secs(300) };
+
+    fn wanted(now: Timestamp) -> Wanted {
+        Wanted::read(&root::new("cluster.local", now).unwrap(), now).unwrap()
     }
 
-    fn open(certificate: &str, key: &str, bundle: &str) -> Result<Authority, String> {
-        let day = Duration::from_secs(24 * 3600);
-        Authority::new(certificate, key, bundle, "cluster.local", day, Timestamp::now())
+    fn issue(authority: &Authority, now: Timestamp) -> Result<Issued, IdentityError> {
+        let subject = Subject {
+            id: SpiffeId::new("cluster.local", "shop", "web").unwrap(),
+            pod: PodSubject { namespace: "shop".to_owned(), pod: "web-0".to_owned(), uid: "5f0c".to_owned() },
+            dns_names: Vec::new(),
+        };
+        authority.issue(&KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap(), &subject, now)
     }
 
-    #[test]
-    fn a_root_that_cannot_sign_is_refused_with_the_reason() {
-        let now = Timestamp::now();
-        let (certificate, key) = root(now);
-        assert!(open(&certificate, &key, "").is_ok());
-        let (other, other_key) = root(now - 11 * ROOT_LIFE / 10);
-        for (certificate, key, bundle, words) in [
-            (certificate.as_str(), other_key.as_str(), "", "is not the key of"),
-            (&other, &other_key, "", "is valid from"),
-            ("", &key, "", "is not a PEM certificate"),
-            (&certificate, "", "", "is not a private key"),
-            (&certificate, &key, "-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n", "is not a list of PEM"),
-        ] {
-            let why = open(certificate, key, bundle).map(|_| ()).unwrap_err();
-            assert!(why.contains(words), "{words}: {why}");
-        }
+    fn signed_by(issued: &Issued, root: &Root) -> bool {
+        use x509_parser::prelude::{FromDer, X509Certificate};
+        let (_, leaf) = X509Certificate::from_der(&issued.certificate).unwrap();
+        let (_, root) = X509Certificate::from_der(&root.certificate).unwrap();
+        leaf.verify_signature(Some(root.public_key())).is_ok()
     }
 
     #[test]
     fn the_bundle_has_every_root_once_and_the_signing_one_always() {
         let now = Timestamp::now();
-        let ((certificate, key), (next, _)) = (root(now), root(now));
-        let cases =
-            [(String::new(), 1), (certificate.clone(), 1), (next.clone(), 2), (format!("{certificate}{next}"), 2)];
-        for (bundle, roots) in cases {
-            let authority = open(&certificate, &key, &bundle).unwrap();
-            let pem = authority.bundle_pem().as_bytes();
-            let parsed: Vec<_> = CertificateDer::pem_slice_iter(pem).collect::<Result<_, _>>().unwrap();
-            assert_eq!((parsed.len(), authority.roots().len()), (roots, roots));
-            let own = CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap();
-            assert!(parsed.contains(&own) && authority.roots().contains(&own));
+        let (one, next) = (wanted(now), wanted(now));
+        let next_pem = trust::pem(next.roots());
+        let both = Wanted { beside: vec![next.signer.certificate.clone()], ..one.clone() };
+        for (wanted, count) in [(one.clone(), 1), (both, 2)] {
+            let authority = Authority::new(wanted, Trust::default(), "cluster.local", TIMES, now);
+            let pem = authority.bundle().borrow().clone();
+            let parsed: Vec<_> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<_, _>>().unwrap();
+            assert_eq!((parsed.len(), authority.roots().len()), (count, count));
+            assert!(parsed.contains(&one.signer.certificate));
+            assert_eq!(pem.contains(next_pem.trim()), count == 2);
         }
     }
 
     #[test]
     fn no_certificate_outlives_the_root() {
         let now = Timestamp::now();
-        let (certificate, key) = root(now - (ROOT_LIFE - Duration::from_secs(60)));
-        let authority = open(&certificate, &key, "").unwrap();
-        let subject = Subject {
-            id: SpiffeId::new("cluster.local", "shop", "web").unwrap(),
-            pod: PodSubject { namespace: "shop".to_owned(), pod: "web-0".to_owned(), uid: "5f0c".to_owned() },
-            dns_names: Vec::new(),
-        };
-        let leaf = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
-        let issued = authority.issue(&leaf, &subject, now).unwrap();
-        assert!(issued.not_after <= now + Duration::from_secs(60));
+        let authority = Authority::for_tests("cluster.local", 20 * 365 * DAY);
+        assert!(issue(&authority, now).unwrap().not_after <= now + 11 * 365 * DAY);
+    }
+
+    #[test]
+    fn another_root_is_published_first_and_signs_when_it_is_known() {
+        let now = Timestamp::from_second(Timestamp::now().as_second()).unwrap();
+        let (old, new) = (wanted(now), wanted(now));
+        let authority = Authority::new(old.clone(), Trust::default(), "cluster.local", TIMES, now);
+        authority.published(authority.next_trust(now), now);
+        assert!(signed_by(&issue(&authority, now).unwrap(), &old.signer));
+
+        let bundle = authority.bundle();
+        authority.want(new.clone(), now);
+        assert!(signed_by(&issue(&authority, now).unwrap(), &old.signer), "it is not even published");
+        authority.published(authority.next_trust(now), now);
+        assert!(signed_by(&issue(&authority, now).unwrap(), &old.signer), "it is not known yet");
+        assert!(bundle.has_changed().unwrap() && authority.roots().len() == 2);
+        assert_eq!(authority.due(), Some(now + TIMES.spread));
+
+        // A replica that starts now has the new root only.
+        let late = Authority::new(new.clone(), authority.next_trust(now), "cluster.local", TIMES, now);
+        let refused = issue(&late, now).unwrap_err();
+        assert!(matches!(refused, IdentityError::NotKnownYet { .. }), "{refused}");
+
+        for authority in [&authority, &late] {
+            let known = now + TIMES.spread;
+            authority.published(authority.next_trust(known), known);
+            assert!(signed_by(&issue(authority, known).unwrap(), &new.signer));
+            assert_eq!(authority.roots().len(), 2, "what the old one signed is trusted on");
+            let over = authority.due().unwrap();
+            assert!(over >= known + DAY);
+            authority.published(authority.next_trust(over), over);
+            assert_eq!((authority.roots(), authority.due()), (vec![new.signer.certificate.clone()], None));
+        }
     }
 }

@@ -1,12 +1,15 @@
 //! ConfigMap `sluice-trust-bundle`, which Pods mount beside their token: it is how a proxy knows the controller at its first
-//! connection. Kept in the release namespace and in every namespace with a Canary, by the leader.
+//! connection. Kept in the release namespace and in every namespace with a Canary, by the leader. The one in the release
+//! namespace is also the memory of which root is new and which one leaves (`trust`); every replica reads it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::Duration,
 };
 
 use futures::{StreamExt as _, stream};
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{
     Api, Client, ResourceExt as _,
@@ -16,9 +19,12 @@ use kube::{
 use sluice_crds::{Canary, Phase, labels};
 use tokio::time::{Instant, sleep_until, timeout};
 
+use super::{
+    Authority,
+    trust::{BUNDLE, Trust},
+};
 use crate::{cache::Cache, lease::LeaseHandle};
 
-const KEY: &str = "ca.crt";
 /// Mark of those that we may delete.
 const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 const CALL: Duration = Duration::from_secs(10);
@@ -26,13 +32,14 @@ const CALL: Duration = Duration::from_secs(10);
 const CONCURRENCY: usize = 8;
 const FIRST_RETRY: Duration = Duration::from_secs(2);
 const LAST_RETRY: Duration = Duration::from_secs(60);
+/// The clock may jump while we sleep.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
 /// Keeps the ConfigMaps.
 #[derive(Clone)]
 pub struct TrustBundle {
     pub client: Client,
-    /// [`super::Authority::bundle_pem`].
-    pub pem: String,
+    pub authority: Arc<Authority>,
     pub release_namespace: String,
     /// Only this namespace is watched; all if `None`.
     pub watched: Option<String>,
@@ -49,12 +56,13 @@ struct Found {
     uid: Option<String>,
     resource_version: Option<String>,
     ours: bool,
-    right: bool,
+    pem: Option<String>,
+    spans: Option<String>,
 }
 
 /// What has to be written in one namespace.
 enum Change {
-    Apply { namespace: String, resource_version: Option<String> },
+    Apply { namespace: String, resource_version: Option<String>, spans: Option<String> },
     Delete { namespace: String, conditions: Preconditions },
 }
 
@@ -67,14 +75,15 @@ impl TrustBundle {
         };
         let by_name = watcher::Config::default().fields(&format!("metadata.name={}", labels::TRUST_BUNDLE));
         let mut events = watcher(api, by_name).default_backoff().boxed();
-        let (mut changes, mut terms) = (cache.changes(), lease.watch());
+        let (mut changes, mut terms, mut roots) = (cache.changes(), lease.watch(), self.authority.changes());
         let mut found = BTreeMap::new();
         let mut listed = Some(BTreeMap::new());
         let mut retry = FIRST_RETRY;
         let mut retry_at = None;
         loop {
             let due = async {
-                match retry_at {
+                let roots = self.authority.due().map(|at| Instant::now() + until(at).min(LOOK_AGAIN));
+                match [retry_at, roots].into_iter().flatten().min() {
                     Some(at) => sleep_until(at).await,
                     None => std::future::pending().await,
                 }
@@ -82,9 +91,15 @@ impl TrustBundle {
             tokio::select! {
                 event = events.next() => match event {
                     Some(Ok(watcher::Event::Init)) => listed = Some(BTreeMap::new()),
-                    Some(Ok(watcher::Event::InitApply(map))) => self.note(listed.get_or_insert_default(), map),
+                    Some(Ok(watcher::Event::InitApply(map))) => {
+                        self.follow(&map, &lease);
+                        note(listed.get_or_insert_default(), map);
+                    }
                     Some(Ok(watcher::Event::InitDone)) => found = listed.take().unwrap_or_default(),
-                    Some(Ok(watcher::Event::Apply(map))) => self.note(&mut found, map),
+                    Some(Ok(watcher::Event::Apply(map))) => {
+                        self.follow(&map, &lease);
+                        note(&mut found, map);
+                    }
                     Some(Ok(watcher::Event::Delete(map))) => {
                         found.remove(&map.namespace().unwrap_or_default());
                     }
@@ -94,16 +109,19 @@ impl TrustBundle {
                     }
                     None => return,
                 },
-                // The senders live as long as the cache and the lease.
+                // The senders live as long as the cache, the lease and the authority.
                 changed = changes.changed() => if changed.is_err() { return },
                 changed = terms.changed() => if changed.is_err() { return },
+                changed = roots.changed() => if changed.is_err() { return },
                 () = due => {}
             }
+            let now = Timestamp::now();
+            self.authority.look(now);
             // A list in progress says nothing yet about what is missing.
             if listed.is_some() || !lease.may_write() {
                 continue;
             }
-            let failed = self.settle(&mut found, self.wanted(&cache), &lease).await;
+            let failed = self.settle(&mut found, self.wanted(&cache), &self.authority.next_trust(now), &lease).await;
             (retry_at, retry) =
                 if failed { (Some(Instant::now() + retry), (retry * 2).min(LAST_RETRY)) } else { (None, FIRST_RETRY) };
         }
@@ -122,7 +140,15 @@ impl TrustBundle {
     }
 
     /// Writes what differs; `true` if something is left to be tried again.
-    async fn settle(&self, found: &mut BTreeMap<String, Found>, wanted: BTreeSet<String>, lease: &LeaseHandle) -> bool {
+    async fn settle(
+        &self,
+        found: &mut BTreeMap<String, Found>,
+        wanted: BTreeSet<String>,
+        trust: &Trust,
+        lease: &LeaseHandle,
+    ) -> bool {
+        let (pem, spans) = (trust.pem(), trust.spans());
+        let spans_in = |namespace: &str| (namespace == self.release_namespace).then(|| spans.clone());
         let surplus = found.iter().filter(|(namespace, map)| map.ours && !wanted.contains(*namespace));
         let mut todo: Vec<Change> = surplus
             .map(|(namespace, map)| Change::Delete {
@@ -133,14 +159,22 @@ impl TrustBundle {
         todo.extend(wanted.into_iter().filter_map(|namespace| {
             let map = found.get(&namespace);
             let resource_version = map.and_then(|map| map.resource_version.clone());
-            (!map.is_some_and(|map| map.right)).then_some(Change::Apply { namespace, resource_version })
+            let spans = spans_in(&namespace);
+            let right =
+                map.is_some_and(|map| map.pem.as_ref() == Some(&pem) && (spans.is_none() || map.spans == spans));
+            (!right).then_some(Change::Apply { namespace, resource_version, spans })
         }));
-        let done = stream::iter(todo).map(|change| self.carry_out(change, lease)).buffer_unordered(CONCURRENCY);
+        let done = stream::iter(todo).map(|change| self.carry_out(change, &pem, lease)).buffer_unordered(CONCURRENCY);
         let done: Vec<_> = done.collect().await;
         let mut failed = false;
         for result in done {
             match result {
-                Ok(Some(map)) => self.note(found, map),
+                Ok(Some(map)) => {
+                    if map.namespace().as_ref() == Some(&self.release_namespace) {
+                        self.authority.published(trust.clone(), Timestamp::now());
+                    }
+                    note(found, map);
+                }
                 Ok(None) => {}
                 Err(why) => {
                     failed = true;
@@ -152,22 +186,23 @@ impl TrustBundle {
     }
 
     /// The ConfigMap as written, or `None` if it was deleted.
-    async fn carry_out(&self, change: Change, lease: &LeaseHandle) -> Result<Option<ConfigMap>, String> {
+    async fn carry_out(&self, change: Change, pem: &str, lease: &LeaseHandle) -> Result<Option<ConfigMap>, String> {
         if !lease.may_write() {
             return Err("this replica no longer leads".to_owned());
         }
         let name = labels::TRUST_BUNDLE;
         let api = |namespace: &str| Api::<ConfigMap>::namespaced(self.client.clone(), namespace);
         let (doing, answer) = match change {
-            Change::Apply { namespace, resource_version } => {
+            Change::Apply { namespace, resource_version, spans } => {
                 let wanted = ConfigMap {
                     metadata: ObjectMeta {
                         name: Some(name.to_owned()),
                         resource_version,
                         labels: Some(BTreeMap::from([(MANAGED_BY.to_owned(), labels::FIELD_MANAGER.to_owned())])),
+                        annotations: spans.map(|spans| BTreeMap::from([(labels::ROOTS.to_owned(), spans)])),
                         ..ObjectMeta::default()
                     },
-                    data: Some(BTreeMap::from([(KEY.to_owned(), self.pem.clone())])),
+                    data: Some(BTreeMap::from([(BUNDLE.to_owned(), pem.to_owned())])),
                     ..ConfigMap::default()
                 };
                 let params = PatchParams::apply(labels::FIELD_MANAGER).force();
@@ -191,11 +226,25 @@ impl TrustBundle {
         }
     }
 
-    fn note(&self, found: &mut BTreeMap<String, Found>, map: ConfigMap) {
-        let right = map.data.as_ref().and_then(|data| data.get(KEY)) == Some(&self.pem);
-        let ours = map.labels().get(MANAGED_BY).is_some_and(|by| by == labels::FIELD_MANAGER);
-        let namespace = map.namespace().unwrap_or_default();
-        let (uid, resource_version) = (map.metadata.uid, map.metadata.resource_version);
-        found.insert(namespace, Found { uid, resource_version, ours, right });
+    /// What the leader has published. The leader itself knows it, whatever somebody else may have written there.
+    fn follow(&self, map: &ConfigMap, lease: &LeaseHandle) {
+        let trust = Trust::read(map);
+        if map.namespace().as_ref() == Some(&self.release_namespace) && !lease.may_write() && !trust.is_empty() {
+            self.authority.published(trust, Timestamp::now());
+        }
     }
+}
+
+fn note(found: &mut BTreeMap<String, Found>, map: ConfigMap) {
+    let pem = map.data.as_ref().and_then(|data| data.get(BUNDLE)).cloned();
+    let spans = map.annotations().get(labels::ROOTS).cloned();
+    let ours = map.labels().get(MANAGED_BY).is_some_and(|by| by == labels::FIELD_MANAGER);
+    let namespace = map.namespace().unwrap_or_default();
+    let (uid, resource_version) = (map.metadata.uid, map.metadata.resource_version);
+    found.insert(namespace, Found { uid, resource_version, ours, pem, spans });
+}
+
+fn until(at: Timestamp) -> Duration {
+    // A negative duration is none: it is due.
+    Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default()
 }

@@ -2,15 +2,18 @@
 //! connection" and "Certificates").
 //!
 //! Every replica signs: signing needs nothing but the root's key and a TokenReview. Only the leader publishes the trust
-//! bundle.
+//! bundle, and makes roots. A root that is replaced in its Secret (`rotation`) is made known first and signs later (`trust`).
 
 mod authority;
 mod bundle;
 mod limit;
 mod own;
+mod root;
+mod rotation;
 mod server;
 mod service;
 mod token;
+mod trust;
 
 use std::net::SocketAddr;
 
@@ -22,12 +25,15 @@ use x509_parser::{
     prelude::{FromDer, GeneralName, X509Certificate},
 };
 
-pub use authority::{Authority, CA_SECRET, Issued, Subject};
+pub use authority::{Authority, Issued, Subject};
 pub use bundle::TrustBundle;
 pub use own::OwnCertificate;
+pub use root::CA_SECRET;
+pub use rotation::Rotation;
 pub use server::{GrpcPort, ServeError};
 pub use service::Certificates;
 pub use token::{AUDIENCE, Caller, KubeTokenReviews, TokenError, TokenReviews};
+pub use trust::Times;
 
 /// What may go wrong with the authority and with our own certificate.
 #[derive(Debug, thiserror::Error)]
@@ -38,10 +44,19 @@ pub enum IdentityError {
     )]
     Secret { action: &'static str, namespace: String, source: Box<kube::Error> },
     #[error(
-        "the root in Secret {namespace}/{CA_SECRET} cannot be used: {why}. Mend it, or delete the Secret and restart the \
-         controllers: they make a new root, and Pods with a sidecar must then be restarted"
+        "the root in Secret {namespace}/{CA_SECRET} cannot be used: {why}. Mend it, or delete the Secret: the controllers make a \
+         new root"
     )]
     Root { namespace: String, why: String },
+    #[error(
+        "cannot read ConfigMap {namespace}/{} with what proxies trust: {source}",
+        sluice_crds::labels::TRUST_BUNDLE
+    )]
+    Trust { namespace: String, source: Box<kube::Error> },
+    #[error(
+        "the proxies do not know the root certificate yet that this replica has; try another replica, or again within {spread:?}"
+    )]
+    NotKnownYet { spread: std::time::Duration },
     #[error("cannot make a certificate for {subject}: {source}")]
     Issue { subject: String, source: rcgen::Error },
     #[error("cannot set up TLS with the certificates from Secret {CA_SECRET}: {0}")]

@@ -10,7 +10,7 @@ use rustls::{
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
-use rustls_pki_types::PrivatePkcs8KeyDer;
+use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 
 use super::{Authority, IdentityError, Subject};
 
@@ -33,6 +33,8 @@ pub struct OwnCertificate {
 struct Current {
     key: Arc<CertifiedKey>,
     renew_at: Timestamp,
+    /// The root that signed it.
+    root: CertificateDer<'static>,
 }
 
 impl OwnCertificate {
@@ -49,15 +51,21 @@ impl OwnCertificate {
         Ok(Arc::new(Self { current: ArcSwap::from_pointee(current), authority, provider, subject }))
     }
 
-    /// Replaces it when its time has come. Never ends; whoever owns the task drops it.
+    /// Replaces it when its time has come, or when another root signs. Never ends; whoever owns the task drops it.
     pub async fn keep(&self) {
+        let mut changes = self.authority.changes();
         loop {
             let left = (self.current.load().renew_at).duration_since(Timestamp::now());
             // A negative duration has none: it is due.
             let left = Duration::try_from(left).unwrap_or_default();
-            tokio::time::sleep(left.clamp(AT_LEAST, LOOK_AGAIN)).await;
+            tokio::select! {
+                () = tokio::time::sleep(left.clamp(AT_LEAST, LOOK_AGAIN)) => {}
+                // Its sender is in the authority that we hold.
+                _ = changes.changed() => {}
+            }
             let now = Timestamp::now();
-            if now < self.current.load().renew_at {
+            let current = self.current.load();
+            if now < current.renew_at && current.root == self.authority.own_signer().certificate {
                 continue;
             }
             match issue(&self.authority, &self.provider, &self.subject, now) {
@@ -74,7 +82,7 @@ impl OwnCertificate {
     }
 
     #[cfg(test)]
-    pub(super) fn chain(&self) -> Vec<rustls_pki_types::CertificateDer<'static>> {
+    pub(super) fn chain(&self) -> Vec<CertificateDer<'static>> {
         self.current.load().key.cert.clone()
     }
 }
@@ -93,10 +101,10 @@ fn issue(
 ) -> Result<Current, IdentityError> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)
         .map_err(|source| IdentityError::Issue { subject: subject.pod.common_name(), source })?;
-    let issued = authority.issue(&key, subject, now)?;
+    let (issued, root) = authority.issue_own(&key, subject, now)?;
     let key = PrivatePkcs8KeyDer::from(key.serialize_der());
     let certified = CertifiedKey::from_der(vec![issued.certificate], key.into(), provider)
         .map_err(|error| IdentityError::Tls(error.to_string()))?;
     let life = issued.not_after.duration_since(now);
-    Ok(Current { key: Arc::new(certified), renew_at: now + life / 3 * 2 })
+    Ok(Current { key: Arc::new(certified), renew_at: now + life / 3 * 2, root })
 }

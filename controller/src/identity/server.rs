@@ -18,7 +18,7 @@ use rustls::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc},
+    sync::{Semaphore, mpsc, watch},
     time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -45,8 +45,7 @@ const FAREWELL: Duration = Duration::from_secs(3);
 #[derive(Debug)]
 pub struct GrpcPort {
     listener: TcpListener,
-    tls: Arc<ServerConfig>,
-    trust_domain: Arc<str>,
+    tls: Tls,
 }
 
 /// Why the port does not serve.
@@ -68,13 +67,13 @@ impl GrpcPort {
     /// If the port is taken, or the roots cannot be used.
     pub async fn bind(
         address: SocketAddr,
-        authority: &Authority,
+        authority: Arc<Authority>,
         own: Arc<OwnCertificate>,
         provider: Arc<CryptoProvider>,
     ) -> Result<Self, ServeError> {
-        let tls = Arc::new(tls_config(authority, own, provider)?);
+        let tls = Tls::new(authority, own, provider)?;
         let listener = TcpListener::bind(address).await.map_err(|source| ServeError::Listen { address, source })?;
-        Ok(Self { listener, tls, trust_domain: authority.trust_domain().into() })
+        Ok(Self { listener, tls })
     }
 
     /// # Errors
@@ -92,12 +91,7 @@ impl GrpcPort {
     pub async fn serve(self, services: Routes, stop: CancellationToken) -> Result<(), ServeError> {
         // One connection at a time is handed over, so the handshakes that are done wait in their own tasks when tonic is slow.
         let (send, receive) = mpsc::channel(1);
-        let accepting = AbortOnDropHandle::new(tokio::spawn(accept(
-            self.listener,
-            TlsAcceptor::from(self.tls),
-            self.trust_domain,
-            send,
-        )));
+        let accepting = AbortOnDropHandle::new(tokio::spawn(accept(self.listener, self.tls, send)));
         let stopped = {
             let stop = stop.clone();
             async move {
@@ -124,6 +118,45 @@ impl GrpcPort {
     }
 }
 
+/// TLS with the roots of the moment.
+struct Tls {
+    authority: Arc<Authority>,
+    own: Arc<OwnCertificate>,
+    provider: Arc<CryptoProvider>,
+    acceptor: TlsAcceptor,
+    bundle: watch::Receiver<Arc<str>>,
+}
+
+impl std::fmt::Debug for Tls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tls").finish_non_exhaustive()
+    }
+}
+
+impl Tls {
+    fn new(
+        authority: Arc<Authority>,
+        own: Arc<OwnCertificate>,
+        provider: Arc<CryptoProvider>,
+    ) -> Result<Self, IdentityError> {
+        let bundle = authority.bundle();
+        let config = tls_config(&authority, Arc::clone(&own), Arc::clone(&provider))?;
+        Ok(Self { authority, own, provider, acceptor: Arc::new(config).into(), bundle })
+    }
+
+    /// For the next handshake.
+    fn acceptor(&mut self) -> TlsAcceptor {
+        if self.bundle.has_changed().unwrap_or(false) {
+            self.bundle.mark_unchanged();
+            match tls_config(&self.authority, Arc::clone(&self.own), Arc::clone(&self.provider)) {
+                Ok(config) => self.acceptor = Arc::new(config).into(),
+                Err(error) => tracing::error!("{error}; the former roots stay in use"),
+            }
+        }
+        self.acceptor.clone()
+    }
+}
+
 fn tls_config(
     authority: &Authority,
     own: Arc<OwnCertificate>,
@@ -132,7 +165,7 @@ fn tls_config(
     let failed = |error: &dyn std::fmt::Display| IdentityError::Tls(error.to_string());
     let mut roots = RootCertStore::empty();
     for root in authority.roots() {
-        roots.add(root.clone()).map_err(|e| failed(&e))?;
+        roots.add(root).map_err(|e| failed(&e))?;
     }
     let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
         .allow_unauthenticated()
@@ -151,12 +184,8 @@ fn tls_config(
 }
 
 /// Accepts until nobody takes the connections any more. Ends its handshakes with itself.
-async fn accept(
-    listener: TcpListener,
-    acceptor: TlsAcceptor,
-    trust_domain: Arc<str>,
-    connections: mpsc::Sender<Connection>,
-) {
+async fn accept(listener: TcpListener, mut tls: Tls, connections: mpsc::Sender<Connection>) {
+    let trust_domain: Arc<str> = tls.authority.trust_domain().into();
     let mut handshakes = tokio::task::JoinSet::new();
     let free = Arc::new(Semaphore::new(MAX_HANDSHAKES));
     loop {
@@ -176,7 +205,7 @@ async fn accept(
         if connections.is_closed() {
             return;
         }
-        let acceptor = acceptor.clone();
+        let acceptor = tls.acceptor();
         let trust_domain = Arc::clone(&trust_domain);
         let connections = connections.clone();
         handshakes.spawn(async move {

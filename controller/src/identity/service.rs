@@ -12,11 +12,11 @@ use sluice_xds::{
     },
 };
 use tokio::{sync::Semaphore, time::Instant};
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use x509_parser::prelude::{FromDer, X509CertificationRequest};
 
 use super::{
-    Authority, Caller, Peer, Subject,
+    Authority, Caller, IdentityError, Peer, Subject,
     limit::RateLimit,
     token::{self, REVIEW_DEADLINE, TokenReviews},
 };
@@ -106,10 +106,11 @@ impl<R: TokenReviews> CertificateService for Certificates<R> {
         let id = SpiffeId::new(self.authority.trust_domain(), &caller.pod.namespace, &caller.service_account)
             .map_err(|error| Status::unauthenticated(error.to_string()))?;
         let subject = Subject { id, pod: caller.pod, dns_names: Vec::new() };
-        let issued = self
-            .authority
-            .issue(&key, &subject, Timestamp::now())
-            .map_err(|error| Status::internal(error.to_string()))?;
+        let issued = self.authority.issue(&key, &subject, Timestamp::now()).map_err(|error| {
+            let passes = matches!(error, IdentityError::NotKnownYet { .. });
+            let code = if passes { Code::Unavailable } else { Code::Internal };
+            Status::new(code, error.to_string())
+        })?;
         // The record of who was given which identity.
         tracing::info!(
             %address, id = %subject.id, pod = %subject.pod.common_name(), uid = %subject.pod.uid, serial = %issued.serial,
@@ -117,7 +118,7 @@ impl<R: TokenReviews> CertificateService for Certificates<R> {
         );
         Ok(Response::new(SignResponse {
             certificate_chain_pem: issued.chain_pem,
-            trust_bundle_pem: self.authority.bundle_pem().to_owned(),
+            trust_bundle_pem: self.authority.bundle().borrow().to_string(),
             not_before: Some(protobuf_time(issued.not_before)),
             not_after: Some(protobuf_time(issued.not_after)),
         }))

@@ -97,8 +97,10 @@ fn canary_resources(inputs: &Inputs, index: &Index<'_>, canary: &Canary, snapsho
     let apex = status.and_then(|status| status.service.as_deref()).unwrap_or_else(|| canary.spec.service_name());
     let found = |name: String| index.services.get(&(key.namespace.clone(), name)).copied();
     let apex_service = found(apex.to_owned());
+    let additional: Vec<&Service> =
+        canary.spec.additional_services().filter_map(|name| found(name.to_owned())).collect();
 
-    sidecars(inputs, index, canary, &key, apex_service, snapshot);
+    sidecars(index, canary, &key, apex_service, &additional, inputs, snapshot);
 
     let (Some(mut traffic), Some(apex_service)) = (status.and_then(|status| status.traffic.clone()), apex_service)
     else {
@@ -108,16 +110,14 @@ fn canary_resources(inputs: &Inputs, index: &Index<'_>, canary: &Canary, snapsho
         traffic.weight = 0;
     }
     let mut parts = Parts::default();
-    for (role, service) in [
-        (Role::Apex, Some(apex_service)),
-        (Role::Primary, found(format!("{apex}-primary")).filter(|service| slices::is_companion(service, &key))),
-        (Role::Canary, found(format!("{apex}-canary")).filter(|service| slices::is_companion(service, &key))),
-    ] {
-        if let Some(service) = service {
-            let one =
-                OneService { inputs, index, key: &key, apex: apex_service, canary, traffic: &traffic, role, service };
-            one.resources(&mut parts);
-        }
+    let companion = |suffix| found(format!("{apex}-{suffix}")).filter(|service| slices::is_companion(service, &key));
+    let own =
+        [(Role::Apex, Some(apex_service)), (Role::Primary, companion("primary")), (Role::Canary, companion("canary"))];
+    let own = own.into_iter().filter_map(|(role, service)| Some((role, apex_service, service?)));
+    let additional = additional.into_iter().map(|service| (Role::Apex, service, service));
+    for (role, like, service) in own.chain(additional) {
+        let one = OneService { inputs, index, key: &key, apex, like, canary, traffic: &traffic, role, service };
+        one.resources(&mut parts);
     }
     for (kind, name, resource) in parts.resources {
         snapshot.fleet.insert(kind, &name, resource);
@@ -148,7 +148,10 @@ struct OneService<'a> {
     inputs: &'a Inputs,
     index: &'a Index<'a>,
     key: &'a CanaryKey,
-    apex: &'a Service,
+    /// Name of the apex: what its requests and those of the others are counted under.
+    apex: &'a str,
+    /// The Service that says what is behind a port: the apex for its companions, which have no Pods of their own.
+    like: &'a Service,
     canary: &'a Canary,
     traffic: &'a Traffic,
     role: Role,
@@ -161,8 +164,7 @@ impl OneService<'_> {
         let namespace = &self.key.namespace;
         let spec = &self.canary.spec.service;
         let own: BTreeSet<u16> = service::ports(self.service, spec).into_iter().map(|port| port.number).collect();
-        // What is behind a port, and what is spoken there, is for the apex to say: the companions have no Pods of their own.
-        for port in service::ports(self.apex, spec).into_iter().filter(|port| own.contains(&port.number)) {
+        for port in service::ports(self.like, spec).into_iter().filter(|port| own.contains(&port.number)) {
             let allocation = PortKey {
                 fleet: self.inputs.settings.fleet.clone(),
                 namespace: namespace.clone(),
@@ -230,7 +232,6 @@ impl OneService<'_> {
     }
 
     fn cluster(&self, name: &str, port: &Port, backend: &Backend, parts: &mut Parts) {
-        let apex = self.apex.name_any();
         let cluster = format!("{name}/{}", backend.0);
         let (tls, addresses) = if backend.is_original() {
             (None, self.original(&port.target))
@@ -241,7 +242,7 @@ impl OneService<'_> {
         let message = FleetCluster {
             name: &cluster,
             namespace: &self.key.namespace,
-            service: &apex,
+            service: self.apex,
             revision: &backend.0,
             protocol: port.protocol,
             tls,
@@ -252,12 +253,11 @@ impl OneService<'_> {
     }
 
     fn empty_cluster(&self, name: &str, parts: &mut Parts) {
-        let apex = self.apex.name_any();
         let cluster = format!("{name}/{NONE}");
         let message = FleetCluster {
             name: &cluster,
             namespace: &self.key.namespace,
-            service: &apex,
+            service: self.apex,
             revision: NONE,
             protocol: Protocol::Tcp,
             tls: None,
@@ -300,17 +300,19 @@ fn revision_id(settings: &Settings, namespace: &str, facts: &RevisionFacts) -> S
 
 /// Sidecar views of all revisions that are known, whether they have traffic or not: a Pod needs its own to become ready.
 fn sidecars(
-    inputs: &Inputs,
     index: &Index<'_>,
     canary: &Canary,
     key: &CanaryKey,
     apex: Option<&Service>,
+    additional: &[&Service],
+    inputs: &Inputs,
     snapshot: &mut Snapshot,
 ) {
     let first = RevisionKey { canary: key.clone(), revision: String::new() };
     let revisions = index.facts.range(first..).take_while(|(revision, _)| revision.canary == *key);
     let spec = &canary.spec.service;
-    let ports = apex.map_or_else(|| service::ports_of_spec(spec), |apex| service::ports(apex, spec));
+    let mut ports = apex.map_or_else(|| service::ports_of_spec(spec), |apex| service::ports(apex, spec));
+    ports.extend(additional.iter().flat_map(|service| service::ports(service, spec)));
     for (revision, facts) in revisions {
         let mut inbound: BTreeMap<u16, InboundPort> = BTreeMap::new();
         for port in &ports {
@@ -405,8 +407,10 @@ pub fn wanted_ports(inputs: &Inputs) -> BTreeSet<PortKey> {
             continue;
         };
         let apex = status.service.as_deref().unwrap_or_else(|| canary.spec.service_name());
-        for (suffix, own) in [("", false), ("-primary", true), ("-canary", true)] {
-            let Some(service) = index.services.get(&(key.namespace.clone(), format!("{apex}{suffix}"))) else {
+        let own = ["", "-primary", "-canary"].map(|suffix| (format!("{apex}{suffix}"), !suffix.is_empty()));
+        let additional = canary.spec.additional_services().map(|name| (name.to_owned(), false));
+        for (name, own) in own.into_iter().chain(additional) {
+            let Some(service) = index.services.get(&(key.namespace.clone(), name)) else {
                 continue;
             };
             if own && !slices::is_companion(service, key) {

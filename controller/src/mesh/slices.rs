@@ -58,7 +58,7 @@ pub(super) fn is_companion(service: &Service, key: &CanaryKey) -> bool {
     service.labels().get(labels::CANARY) == Some(&key.name)
 }
 
-/// What there should be. The apex Service has slices in every stage that keeps them (`Stage::keeps_slices`: from before its
+/// What there should be. The apex Service and the further ones have slices in every stage that keeps them (`Stage::keeps_slices`: from before its
 /// selector key is written until after the native slices are filled again), `-primary` and `-canary` have them
 /// as long as they exist.
 #[must_use]
@@ -82,9 +82,9 @@ pub fn desired(inputs: &Inputs) -> Desired {
         let apex = canary.spec.service_name();
         let taken =
             canary.status.as_ref().is_some_and(|status| status.traffic.is_some() && status.stage.keeps_slices());
-        let own = ["-primary", "-canary"].map(|suffix| format!("{apex}{suffix}"));
-        for (name, companion) in taken.then(|| (apex.to_owned(), false)).into_iter().chain(own.map(|name| (name, true)))
-        {
+        let taken_over = canary.spec.service_names().filter(|_| taken).map(|name| (name.to_owned(), false));
+        let own = ["-primary", "-canary"].map(|suffix| (format!("{apex}{suffix}"), true));
+        for (name, companion) in taken_over.chain(own) {
             let at = (key.namespace.clone(), name);
             match services.get(&at) {
                 Some(service) if !companion || is_companion(service, &key) => {

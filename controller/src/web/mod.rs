@@ -124,6 +124,7 @@ struct Inner {
     leading: Gauge,
     protection: Family<ProtectionOf, Gauge>,
     unprotected: Gauge,
+    root: Gauge,
     breaches: Family<SignalOf, Counter>,
     reporting: Gauge,
     ready: AtomicBool,
@@ -152,6 +153,7 @@ impl Metrics {
             leading: Gauge::default(),
             protection: Family::default(),
             unprotected: Gauge::default(),
+            root: Gauge::default(),
             breaches: Family::default(),
             reporting: Gauge::default(),
             ready: AtomicBool::new(false),
@@ -200,6 +202,11 @@ impl Metrics {
             inner.unprotected.clone(),
         );
         registry.register(
+            "root_expires_timestamp_seconds",
+            "When the root certificate ends that signs at this replica",
+            inner.root.clone(),
+        );
+        registry.register(
             "guard_breaches",
             "Canaries that the guard found far worse than their primary, by what it compared",
             inner.breaches.clone(),
@@ -220,6 +227,11 @@ impl Metrics {
     /// The caches are warm.
     pub fn set_ready(&self) {
         self.0.ready.store(true, Ordering::Relaxed);
+    }
+
+    /// When the root certificate ends.
+    pub fn set_root_expires(&self, at: jiff::Timestamp) {
+        self.0.root.set(at.as_second());
     }
 
     /// Everything in the Prometheus text format.

@@ -7,11 +7,7 @@ use std::{
     time::Duration,
 };
 
-use k8s_openapi::api::{
-    apps::v1::Deployment,
-    autoscaling::v1::Scale,
-    core::v1::{Secret, Service},
-};
+use k8s_openapi::api::{apps::v1::Deployment, autoscaling::v1::Scale, core::v1::Service};
 use kube::{
     Api, Client, Resource, ResourceExt,
     api::{DeleteParams, Patch, PatchParams, PostParams},
@@ -23,7 +19,7 @@ use sluice_controller::{
     admission::{Effective, Keeper, Protection, Report, Webhook, objects::Address},
     cache::Cache,
     delivery::actions::LeaseGuard,
-    identity::{Authority, OwnCertificate, Subject},
+    identity::{Authority, OwnCertificate, Subject, Times},
 };
 use sluice_crds::{Canary, labels};
 use sluice_xds::{PodSubject, SpiffeId};
@@ -120,7 +116,7 @@ pub fn keeper(client: &Client, protection: Protection, address: Address, ca: Str
         client: client.clone(),
         protection,
         address,
-        ca,
+        ca: watch::channel(ca.into()).1,
         namespace: None,
         lease: Arc::new(Leads),
         report: Arc::clone(said) as Arc<dyn Report>,
@@ -128,9 +124,8 @@ pub fn keeper(client: &Client, protection: Protection, address: Address, ca: Str
 }
 
 pub async fn authority(client: &Client) -> Arc<Authority> {
-    let secrets: Api<Secret> = Api::namespaced(client.clone(), "default");
-    let life = Duration::from_secs(86_400);
-    Arc::new(Authority::open(&secrets, "default", "cluster.local", life).await.unwrap())
+    let times = Times { life: Duration::from_secs(86_400), spread: Duration::from_secs(300) };
+    Arc::new(Authority::open(client, "default", "cluster.local", times).await.unwrap())
 }
 
 /// A webhook with a certificate of our own authority, and its roots.
@@ -148,7 +143,7 @@ async fn webhook(client: &Client, tasks: &mut JoinSet<()>) -> (Address, String) 
     let webhook = Webhook::bind((Ipv4Addr::LOCALHOST, 0).into(), own, provider, cache).await.unwrap();
     let address = Address::Url(format!("https://localhost:{}", webhook.address().unwrap().port()));
     tasks.spawn(webhook.serve(CancellationToken::new()));
-    (address, authority.bundle_pem().to_owned())
+    (address, authority.bundle().borrow().to_string())
 }
 
 pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, seen: impl Fn() -> F) -> T {

@@ -9,7 +9,7 @@ use kube::{
     api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
 };
 use serde_json::json;
-use sluice_crds::{Canary, Phase, Stage, labels};
+use sluice_crds::{Canary, CanaryStatus, Phase, Stage, labels};
 use std::sync::atomic::Ordering;
 
 use crate::world::{World, deployment};
@@ -112,6 +112,52 @@ async fn where_no_service_exists_the_canary_makes_one() {
     let apex = world.api::<Service>().get("web").await.unwrap();
     assert_eq!(apex.owner_references()[0].kind, "Canary");
     assert_eq!(apex.spec.unwrap().ports.unwrap()[0].port, 8080);
+}
+
+#[tokio::test]
+async fn further_services_are_taken_over_and_handed_back_with_the_first() {
+    let Some(world) = World::new("additional").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({"spec": {"service": {"additional": [{"name": "web-internal"}]}}})).await;
+    let message = world.until_stalled("web", "ServiceMissing").await;
+    assert!(message.contains("web-internal"), "{message}");
+    let selector = |name: &'static str| {
+        let services = world.api::<Service>();
+        async move { services.get(name).await.unwrap().spec.unwrap().selector.unwrap() }
+    };
+    assert!(!selector("web").await.contains_key(labels::FLEET), "both or none");
+
+    let internal = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web-internal"},
+        "spec": {"selector": {"app": "web"}, "ports": [{"name": "http", "port": 8080, "targetPort": "http"}]},
+    });
+    world.create::<Service>(internal.clone()).await;
+    let status = world.until_settled("web").await;
+    assert_eq!(status.additional_services, ["web-internal"]);
+    for name in ["web", "web-internal"] {
+        assert_eq!(selector(name).await[labels::FLEET], "web", "{name}");
+    }
+    let warns = |status: &CanaryStatus| {
+        let mut conditions = status.conditions.iter();
+        conditions.any(|condition| condition.kind == "Warning" && condition.reason == "ServiceMissing")
+    };
+    assert!(!warns(&status));
+
+    // Made anew by Git, it is taken over anew.
+    world.api::<Service>().delete("web-internal", &DeleteParams::default()).await.unwrap();
+    world.until_status("web", "a warning", warns).await;
+    world.create::<Service>(internal).await;
+    world.until("the key", || async { selector("web-internal").await.contains_key(labels::FLEET).then_some(()) }).await;
+
+    world.api::<Canary>().delete("web", &DeleteParams::default()).await.unwrap();
+    world
+        .until("the hand-back", || async {
+            world.api::<Canary>().get_opt("web").await.unwrap().is_none().then_some(())
+        })
+        .await;
+    for name in ["web", "web-internal"] {
+        assert!(!selector(name).await.contains_key(labels::FLEET), "{name}");
+    }
 }
 
 #[tokio::test]

@@ -21,7 +21,7 @@ use sluice_controller::{
     cache::Cache,
     identity::{
         AUDIENCE, Authority, CA_SECRET, Certificates, GrpcPort, KubeTokenReviews, OwnCertificate, PeerIdentity,
-        ServeError, Subject, TrustBundle,
+        Rotation, ServeError, Subject, Times, TrustBundle,
     },
     lease::{Election, LeaseSettings},
 };
@@ -33,20 +33,21 @@ use sluice_xds::{
 use tokio::{net::TcpStream, task::JoinSet, time::timeout};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::{Code, Status, service::Routes, transport::Endpoint};
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::server;
 
 const DOMAIN: &str = "cluster.local";
 const HOST: &str = "sluice-controller.sluice-system.svc";
 const SOON: Duration = Duration::from_secs(60);
+const TIMES: Times = Times { life: Duration::from_secs(86_400), spread: Duration::from_secs(300) };
 
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::aws_lc_rs::default_provider())
 }
 
 async fn authority(client: &Client, namespace: &str) -> Authority {
-    let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
-    Authority::open(&secrets, namespace, DOMAIN, Duration::from_secs(86_400)).await.unwrap()
+    Authority::open(client, namespace, DOMAIN, TIMES).await.unwrap()
 }
 
 struct Port {
@@ -64,7 +65,7 @@ async fn serve(client: &Client, namespace: &str) -> Port {
     };
     let own = OwnCertificate::new(Arc::clone(&authority), provider(), subject).unwrap();
     let address = (Ipv4Addr::LOCALHOST, 0).into();
-    let port = GrpcPort::bind(address, &authority, own, provider()).await.unwrap();
+    let port = GrpcPort::bind(address, Arc::clone(&authority), own, provider()).await.unwrap();
     let address = port.address().unwrap();
     let reviews = KubeTokenReviews::new(client.clone());
     let services = Routes::new(Certificates::server(Arc::clone(&authority), reviews));
@@ -177,13 +178,13 @@ async fn replicas_that_start_at_once_agree_on_one_root_and_keep_it() {
     let all: [Authority; 3] =
         futures::future::join_all((0..3).map(|_| authority(&client, &namespace))).await.try_into().unwrap();
     assert!(all.iter().all(|one| one.roots() == all[0].roots()));
-    assert_eq!(authority(&client, &namespace).await.bundle_pem(), all[0].bundle_pem());
+    assert_eq!(authority(&client, &namespace).await.roots(), all[0].roots());
 
     // One that cannot be used is never replaced silently.
     let secrets: Api<Secret> = Api::namespaced(client.clone(), &namespace);
     let broken = json!({"stringData": {"tls.key": "nonsense"}});
     secrets.patch(CA_SECRET, &PatchParams::default(), &Patch::Merge(&broken)).await.unwrap();
-    let error = Authority::open(&secrets, &namespace, DOMAIN, Duration::from_secs(86_400)).await.unwrap_err();
+    let error = Authority::open(&client, &namespace, DOMAIN, TIMES).await.unwrap_err();
     assert!(error.to_string().contains("tls.key is not a private key"), "{error}");
 }
 
@@ -208,37 +209,45 @@ async fn bundle_is(client: &Client, namespace: &str, what: &str, wanted: impl Fn
     timeout(SOON, waiting).await.unwrap_or_else(|_| panic!("the bundle in {namespace} is not {what}"));
 }
 
-#[tokio::test]
-async fn the_trust_bundle_is_in_every_namespace_with_a_canary_and_nowhere_else() {
-    let Some((client, _)) = server::client().await else { return };
-    let release = server::namespace(&client, "identity-bundle").await;
-    let shop = server::namespace(&client, "identity-bundle-shop").await;
-    let mut tasks = JoinSet::new();
-    let cache = Cache::start(&client, &server::scope(&release), &mut tasks);
-    cache.warm().await.unwrap();
-    let settings = LeaseSettings {
-        namespace: release.clone(),
-        name: "bundle".to_owned(),
-        holder: "me".to_owned(),
-        duration: Duration::from_secs(15),
-        renew_deadline: Duration::from_secs(10),
-        retry: Duration::from_secs(2),
-    };
-    let (election, lease) = Election::new(client.clone(), settings).unwrap();
-    tasks.spawn(election.run(CancellationToken::new()));
-    let bundle = TrustBundle {
-        client: client.clone(),
-        pem: "-----BEGIN CERTIFICATE-----\n".to_owned(),
-        release_namespace: release.clone(),
-        watched: None,
-    };
-    let pem = bundle.pem.clone();
-    tasks.spawn(bundle.keep(cache, lease));
-    let right = move |map: Option<&ConfigMap>| {
-        map.and_then(|map| map.data.as_ref()?.get("ca.crt")).is_some_and(|data| *data == pem)
-    };
-    bundle_is(&client, &release, "there", &right).await;
+/// What the leader keeps in a release namespace, and in that of each Canary.
+struct Kept {
+    authority: Arc<Authority>,
+    _tasks: JoinSet<()>,
+}
 
+impl Kept {
+    async fn new(client: &Client, release: &str, times: Times) -> Self {
+        let mut tasks = JoinSet::new();
+        let cache = Cache::start(client, &server::scope(release), &mut tasks);
+        cache.warm().await.unwrap();
+        let settings = LeaseSettings {
+            namespace: release.to_owned(),
+            name: "bundle".to_owned(),
+            holder: "me".to_owned(),
+            duration: Duration::from_secs(15),
+            renew_deadline: Duration::from_secs(10),
+            retry: Duration::from_secs(2),
+        };
+        let (election, lease) = Election::new(client.clone(), settings).unwrap();
+        tasks.spawn(async move {
+            election.run(CancellationToken::new()).await;
+        });
+        let authority = Arc::new(Authority::open(client, release, DOMAIN, times).await.unwrap());
+        let bundle = TrustBundle {
+            client: client.clone(),
+            authority: Arc::clone(&authority),
+            release_namespace: release.to_owned(),
+            watched: None,
+        };
+        tasks.spawn(bundle.keep(cache, lease.clone()));
+        let rotation =
+            Rotation { client: client.clone(), authority: Arc::clone(&authority), namespace: release.to_owned() };
+        tasks.spawn(rotation.follow(lease));
+        Self { authority, _tasks: tasks }
+    }
+}
+
+async fn canary_in(client: &Client, namespace: &str) -> (Api<Canary>, Canary) {
     let canary: Canary = serde_json::from_value(json!({
         "apiVersion": "sluice.dev/v1beta1", "kind": "Canary", "metadata": {"name": "web"},
         "spec": {
@@ -247,8 +256,24 @@ async fn the_trust_bundle_is_in_every_namespace_with_a_canary_and_nowhere_else()
         },
     }))
     .unwrap();
-    let canaries: Api<Canary> = Api::namespaced(client.clone(), &shop);
+    let canaries: Api<Canary> = Api::namespaced(client.clone(), namespace);
     let canary = canaries.create(&PostParams::default(), &canary).await.unwrap();
+    (canaries, canary)
+}
+
+#[tokio::test]
+async fn the_trust_bundle_is_in_every_namespace_with_a_canary_and_nowhere_else() {
+    let Some((client, _)) = server::client().await else { return };
+    let release = server::namespace(&client, "identity-bundle").await;
+    let shop = server::namespace(&client, "identity-bundle-shop").await;
+    let kept = Kept::new(&client, &release, TIMES).await;
+    let pem = kept.authority.bundle().borrow().to_string();
+    let right = move |map: Option<&ConfigMap>| {
+        map.and_then(|map| map.data.as_ref()?.get("ca.crt")).is_some_and(|data| *data == pem)
+    };
+    bundle_is(&client, &release, "there", &right).await;
+
+    let (canaries, canary) = canary_in(&client, &shop).await;
     bundle_is(&client, &shop, "there", &right).await;
 
     // Whoever edits or deletes it meets the leader.
@@ -266,4 +291,70 @@ async fn the_trust_bundle_is_in_every_namespace_with_a_canary_and_nowhere_else()
     canaries.delete(&canary.name_any(), &DeleteParams::default()).await.unwrap();
     bundle_is(&client, &shop, "gone", |map| map.is_none()).await;
     bundle_is(&client, &release, "there", &right).await;
+}
+
+fn roots_in(map: Option<&ConfigMap>) -> Vec<CertificateDer<'static>> {
+    let pem = map.and_then(|map| map.data.as_ref()?.get("ca.crt")).map_or("", String::as_str);
+    CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<_, _>>().unwrap_or_default()
+}
+
+/// The certificate that a proxy would get now.
+fn signed_by(authority: &Authority, root: &CertificateDer<'_>) -> bool {
+    let subject = Subject {
+        id: SpiffeId::new(DOMAIN, "shop", "web").unwrap(),
+        pod: PodSubject { namespace: "shop".to_owned(), pod: "web-0".to_owned(), uid: "5f0c".to_owned() },
+        dns_names: Vec::new(),
+    };
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
+    let leaf = authority.issue(&key, &subject, jiff::Timestamp::now()).unwrap().certificate;
+    let (_, leaf) = X509Certificate::from_der(&leaf).unwrap();
+    let (_, root) = X509Certificate::from_der(root).unwrap();
+    leaf.verify_signature(Some(root.public_key())).is_ok()
+}
+
+#[tokio::test]
+async fn another_root_is_made_known_then_signs_and_the_former_one_leaves_last() {
+    let Some((client, _)) = server::client().await else { return };
+    let release = server::namespace(&client, "identity-rotation").await;
+    let shop = server::namespace(&client, "identity-rotation-shop").await;
+    let times = Times { life: Duration::from_secs(3), spread: Duration::from_secs(6) };
+    let kept = Kept::new(&client, &release, times).await;
+    canary_in(&client, &shop).await;
+    let old = kept.authority.roots()[0].clone();
+    bundle_is(&client, &shop, "of the first root", |map| roots_in(map) == [old.clone()]).await;
+
+    // Whoever deletes the Secret gets a new root. A standby learns of it, too.
+    let standby = Authority::open(&client, &release, DOMAIN, times).await.unwrap();
+    let secrets: Api<Secret> = Api::namespaced(client.clone(), &release);
+    secrets.delete(CA_SECRET, &DeleteParams::default()).await.unwrap();
+    let both = |map: Option<&ConfigMap>| roots_in(map).len() == 2 && roots_in(map).contains(&old);
+    bundle_is(&client, &shop, "of both roots", both).await;
+    assert!(signed_by(&kept.authority, &old), "not every proxy knows the new root yet");
+    assert!(signed_by(&standby, &old));
+    let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &shop);
+    let new = roots_in(Some(&maps.get(labels::TRUST_BUNDLE).await.unwrap()))[0].clone();
+
+    // A replica that starts meanwhile has nothing to sign with; and what somebody does to the bundle changes nothing.
+    let late = Authority::open(&client, &release, DOMAIN, times).await.unwrap();
+    assert_eq!(late.roots().len(), 2);
+    let memory: Api<ConfigMap> = Api::namespaced(client.clone(), &release);
+    memory.delete(labels::TRUST_BUNDLE, &DeleteParams::default()).await.unwrap();
+    bundle_is(&client, &release, "there again, with both roots", both).await;
+
+    let signs = async {
+        let mut bundle = kept.authority.bundle();
+        while !signed_by(&kept.authority, &new) {
+            // Signing changes no bundle, so there is a deadline for each look.
+            let _ = timeout(Duration::from_millis(200), bundle.changed()).await;
+        }
+    };
+    timeout(SOON, signs).await.expect("the new root never signs");
+    bundle_is(&client, &shop, "of the new root alone", |map| roots_in(map) == [new.clone()]).await;
+    let alone = async {
+        let mut bundle = kept.authority.bundle();
+        while kept.authority.roots() != [new.clone()] {
+            bundle.changed().await.unwrap();
+        }
+    };
+    timeout(SOON, alone).await.expect("the old root is trusted for ever");
 }

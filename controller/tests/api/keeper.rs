@@ -83,7 +83,7 @@ impl Kept {
         self.tasks.shutdown().await;
         *self.said.0.lock().unwrap() = None;
         let nowhere = Address::Url("https://127.0.0.1:1".into());
-        let ca = authority(&self.client).await.bundle_pem().to_owned();
+        let ca = authority(&self.client).await.bundle().borrow().to_string();
         self.tasks.spawn(keeper(&self.client, protection, nowhere, ca, &self.said).keep(leading()));
         until("it protects", || async { self.said.0.lock().unwrap().clone() }).await
     }

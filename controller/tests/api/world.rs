@@ -662,11 +662,15 @@ impl PlayedCluster {
     }
 
     async fn fleet_endpoints(&self, canary: &Canary) -> kube::Result<()> {
-        let Some(service) = self.api::<Service>().get_opt(canary.spec.service_name()).await? else { return Ok(()) };
         let wanted =
             canary.status.as_ref().is_some_and(|status| status.traffic.is_some() && status.stage.keeps_slices());
         let addresses = wanted.then(|| vec!["10.8.0.1".to_owned()]);
-        self.slice(&service, "fleet", labels::MANAGED_BY, addresses).await
+        for name in canary.spec.service_names() {
+            if let Some(service) = self.api::<Service>().get_opt(name).await? {
+                self.slice(&service, "fleet", labels::MANAGED_BY, addresses.clone()).await?;
+            }
+        }
+        Ok(())
     }
 
     async fn slice(

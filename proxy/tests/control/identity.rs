@@ -8,7 +8,7 @@ use sluice_xds::sluice::identity::v1::{SignRequest, SignResponse};
 use tonic::Status;
 
 use crate::{
-    pki::{Ca, FLEET, Projected},
+    pki::{CONTROLLER, Ca, FLEET, Projected},
     server::{Server, soon},
 };
 
@@ -75,12 +75,43 @@ async fn a_certificate_is_renewed_before_its_end_with_the_token_of_then() {
 }
 
 #[tokio::test]
+async fn a_certificate_whose_root_is_withdrawn_is_renewed_at_once() {
+    let (old, new) = (Ca::new(), Ca::new());
+    let projected = Projected::new(&old);
+    let mut server = Server::start(&old).await;
+    let handle = IdentityHandle::default();
+    let renewer = Renewer::new(server.controller(&projected), projected.token(), handle.clone())
+        .bundle_interval(Duration::from_millis(50));
+    let mut current = renewer.current();
+    let task = tokio::spawn(renewer.run());
+    let (request, answer) = soon("the first request", server.signs.recv()).await.unwrap();
+    let _ = answer.send(Ok(signed(&old, &request, HOUR)));
+    let first = soon("the first certificate", current.wait_for(Option::is_some)).await.unwrap().clone().unwrap();
+    assert!(handle.trusts_itself());
+
+    // Added first, which is no reason to renew.
+    projected.write_bundle(&format!("{}{}", old.pem, new.pem));
+    let address = server.stop().await;
+    let mut server = Server::start_as(&new, CONTROLLER, address).await;
+    assert!(std::sync::Arc::ptr_eq(current.borrow().as_ref().unwrap(), &first));
+
+    projected.write_bundle(&new.pem);
+    let (request, answer) = soon("the renewal", server.signs.recv()).await.unwrap();
+    assert!(!handle.trusts_itself());
+    let _ = answer.send(Ok(signed(&new, &request, HOUR)));
+    let other = |held: &Option<_>| held.as_ref().is_some_and(|held| !std::sync::Arc::ptr_eq(held, &first));
+    soon("the second certificate", current.wait_for(other)).await.unwrap();
+    assert!(handle.trusts_itself());
+    task.abort();
+}
+
+#[tokio::test]
 async fn a_server_with_another_id_or_another_ca_is_not_asked() {
     let ca = Ca::new();
     let projected = Projected::new(&ca);
     let localhost = "127.0.0.1:0".parse().unwrap();
     let other_ca = Ca::new();
-    for (ca, id) in [(&ca, FLEET), (&other_ca, crate::pki::CONTROLLER)] {
+    for (ca, id) in [(&ca, FLEET), (&other_ca, CONTROLLER)] {
         let mut server = Server::start_as(ca, id, localhost).await;
         let handle = IdentityHandle::default();
         let renewer = Renewer::new(server.controller(&projected), projected.token(), handle.clone());

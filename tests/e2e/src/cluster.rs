@@ -99,11 +99,19 @@ impl Cluster {
     /// # Errors
     /// If anything is not ready in time.
     pub async fn install(&self, values: &[&str]) -> anyhow::Result<()> {
+        self.install_version("charts/sluice", &self.tag, values).await
+    }
+
+    /// The same with the chart in this folder, and images of this tag.
+    ///
+    /// # Errors
+    /// If anything is not ready in time.
+    pub async fn install_version(&self, chart: &str, tag: &str, values: &[&str]) -> anyhow::Result<()> {
         self.namespace(SYSTEM).await?;
         self.apply(SYSTEM, &self.file("tests/e2e/manifests/prometheus.yaml")?).await?;
-        let tag = format!("image.tag={}", self.tag);
+        let tag = format!("image.tag={tag}");
         let metrics = format!("metricsServer=http://prometheus.{SYSTEM}:9090");
-        let mut arguments = vec!["upgrade", "--install", "sluice", "charts/sluice", "-n", SYSTEM];
+        let mut arguments = vec!["upgrade", "--install", "sluice", chart, "-n", SYSTEM];
         for value in ["image.registry=localhost", "image.pullPolicy=IfNotPresent", &tag, &metrics]
             .into_iter()
             .chain(values.iter().copied())

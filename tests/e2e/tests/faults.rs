@@ -552,28 +552,6 @@ async fn what_hands_change_of_ours_is_repaired() {
 
 #[tokio::test]
 #[ignore = "full"]
-async fn certificates_that_live_for_a_minute_are_renewed_under_load() {
-    let Some(mut stage) = adopted("certificates", Use::Alone, &[], quick()).await else { return };
-    let cluster = stage.app.cluster.clone();
-    let _expected = expect(CONTROLLERS_AWAY);
-    installation::upgrade(&cluster, &["certificateSeconds=60"]).await;
-    // Running proxies renew when two thirds of what they have are over; new ones have short ones from the start.
-    cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "deployment/sluice-fleet"], None).await.unwrap();
-    installation::complete(&cluster, "sluice-fleet").await;
-    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
-    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
-    // Two renewals of everybody.
-    tokio::time::sleep(Duration::from_secs(100)).await;
-    stage.nothing_failed().await;
-    installation::upgrade(&cluster, &["certificateSeconds=86400"]).await;
-    cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "deployment/sluice-fleet"], None).await.unwrap();
-    installation::complete(&cluster, "sluice-fleet").await;
-    stage.from_ms = stage.from_ms.max(1);
-    stage.end().await;
-}
-
-#[tokio::test]
-#[ignore = "full"]
 async fn a_node_is_drained_in_mid_release_without_a_failed_request() {
     let Some((cluster, held)) = cluster(Use::Alone).await else { return };
     let nodes: Api<KubeNode> = Api::all(cluster.client.clone());

@@ -6,7 +6,7 @@ use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{Api, ResourceExt as _};
 use sluice_crds::{Phase, Stage, labels};
 use sluice_e2e::{
-    adopted::{Adopted, Use, adopted, expect, of_ours, slow},
+    adopted::{Adopted, MINUTE, Use, adopted, expect, of_ours, quick, slow},
     cluster::SYSTEM,
     installation::{self, CONTROLLERS_AWAY},
     watch::unix_ms,
@@ -48,10 +48,50 @@ async fn helm_upgrade_and_helm_rollback_under_load_lose_no_request_and_restart_n
     let before = application_pods(&stage).await;
     let at = unix_ms();
     cluster.helm(&["rollback", "sluice", "-n", SYSTEM, "--wait", "--timeout", "280s"]).await.unwrap();
+    cluster.helm(&["test", "sluice", "-n", SYSTEM, "--timeout", "120s"]).await.unwrap();
     println!("rolled back within {} ms", unix_ms() - at);
     assert_eq!(before, application_pods(&stage).await);
     installation::fleet_is_ready(&cluster, 2).await;
     assert_eq!(stage.app.history.last().unwrap().status.stage, Stage::Settled);
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn an_older_version_and_this_one_drive_each_others_proxies() {
+    let Some(old) = std::env::var("SLUICE_OLD").ok().filter(|old| !old.is_empty()) else {
+        println!("SKIPPED: SLUICE_OLD names no older version (tests/skew)");
+        return;
+    };
+    let Some(stage) = adopted("skew", Use::Alone, &[], quick()).await else { return };
+    let cluster = stage.app.cluster.clone();
+    let release = |version: &'static str| {
+        let stage = &stage;
+        async move {
+            let applied = stage.app.release(&[("VERSION", version)]).await.unwrap();
+            stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
+            stage.wait("its end", applied, |status| status.stage == Stage::Settled && status.retiring.is_empty()).await;
+        }
+    };
+    let _expected = expect(CONTROLLERS_AWAY);
+    // An older version has rights of its own, and those that go are missed by whoever is replaced.
+    let _rights = expect(&["watching Secret sluice-ca failed"]);
+    let before = application_pods(&stage).await;
+    let at = unix_ms();
+    cluster.install_version(&format!("{old}/charts/sluice"), "old", &[]).await.unwrap();
+    println!("brought to the older version within {} ms", unix_ms() - at);
+    assert_eq!(before, application_pods(&stage).await, "an application's Pod was restarted");
+    // Its controllers and fleet beside sidecars of today; then sidecars of its own.
+    release("v2").await;
+
+    let before = application_pods(&stage).await;
+    let at = unix_ms();
+    installation::upgrade(&cluster, &[]).await;
+    println!("brought to this version within {} ms", unix_ms() - at);
+    assert_eq!(before, application_pods(&stage).await, "an application's Pod was restarted");
+    stage.nothing_failed().await;
+    // Today's controllers and fleet beside older sidecars; then today's.
+    release("v3").await;
     stage.end().await;
 }
 

@@ -526,17 +526,77 @@ async fn twenty_canaries_are_released_at_once() {
 async fn another_service_on_the_same_pods_is_reported() {
     let Some(stage) = adopted("second", Use::Shared, &[], quick()).await else { return };
     let at = unix_ms();
-    let other = json!({
-        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "other"},
-        "spec": {"selector": {"app": "hello"}, "ports": [{"port": 80, "targetPort": "http"}]},
-    });
-    stage.app.cluster.apply(&stage.app.namespace, &other.to_string()).await.unwrap();
+    stage.app.cluster.apply(&stage.app.namespace, &other_service()).await.unwrap();
     let names = |status: &CanaryStatus| condition(status, "Warning").2.contains("other");
     stage.wait("a warning that names it", at, names).await;
     let at = unix_ms();
     stage.app.cluster.kubectl(&["-n", &stage.app.namespace, "delete", "service", "other"], None).await.unwrap();
     stage.wait("no warning", at, |status| !names(status)).await;
     stage.end().await;
+}
+
+/// A further Service of the application's Pods.
+fn other_service() -> String {
+    let other = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "other"},
+        "spec": {"selector": {"app": "hello"}, "ports": [{"name": "http", "port": 8080, "targetPort": "http"}]},
+    });
+    other.to_string()
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_further_service_that_is_named_is_split_like_the_first() {
+    let Some((cluster, _held)) = cluster(Use::Shared).await else { return };
+    let app = App::deploy(&cluster, &unique("further"), 2).await.unwrap();
+    cluster.apply(&app.namespace, &other_service()).await.unwrap();
+    let load = |name: &'static str, target: &'static str| {
+        let (cluster, namespace) = (cluster.clone(), app.namespace.clone());
+        async move {
+            let load = Load::start(&cluster, &namespace, name, &["--target", target, "--rate", "60"]).await.unwrap();
+            let from = load.steady().await.unwrap();
+            (load, from)
+        }
+    };
+    let loads = [load("load", "hello:80").await, load("load-other", "other:8080").await];
+    let nothing_failed = || async {
+        for (load, from) in &loads {
+            load.catch_up().await.unwrap();
+            let failed = load.failures_since(*from);
+            assert!(failed.is_empty(), "failed requests: {failed:#?}");
+        }
+    };
+    let mut spec = quick();
+    spec["service"] = json!({"additional": [{"name": "other"}]});
+    app.canary(spec).await.unwrap();
+    let adopted = app.adopted().await.unwrap().status;
+    assert_eq!(adopted.additional_services, ["other"]);
+    let applied = app.release(&[("VERSION", "v2")]).await.unwrap();
+    let at_20 = |status: &CanaryStatus| status.effective_weight == Some(20);
+    app.history.wait("weight 20", applied, MINUTE, at_20).await.unwrap();
+    let from = unix_ms();
+    let at_60 = |status: &CanaryStatus| status.requested_weight == 60;
+    let to = app.history.wait("weight 60", from, MINUTE, at_60).await.unwrap().at_ms;
+    for (load, _) in &loads {
+        load.catch_up().await.unwrap();
+        let seen = load.since(from);
+        let count = |version: &str| -> u64 {
+            seen.iter().filter(|b| b.version == version && b.last_ms < to).map(|bucket| bucket.count).sum()
+        };
+        let (old, new) = (count("v1"), count("v2"));
+        // Without the fleet, one new Pod of three would take a third.
+        assert!(new > 0 && new * 100 < (old + new) * 30, "{new} of {} at weight 20", old + new);
+    }
+    app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
+    nothing_failed().await;
+    app.canaries().delete("hello", &DeleteParams::default()).await.unwrap();
+    eventually("the hand-back", 2 * MINUTE, || async {
+        app.canaries().get_opt("hello").await.unwrap().is_none().then_some(())
+    })
+    .await;
+    nothing_failed().await;
+    drop(loads);
+    ended(app).await;
 }
 
 #[tokio::test]

@@ -83,6 +83,7 @@ fn service(run: &mut Run<'_>) -> Next {
     }
     // From here on admission and `upkeep` keep the key.
     run.status.service = Some(run.spec.service.clone());
+    run.status.additional_services.clone_from(&run.spec.additional);
     if !run.seen.service.key {
         run.act(Action::SetKey(true));
         let message = format!("the selector of Service {} gets the fleet's key", run.spec.service);

@@ -149,14 +149,15 @@ fn service(run: &mut Run<'_>) -> Next {
     }
     // Cleared first: admission would put the key back.
     run.status.service = None;
+    run.status.additional_services.clear();
     let service = run.seen.service;
-    if service.exists && service.key {
+    if service.any_key {
         run.act(Action::SetKey(false));
         let message = format!("the fleet's key goes from the selector of Service {}", run.spec.service);
         return run.wait("SelectorKey", message, None);
     }
     let Some(template) = &run.seen.template else { return release(run) };
-    if service.exists && template.ready > 0 && service.native_endpoints == 0 {
+    if template.ready > 0 && service.no_native_endpoint {
         let message =
             format!("Service {} finds the Pods of Deployment {} by its selector", run.spec.service, run.spec.target);
         return run.wait("NativeEndpoints", message, None);

@@ -332,8 +332,10 @@ impl World {
                 exists: self.service_exists,
                 companions: self.companions,
                 key: self.key,
+                any_key: self.service_exists && self.key,
                 slices: self.slices,
                 native_endpoints: self.native,
+                no_native_endpoint: self.service_exists && self.native == 0,
             },
             revisions,
             fleet: Fleet {

@@ -1,0 +1,79 @@
+//! A HorizontalPodAutoscaler scales a Canary by what its Pods use, as metrics-server tells it, in mid-release too.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
+
+use k8s_openapi::api::{apps::v1::Deployment, autoscaling::v2::HorizontalPodAutoscaler};
+use serde_json::{Value, json};
+use sluice_crds::Phase;
+use sluice_e2e::adopted::{Adopted, MINUTE, Use, adopted, eventually, quick};
+
+/// By the CPU of the application's container, without the sidecar's.
+fn autoscaler(name: &str, target: &Value, least: u32, most: u32) -> String {
+    json!({
+        "apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": {"name": name},
+        "spec": {
+            "scaleTargetRef": target, "minReplicas": least, "maxReplicas": most,
+            // Less than the load takes, so that it goes up to the maximum.
+            "metrics": [{"type": "ContainerResource", "containerResource": {
+                "name": "cpu", "container": "hello", "target": {"type": "Utilization", "averageUtilization": 10},
+            }}],
+            "behavior": {"scaleDown": {"stabilizationWindowSeconds": 0}},
+        },
+    })
+    .to_string()
+}
+
+/// Waits until the Canary wants so many replicas, and its primary has them.
+async fn scaled(stage: &Adopted, replicas: i32) {
+    eventually(&format!("{replicas} replicas"), 4 * MINUTE, || async {
+        let canary = stage.app.canaries().get("hello").await.unwrap();
+        let primary = canary.status?.primary_revision?;
+        let deployment = stage.api::<Deployment>().get(&format!("hello-{primary}")).await.unwrap();
+        let ready = deployment.status?.ready_replicas;
+        (canary.spec.replicas == Some(replicas) && ready == Some(replicas)).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn an_autoscaler_scales_the_canary_by_the_use_of_its_containers() {
+    if std::env::var("METRICS_SERVER").is_err() {
+        println!("SKIPPED: needs metrics-server, which is in clusters of tests/cluster only");
+        return;
+    }
+    let Some(stage) = adopted("autoscaling", Use::Shared, &["--rate", "200"], quick()).await else { return };
+    let (cluster, namespace) = (stage.app.cluster.clone(), stage.app.namespace.clone());
+    let metrics_server = cluster.file("tests/e2e/manifests/metrics-server.yaml").unwrap();
+    cluster.apply("kube-system", &metrics_server).await.unwrap();
+    let uses = format!("/apis/metrics.k8s.io/v1beta1/namespaces/{namespace}/pods");
+    eventually("metrics of Pods", 3 * MINUTE, || async {
+        let uses: Value = serde_json::from_str(&cluster.kubectl(&["get", "--raw", &uses], None).await.ok()?).ok()?;
+        (!uses["items"].as_array()?.is_empty()).then_some(())
+    })
+    .await;
+
+    // The one of the Deployment, by name.
+    let deployment = json!({"apiVersion": "apps/v1", "kind": "Deployment", "name": "hello"});
+    cluster.apply(&namespace, &autoscaler("hello", &deployment, 2, 4)).await.unwrap();
+    let by_name =
+        json!({"autoscalerRef": {"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "name": "hello"}});
+    stage.app.patch_canary(by_name).await.unwrap();
+    scaled(&stage, 4).await;
+    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
+    let done = stage.app.ends(applied, Phase::Succeeded, 3 * MINUTE).await.unwrap().status;
+    let serving = stage.app.pods_of(&done.primary_revision.unwrap()).await.unwrap();
+    assert_eq!(serving.len(), 4, "the release went on with what the autoscaler asks for");
+
+    // And one that names the Canary itself.
+    stage.app.patch_canary(json!({"autoscalerRef": null})).await.unwrap();
+    let autoscalers = stage.api::<HorizontalPodAutoscaler>();
+    eventually("the end of the copy", MINUTE, || async {
+        autoscalers.get_opt("hello-primary").await.unwrap().is_none().then_some(())
+    })
+    .await;
+    let canary = json!({"apiVersion": "sluice.dev/v1beta1", "kind": "Canary", "name": "hello"});
+    cluster.apply(&namespace, &autoscaler("direct", &canary, 1, 3)).await.unwrap();
+    scaled(&stage, 3).await;
+    cluster.kubectl(&["-n", &namespace, "delete", "hpa", "direct", "hello"], None).await.unwrap();
+    stage.end().await;
+}

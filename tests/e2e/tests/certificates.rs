@@ -1,0 +1,86 @@
+//! Certificates come to their end, and the root does: nobody's request notices.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
+use kube::{Api, ResourceExt, api::DeleteParams};
+use sluice_crds::{Phase, labels};
+use sluice_e2e::{
+    adopted::{MINUTE, Use, adopted, eventually, expect, quick},
+    cluster::SYSTEM,
+    installation::{self, CONTROLLERS_AWAY},
+};
+
+#[tokio::test]
+#[ignore = "full"]
+async fn certificates_that_live_for_a_minute_are_renewed_under_load() {
+    let Some(mut stage) = adopted("certificates", Use::Alone, &[], quick()).await else { return };
+    let cluster = stage.app.cluster.clone();
+    let _expected = expect(CONTROLLERS_AWAY);
+    installation::upgrade(&cluster, &["certificateSeconds=60"]).await;
+    // Running proxies renew when two thirds of what they have are over; new ones have short ones from the start.
+    cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "deployment/sluice-fleet"], None).await.unwrap();
+    installation::complete(&cluster, "sluice-fleet").await;
+    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
+    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
+    // Two renewals of everybody.
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    stage.nothing_failed().await;
+    installation::upgrade(&cluster, &["certificateSeconds=86400"]).await;
+    cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "deployment/sluice-fleet"], None).await.unwrap();
+    installation::complete(&cluster, "sluice-fleet").await;
+    stage.from_ms = stage.from_ms.max(1);
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn another_root_takes_over_under_load() {
+    let Some(stage) = adopted("root", Use::Alone, &[], quick()).await else { return };
+    let cluster = stage.app.cluster.clone();
+    let _expected = expect(CONTROLLERS_AWAY);
+    installation::upgrade(&cluster, &["certificateSeconds=60", "ca.spreadSeconds=150"]).await;
+    // So that everybody has a short one from the start.
+    cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "deployment/sluice-fleet"], None).await.unwrap();
+    installation::complete(&cluster, "sluice-fleet").await;
+    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
+    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
+
+    let bundles = stage.api::<ConfigMap>();
+    let memory: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), SYSTEM);
+    let roots = || async {
+        let bundle = bundles.get(labels::TRUST_BUNDLE).await.unwrap();
+        let pem = bundle.data.unwrap_or_default().remove("ca.crt").unwrap_or_default();
+        pem.split_inclusive("-----END CERTIFICATE-----\n").map(str::to_owned).collect::<Vec<_>>()
+    };
+    let [old] = roots().await.try_into().expect("one root");
+    let _expected = expect(&["Secret sluice-system/sluice-ca was deleted"]);
+    let secrets: Api<Secret> = Api::namespaced(cluster.client.clone(), SYSTEM);
+    secrets.delete("sluice-ca", &DeleteParams::default()).await.unwrap();
+    eventually("both roots to be trusted", MINUTE, || async {
+        let roots = roots().await;
+        (roots.len() == 2 && roots.contains(&old)).then_some(())
+    })
+    .await;
+    let spans = || async {
+        let memory = memory.get(labels::TRUST_BUNDLE).await.unwrap();
+        memory.annotations().get(labels::ROOTS).cloned().unwrap_or_default()
+    };
+    assert!(spans().await.contains("since"), "the new root signs before everybody knows it");
+    eventually("the new root to sign", 4 * MINUTE, || async { (!spans().await.contains("since")).then_some(()) }).await;
+    // New Pods in the middle of it.
+    let applied = stage.app.release(&[("VERSION", "v3")]).await.unwrap();
+    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
+    let [new] = eventually("the old root to leave", 4 * MINUTE, || async { roots().await.try_into().ok() }).await;
+    assert_ne!(new, old);
+    // As long as it takes until everybody has read of it, and has renewed once more.
+    tokio::time::sleep(Duration::from_secs(150)).await;
+    stage.nothing_failed().await;
+    let applied = stage.app.release(&[("VERSION", "v4")]).await.unwrap();
+    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
+    installation::upgrade(&cluster, &["certificateSeconds=86400", "ca.spreadSeconds=300"]).await;
+    cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "deployment/sluice-fleet"], None).await.unwrap();
+    installation::complete(&cluster, "sluice-fleet").await;
+    stage.end().await;
+}
