@@ -200,9 +200,9 @@ pub struct ScalerReplicas {
 #[x_kube(
     validation = Rule::new("!has(self.headless) || !self.headless").message("spec.service.headless is refused: clients of a headless Service dial the Pods and go past the fleet"),
     validation = Rule::new("!has(self.backendTimeout)").message("spec.service.backendTimeout is not supported in this version; remove it"),
-    validation = Rule::new("!has(self.timeout) || !has(self.appProtocol) || self.appProtocol.lowerAscii().replace('kubernetes.io/', '') in ['http', 'http2', 'h2c', 'grpc', 'grpc-web', 'ws', 'web']").message("spec.service.timeout is for HTTP: on a port whose appProtocol is not, such as tcp or https, no request has an end that could be timed. Remove it"),
+    validation = Rule::new("(!has(self.timeout) && !has(self.retries) && !has(self.headers)) || !has(self.appProtocol) || self.appProtocol.lowerAscii().replace('kubernetes.io/', '') in ['http', 'http2', 'h2c', 'grpc', 'grpc-web', 'ws', 'web']").message("spec.service.timeout, retries and headers are for HTTP: on a port whose appProtocol is not, such as tcp or https, there are no requests. Remove them"),
     validation = Rule::new("!has(self.gateways) && !has(self.gatewayRefs) && !has(self.hosts) && !has(self.delegation) && !has(self.meshName) && !has(self.backends)").message("spec.service.gateways, gatewayRefs, hosts, delegation, meshName and backends belong to another mesh: the fleet splits the traffic of the Service itself. Remove them"),
-    validation = Rule::new("!has(self.trafficPolicy) && !has(self.match) && !has(self.rewrite) && !has(self.retries) && !has(self.headers) && !has(self.mirror) && !has(self.corsPolicy)").message("spec.service.trafficPolicy, match, rewrite, retries, headers, mirror and corsPolicy are not supported in this version; remove them"),
+    validation = Rule::new("!has(self.trafficPolicy) && !has(self.match) && !has(self.rewrite) && !has(self.mirror) && !has(self.corsPolicy)").message("spec.service.trafficPolicy, match, rewrite, mirror and corsPolicy are not supported in this version; remove them"),
     validation = Rule::new("!has(self.apex) && !has(self.primary) && !has(self.canary) && !has(self.unmanagedMetadata) && !has(self.trafficDistribution)").message("spec.service.apex, primary, canary, unmanagedMetadata and trafficDistribution are not supported in this version; remove them"),
     validation = Rule::new("has(self.additional) == has(oldSelf.additional) && (!has(self.additional) || self.additional == oldSelf.additional)").message("spec.service.additional cannot be changed: delete this Canary and create another one")
 )]
@@ -261,12 +261,13 @@ pub struct ServiceSpec {
     /// Not supported in this version; refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rewrite: Option<UnsupportedObject>,
-    /// Not supported in this version; refused.
+    /// Sends requests again that may have been processed, to another Pod of the same revision where there is one. What is certain not to
+    /// have been processed is sent again without it. Counts at once, not from the next release.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub retries: Option<UnsupportedObject>,
-    /// Not supported in this version; refused.
+    pub retries: Option<Retries>,
+    /// Changes headers on their way through the fleet. Counts at once, not from the next release.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub headers: Option<UnsupportedObject>,
+    pub headers: Option<Headers>,
     /// Not supported in this version; refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mirror: Option<UnsupportedList>,
@@ -302,6 +303,69 @@ pub struct ServiceSpec {
     #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub additional: Option<Vec<AdditionalService>>,
 }
+
+/// When and how often a request is sent again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Retries {
+    /// Most tries after the first. A fifth of the requests that are open at once may be tried again, or three on each thread of the fleet.
+    #[schemars(range(min = 1, max = 10))]
+    pub attempts: i32,
+    /// How long one try may take, from the last byte of the request to the first of the answer: `2s`. By default as long as
+    /// `timeout` allows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32), regex(pattern = duration::PATTERN))]
+    pub per_try_timeout: Option<String>,
+    /// What is followed by another try, in Envoy's words, with commas between: `5xx`, `gateway-error` (502, 503, 504), `reset` (no
+    /// answer, which the first two include), `retriable-4xx` (409), and of gRPC `cancelled`, `deadline-exceeded`, `internal`, `resource-exhausted`,
+    /// `unavailable`. `connect-failure` and `refused-stream` always are.
+    #[serde(default = "default_retry_on")]
+    #[schemars(length(max = 256), regex(pattern = RETRY_ON))]
+    pub retry_on: String,
+}
+
+const RETRY_ON: &str = "^(5xx|gateway-error|reset|retriable-4xx|cancelled|deadline-exceeded|internal|resource-exhausted|unavailable|connect-failure|refused-stream)(, ?(5xx|gateway-error|reset|retriable-4xx|cancelled|deadline-exceeded|internal|resource-exhausted|unavailable|connect-failure|refused-stream))*$";
+
+fn default_retry_on() -> String {
+    // Istio's default, which manifests of Flagger rely on.
+    "connect-failure,refused-stream,unavailable,cancelled".to_owned()
+}
+
+/// What happens to headers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Headers {
+    /// Of requests, before they reach the application.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request: Option<HeaderOperations>,
+    /// Of the application's answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub response: Option<HeaderOperations>,
+}
+
+/// Changes of headers: what is removed first, then what is set and added.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(
+    validation = Rule::new("!has(self.set) || self.set.all(name, name.matches('^[A-Za-z0-9!#$&*+.^_|~-]{1,128}$') && !(name.lowerAscii() in ['host', 'content-length', 'transfer-encoding', 'connection', 'upgrade', 'te', 'trailer', 'keep-alive', 'proxy-connection']) && !name.lowerAscii().startsWith('x-sluice-'))").message("spec.service.headers: a name in set is not that of a header, or frames or addresses the message (Host, Content-Length, Connection and the like), or is one of Sluice's own"),
+    validation = Rule::new("!has(self.add) || self.add.all(name, name.matches('^[A-Za-z0-9!#$&*+.^_|~-]{1,128}$') && !(name.lowerAscii() in ['host', 'content-length', 'transfer-encoding', 'connection', 'upgrade', 'te', 'trailer', 'keep-alive', 'proxy-connection']) && !name.lowerAscii().startsWith('x-sluice-'))").message("spec.service.headers: a name in add is not that of a header, or frames or addresses the message (Host, Content-Length, Connection and the like), or is one of Sluice's own"),
+    validation = Rule::new("!has(self.remove) || self.remove.all(name, !(name.lowerAscii() in ['host', 'content-length', 'transfer-encoding', 'connection', 'upgrade', 'te', 'trailer', 'keep-alive', 'proxy-connection']) && !name.lowerAscii().startsWith('x-sluice-'))").message("spec.service.headers: a name in remove frames or addresses the message (Host, Content-Length, Connection and the like), or is one of Sluice's own")
+)]
+pub struct HeaderOperations {
+    /// Put in the place of those of the same name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 16, "additionalProperties" = {"type": "string", "maxLength": 1024, "pattern": HEADER_VALUE}))]
+    pub set: BTreeMap<String, String>,
+    /// Put beside those of the same name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 16, "additionalProperties" = {"type": "string", "maxLength": 1024, "pattern": HEADER_VALUE}))]
+    pub add: BTreeMap<String, String>,
+    /// Taken away.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), inner(length(min = 1, max = 128), regex(pattern = "^[A-Za-z0-9!#$&*+.^_|~-]+$")))]
+    pub remove: Vec<String>,
+}
+
+/// Visible ASCII without `%`, which stands for a value of the request in Envoy.
+const HEADER_VALUE: &str = "^[ -$&-~]*$";
 
 /// A further Service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

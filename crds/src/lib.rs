@@ -15,8 +15,9 @@ mod status;
 mod unsupported;
 
 pub use canary::{
-    AdditionalService, Analysis, AutoscalerRef, Canary, CanarySpec, Guard, Inconclusive, InconclusiveAction, Metric,
-    ObjectReference, PortRef, ScalerReplicas, ServiceSpec, TargetRef, ThresholdRange,
+    AdditionalService, Analysis, AutoscalerRef, Canary, CanarySpec, Guard, HeaderOperations, Headers, Inconclusive,
+    InconclusiveAction, Metric, ObjectReference, PortRef, Retries, ScalerReplicas, ServiceSpec, TargetRef,
+    ThresholdRange,
 };
 pub use duration::{DurationError, parse_duration};
 pub use metric_template::{

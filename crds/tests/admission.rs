@@ -151,7 +151,8 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
     let api = cluster.canaries();
     let metric = |metric: Value| json!([metric]);
     let not_mesh = "spec.service.gateways, gatewayRefs, hosts, delegation, meshName and backends belong to another mesh: the fleet splits the traffic of the Service itself. Remove them";
-    let not_routes = "spec.service.trafficPolicy, match, rewrite, retries, headers, mirror and corsPolicy are not supported in this version; remove them";
+    let not_routes = "spec.service.trafficPolicy, match, rewrite, mirror and corsPolicy are not supported in this version; remove them";
+    let http_only = "spec.service.timeout, retries and headers are for HTTP: on a port whose appProtocol is not, such as tcp or https, there are no requests. Remove them";
     let not_generated = "spec.service.apex, primary, canary, unmanagedMetadata and trafficDistribution are not supported in this version; remove them";
     let not_matching = "spec.analysis.match and sessionAffinity are not supported in this version: all users would be split by weight. Remove them";
     let not_ready =
@@ -246,10 +247,7 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
             vec![("/spec/service/headless", json!(true))],
             "spec.service.headless is refused: clients of a headless Service dial the Pods and go past the fleet",
         ),
-        (
-            vec![("/spec/service/timeout", json!("15s")), ("/spec/service/appProtocol", json!("HTTPS"))],
-            "spec.service.timeout is for HTTP: on a port whose appProtocol is not, such as tcp or https, no request has an end that could be timed. Remove it",
-        ),
+        (vec![("/spec/service/timeout", json!("15s")), ("/spec/service/appProtocol", json!("HTTPS"))], http_only),
         (
             vec![("/spec/service/backendTimeout", json!("15s"))],
             "spec.service.backendTimeout is not supported in this version; remove it",
@@ -263,8 +261,26 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
         (vec![("/spec/service/trafficPolicy", json!({"tls": {"mode": "DISABLE"}}))], not_routes),
         (vec![("/spec/service/match", json!([{"uri": {"prefix": "/"}}]))], not_routes),
         (vec![("/spec/service/rewrite", json!({"uri": "/"}))], not_routes),
-        (vec![("/spec/service/retries", json!({"attempts": 3}))], not_routes),
-        (vec![("/spec/service/headers", json!({"request": {"add": {"a": "b"}}}))], not_routes),
+        (
+            vec![("/spec/service/retries", json!({"attempts": 11}))],
+            "spec.service.retries.attempts in body should be less than or equal to 10",
+        ),
+        (
+            vec![("/spec/service/retries", json!({"attempts": 3})), ("/spec/service/appProtocol", json!("tcp"))],
+            http_only,
+        ),
+        (
+            vec![("/spec/service/headers", json!({"request": {"set": {"Host": "b"}}}))],
+            "spec.service.headers: a name in set is not that of a header, or frames or addresses the message (Host, Content-Length, Connection and the like), or is one of Sluice's own",
+        ),
+        (
+            vec![("/spec/service/headers", json!({"response": {"add": {"a b": "c"}}}))],
+            "spec.service.headers: a name in add is not that of a header, or frames or addresses the message (Host, Content-Length, Connection and the like), or is one of Sluice's own",
+        ),
+        (
+            vec![("/spec/service/headers", json!({"response": {"remove": ["X-Sluice-Response-Flag"]}}))],
+            "spec.service.headers: a name in remove frames or addresses the message (Host, Content-Length, Connection and the like), or is one of Sluice's own",
+        ),
         (vec![("/spec/service/mirror", json!([{"backendRef": {"name": "m"}}]))], not_routes),
         (vec![("/spec/service/corsPolicy", json!({"allowOrigin": ["*"]}))], not_routes),
         (vec![("/spec/service/apex", json!({"labels": {"a": "b"}}))], not_generated),

@@ -201,11 +201,17 @@ pub enum Retry {
     Stale,
     /// The other side said that it did not process the request.
     NotProcessed,
+    /// The route asks for it, although the request may have been processed.
+    Policy,
 }
 
 impl Retry {
-    const ALL: [(Self, &'static str); 3] =
-        [(Self::Connect, "connect"), (Self::Stale, "stale"), (Self::NotProcessed, "not_processed")];
+    const ALL: [(Self, &'static str); 4] = [
+        (Self::Connect, "connect"),
+        (Self::Stale, "stale"),
+        (Self::NotProcessed, "not_processed"),
+        (Self::Policy, "policy"),
+    ];
 }
 
 #[derive(Debug, Default)]

@@ -6,7 +6,9 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
-use http::StatusCode;
+use http::{HeaderName, HeaderValue, StatusCode};
+
+use crate::metrics::GrpcStatus;
 
 /// All listeners that should be open, by name.
 #[derive(Debug, Default)]
@@ -50,11 +52,55 @@ pub enum Protocol {
 pub enum Action {
     Forward {
         split: Split,
-        /// From the last byte of a request to the last byte of its answer, all tries included.
-        timeout: Option<Duration>,
+        policy: Arc<Policy>,
     },
     /// Answer without an upstream, e.g. 503 where nothing serves.
     Respond(StatusCode),
+}
+
+/// How requests of a route are forwarded.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Policy {
+    /// From the last byte of a request to the last byte of its answer, all tries included.
+    pub timeout: Option<Duration>,
+    pub retry: Option<RetryPolicy>,
+    pub request_headers: HeaderChanges,
+    /// Of answers of an upstream, not of our own.
+    pub response_headers: HeaderChanges,
+}
+
+/// Which requests are sent again, although they may have been processed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RetryPolicy {
+    /// Not empty.
+    pub on: Vec<RetryOn>,
+    /// After the first try.
+    pub retries: u32,
+    /// Of one try, from the last byte of the request to the first of the answer.
+    pub per_try_timeout: Option<Duration>,
+}
+
+/// What is followed by another try (`RetryPolicy.retry_on`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RetryOn {
+    /// `5xx`: any of these, or no answer.
+    ServerError,
+    /// `gateway-error`: 502, 503 or 504, or no answer.
+    GatewayError,
+    /// `reset`: no answer.
+    Reset,
+    /// `retriable-4xx`: 409.
+    Conflict,
+    /// A gRPC status in the head of the answer.
+    Grpc(GrpcStatus),
+}
+
+/// Changes of a message's headers, in this order: what is removed, then what is set or added.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct HeaderChanges {
+    pub remove: Vec<HeaderName>,
+    /// With `true`, beside what is there; else in its place.
+    pub write: Vec<(HeaderName, HeaderValue, bool)>,
 }
 
 /// Clusters with their weights, out of the sum of all weights. A weight of 0 means never.

@@ -29,6 +29,9 @@ KEEP = {
         "Node": "id cluster metadata locality user_agent_name user_agent_version client_features",
         "Metadata": "filter_metadata typed_filter_metadata",
         "DataSource": "filename inline_bytes inline_string",
+        "HeaderValue": "key value",
+        "HeaderValueOption": "header append_action",
+        "HeaderValueOption.HeaderAppendAction": None,
         "TransportSocket": "name typed_config",
         "ControlPlane": "identifier",
     },
@@ -79,7 +82,8 @@ KEEP = {
     "envoy.config.route.v3.route_pb2": {"RouteConfiguration": "name virtual_hosts validate_clusters"},
     "envoy.config.route.v3.route_components_pb2": {
         "VirtualHost": "name domains routes",
-        "Route": "name match route direct_response metadata",
+        "Route": "name match route direct_response metadata request_headers_to_add request_headers_to_remove"
+        " response_headers_to_add response_headers_to_remove",
         "WeightedCluster": "clusters total_weight",
         "WeightedCluster.ClusterWeight": "name weight",
         "RouteMatch": "prefix path",

@@ -131,6 +131,9 @@ fn check(canary: &CanaryKey, spec: &CanarySpec) -> Result<(), SpecError> {
     if let Some(timeout) = &spec.service.timeout {
         check.positive("spec.service.timeout", timeout)?;
     }
+    if let Some(timeout) = spec.service.retries.as_ref().and_then(|retries| retries.per_try_timeout.as_ref()) {
+        check.positive("spec.service.retries.perTryTimeout", timeout)?;
+    }
     if let Some(replicas) = spec.replicas {
         check.range("spec.replicas", replicas, 0, 100_000)?;
     }

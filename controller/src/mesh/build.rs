@@ -10,7 +10,7 @@ use k8s_openapi::{
     apimachinery::pkg::util::intstr::IntOrString,
 };
 use kube::ResourceExt;
-use sluice_crds::{Backend, Canary, Traffic, labels, parse_duration};
+use sluice_crds::{Backend, Canary, Traffic, labels};
 use sluice_xds::{SpiffeId, TypeUrl};
 
 use super::{
@@ -180,8 +180,6 @@ impl OneService<'_> {
                 self.cluster(&name, &port, backend, parts);
             }
             let split = self.split(&name);
-            // One that cannot be read is refused before it gets here.
-            let timeout = spec.timeout.as_deref().and_then(|timeout| parse_duration(timeout).ok());
             let mut carry = |kind: TypeUrl, resource: Resource| {
                 // What `-canary` does with a canary is a matter of tests, and its cluster may be the very thing that
                 // the fleet rejects: that must not hold up the way back to the primary.
@@ -193,7 +191,7 @@ impl OneService<'_> {
             match port.protocol {
                 Protocol::Http => {
                     carry(TypeUrl::Listener, encode::http_listener(&name, fleet_port));
-                    carry(TypeUrl::Route, encode::route(&name, split.as_ref(), timeout));
+                    carry(TypeUrl::Route, encode::route(&name, split.as_ref(), spec));
                 }
                 Protocol::Tcp => {
                     let split = split.unwrap_or_else(|| vec![(format!("{name}/{NONE}"), 100)]);
@@ -551,6 +549,43 @@ mod tests {
             written.fleet.get(TypeUrl::Route, "shop/web:80").unwrap().version,
             cut.fleet.get(TypeUrl::Route, "shop/web:80").unwrap().version,
             "what was acknowledged for the cut counts when the status has caught up"
+        );
+    }
+
+    #[test]
+    fn retries_and_headers_are_said_where_something_is_forwarded() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", None, 0);
+        let route = |shop: &Shop| {
+            let snapshot = build(&shop.inputs());
+            let config: RouteConfiguration =
+                unpack(&snapshot.fleet.get(TypeUrl::Route, "shop/web:80").unwrap().body).unwrap();
+            config.virtual_hosts[0].routes[0].clone()
+        };
+        let plain = route(&shop);
+        let Some(route::Action::Route(action)) = &plain.action else { panic!() };
+        assert!(action.retry_policy.is_none() && plain.request_headers_to_add.is_empty());
+
+        shop.canary["spec"]["service"]["retries"] =
+            json!({"attempts": 3, "perTryTimeout": "2s", "retryOn": "5xx, reset"});
+        shop.canary["spec"]["service"]["headers"] = json!({
+            "request": {"set": {"x-team": "shop"}, "add": {"x-hop": "fleet"}},
+            "response": {"remove": ["server"]},
+        });
+        let said = route(&shop);
+        let Some(route::Action::Route(action)) = &said.action else { panic!() };
+        let retry = action.retry_policy.as_ref().unwrap();
+        assert_eq!((retry.retry_on.as_str(), retry.num_retries), ("5xx,reset", Some(3)));
+        assert_eq!(retry.per_try_timeout.map(|timeout| timeout.seconds), Some(2));
+        let added: Vec<_> = said
+            .request_headers_to_add
+            .iter()
+            .map(|one| (one.header.as_ref().unwrap().key.as_str(), one.append_action))
+            .collect();
+        assert_eq!(added, [("x-team", 2), ("x-hop", 0)], "set, then added");
+        assert_eq!(
+            (said.response_headers_to_remove, said.response_headers_to_add.len()),
+            (vec!["server".to_owned()], 0)
         );
     }
 

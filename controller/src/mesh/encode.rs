@@ -4,12 +4,12 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time,
 };
 
 use prost::{Message, Name};
 use prost_types::{Any, Duration, Struct, Value, value::Kind};
 use sha2::{Digest, Sha256};
+use sluice_crds::{HeaderOperations, Retries, ServiceSpec, parse_duration};
 use sluice_xds::{
     SpiffeId, TypeUrl,
     envoy::{
@@ -21,16 +21,18 @@ use sluice_xds::{
                 },
             },
             core::v3::{
-                Address, AggregatedConfigSource, ApiVersion, ConfigSource, Metadata, SocketAddress, TransportSocket,
-                address, config_source::ConfigSourceSpecifier, socket_address::PortSpecifier, transport_socket,
+                Address, AggregatedConfigSource, ApiVersion, ConfigSource, HeaderValue, HeaderValueOption, Metadata,
+                SocketAddress, TransportSocket, address, config_source::ConfigSourceSpecifier,
+                header_value_option::HeaderAppendAction, socket_address::PortSpecifier, transport_socket,
             },
             endpoint::v3::{
                 ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints, lb_endpoint::HostIdentifier,
             },
             listener::v3::{Filter, FilterChain, FilterChainMatch, Listener, ListenerFilter, filter, listener_filter},
             route::v3::{
-                DirectResponseAction, Route, RouteAction, RouteConfiguration, RouteMatch, VirtualHost, WeightedCluster,
-                route, route_action::ClusterSpecifier, route_match::PathSpecifier, weighted_cluster::ClusterWeight,
+                DirectResponseAction, RetryPolicy, Route, RouteAction, RouteConfiguration, RouteMatch, VirtualHost,
+                WeightedCluster, route, route_action::ClusterSpecifier, route_match::PathSpecifier,
+                weighted_cluster::ClusterWeight,
             },
         },
         extensions::{
@@ -156,8 +158,8 @@ pub(super) fn tcp_listener(name: &str, port: u16, split: &Split) -> Resource {
     resource(&fleet_listener(name, port, filter), needs_of(split))
 }
 
-/// The split of an HTTP port; without a split, the answer is 503.
-pub(super) fn route(name: &str, split: Option<&Split>, timeout: Option<time::Duration>) -> Resource {
+/// The split of an HTTP port, and how its requests are forwarded; without a split, the answer is 503.
+pub(super) fn route(name: &str, split: Option<&Split>, how: &ServiceSpec) -> Resource {
     let action = match split {
         Some(split) => {
             let weight = |(name, weight): &(String, u32)| ClusterWeight { name: name.clone(), weight: Some(*weight) };
@@ -167,13 +169,48 @@ pub(super) fn route(name: &str, split: Option<&Split>, timeout: Option<time::Dur
                     total_weight: None,
                 })),
                 // Without one Envoy's own, of 15 s, would hold.
-                timeout: Some(Duration::try_from(timeout.unwrap_or_default()).unwrap_or(seconds(0))),
+                timeout: Some(how.timeout.as_deref().and_then(duration).unwrap_or(seconds(0))),
+                retry_policy: how.retries.as_ref().map(retry_policy),
                 ..RouteAction::default()
             })
         }
         None => route::Action::DirectResponse(DirectResponseAction { status: 503, body: None }),
     };
-    resource(&route_configuration(name, action), split.map(needs_of).unwrap_or_default())
+    let mut configuration = route_configuration(name, action);
+    if let (Some(headers), Some(_)) = (&how.headers, split) {
+        for route in configuration.virtual_hosts.iter_mut().flat_map(|host| &mut host.routes) {
+            (route.request_headers_to_remove, route.request_headers_to_add) = header_changes(headers.request.as_ref());
+            (route.response_headers_to_remove, route.response_headers_to_add) =
+                header_changes(headers.response.as_ref());
+        }
+    }
+    resource(&configuration, split.map(needs_of).unwrap_or_default())
+}
+
+/// One that cannot be read is refused before it gets here.
+fn duration(text: &str) -> Option<Duration> {
+    Duration::try_from(parse_duration(text).ok()?).ok()
+}
+
+fn retry_policy(retries: &Retries) -> RetryPolicy {
+    RetryPolicy {
+        retry_on: retries.retry_on.replace(' ', ""),
+        num_retries: u32::try_from(retries.attempts).ok(),
+        per_try_timeout: retries.per_try_timeout.as_deref().and_then(duration),
+    }
+}
+
+fn header_changes(operations: Option<&HeaderOperations>) -> (Vec<String>, Vec<HeaderValueOption>) {
+    let Some(HeaderOperations { set, add, remove }) = operations else { return (Vec::new(), Vec::new()) };
+    let write = |action: HeaderAppendAction| {
+        move |(name, value): (&String, &String)| HeaderValueOption {
+            header: Some(HeaderValue { key: name.clone(), value: value.clone() }),
+            append_action: action.into(),
+        }
+    };
+    let set = set.iter().map(write(HeaderAppendAction::OverwriteIfExistsOrAdd));
+    let add = add.iter().map(write(HeaderAppendAction::AppendIfExistsOrAdd));
+    (remove.clone(), set.chain(add).collect())
 }
 
 fn needs_of(split: &Split) -> BTreeSet<(TypeUrl, String)> {

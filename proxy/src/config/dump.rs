@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use sluice_xds::TypeUrl;
 
 use super::{Resources, resources::Staged};
-use crate::snapshot::{Action, Cluster, Listener, Protocol, Split, Upstream};
+use crate::snapshot::{Action, Cluster, HeaderChanges, Listener, Policy, Protocol, Split, Upstream};
 
 impl Resources {
     /// The versions of all resources, what was refused and why, and the snapshot that serves.
@@ -57,8 +57,8 @@ fn listener(it: &Listener) -> Value {
             "serverName": chain.server_name,
             "clientId": chain.tls.as_ref().map(|tls| &tls.client_id),
             "protocol": match &chain.protocol {
-                Protocol::Http(Action::Forward { split: of, timeout }) => {
-                    json!({ "http": split(of), "timeoutMs": timeout.map(|timeout| timeout.as_millis()) })
+                Protocol::Http(Action::Forward { split: of, policy: how }) => {
+                    json!({ "http": split(of), "policy": policy(how) })
                 }
                 Protocol::Http(Action::Respond(status)) => json!({ "http": { "status": status.as_u16() } }),
                 Protocol::Tcp(of) => json!({ "tcp": split(of) }),
@@ -66,6 +66,26 @@ fn listener(it: &Listener) -> Value {
         })
     });
     json!({ "address": it.address.to_string(), "chains": chains.collect::<Vec<_>>() })
+}
+
+fn policy(it: &Policy) -> Value {
+    let changes = |it: &HeaderChanges| {
+        let write = it.write.iter().map(|(name, value, append)| {
+            json!({ "name": name.as_str(), "value": String::from_utf8_lossy(value.as_bytes()), "append": append })
+        });
+        let remove = it.remove.iter().map(|name| name.as_str());
+        json!({ "remove": remove.collect::<Vec<_>>(), "write": write.collect::<Vec<_>>() })
+    };
+    json!({
+        "timeoutMs": it.timeout.map(|timeout| timeout.as_millis()),
+        "retry": it.retry.as_ref().map(|retry| json!({
+            "on": retry.on.iter().map(|on| format!("{on:?}")).collect::<Vec<_>>(),
+            "retries": retry.retries,
+            "perTryTimeoutMs": retry.per_try_timeout.map(|timeout| timeout.as_millis()),
+        })),
+        "requestHeaders": changes(&it.request_headers),
+        "responseHeaders": changes(&it.response_headers),
+    })
 }
 
 fn split(it: &Split) -> Value {

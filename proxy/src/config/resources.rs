@@ -422,9 +422,9 @@ impl Resources {
 
     fn resolve_action(&self, action: &RouteAction) -> Option<Action> {
         match action {
-            RouteAction::Forward { targets, timeout } => {
+            RouteAction::Forward { targets, policy } => {
                 let split = self.resolve_split(targets)?;
-                Some(Action::Forward { split, timeout: *timeout })
+                Some(Action::Forward { split, policy: Arc::clone(policy) })
             }
             RouteAction::Respond(status) => Some(Action::Respond(*status)),
         }

@@ -1,19 +1,41 @@
 //! `RouteConfiguration`: one answer for all requests of a port, which is a split over clusters or a status.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use http::StatusCode;
-use sluice_xds::envoy::config::route::v3::{
-    RouteAction, RouteConfiguration, WeightedCluster, route::Action as MessageAction, route_action::ClusterSpecifier,
-    route_match::PathSpecifier,
+use http::{HeaderName, HeaderValue, StatusCode, header};
+use sluice_xds::envoy::config::{
+    core::v3::{HeaderValueOption, header_value_option::HeaderAppendAction},
+    route::v3::{
+        RetryPolicy as RetryMessage, Route, RouteAction, RouteConfiguration, WeightedCluster,
+        route::Action as MessageAction, route_action::ClusterSpecifier, route_match::PathSpecifier,
+    },
 };
 
 use super::ConfigError;
+use crate::{
+    metrics::GrpcStatus,
+    snapshot::{HeaderChanges, Policy, RetryOn, RetryPolicy},
+};
+
+/// What frames or addresses a message, or concerns one connection of its way, is not for a route to change.
+const NOT_OURS: [HeaderName; 9] = [
+    header::HOST,
+    header::CONTENT_LENGTH,
+    header::TRANSFER_ENCODING,
+    header::CONNECTION,
+    header::UPGRADE,
+    header::TE,
+    header::TRAILER,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+];
+/// Prefix of the headers that proxies of ours say something with.
+const OURS: &str = "x-sluice-";
 
 /// What to do with a request, by the names of clusters.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Action {
-    Forward { targets: Targets, timeout: Option<Duration> },
+    Forward { targets: Targets, policy: Arc<Policy> },
     Respond(StatusCode),
 }
 
@@ -53,7 +75,13 @@ pub(super) fn parse(message: &RouteConfiguration, field: &str) -> Result<Action,
     match &route.action {
         Some(MessageAction::Route(action)) => {
             let field = format!("{field}[0].route");
-            Ok(Action::Forward { targets: forward(action, &field)?, timeout: timeout(action, &field)? })
+            let targets = forward(action, &field)?;
+            let policy = Policy {
+                timeout: duration(action.timeout.as_ref(), || format!("{field}.timeout"))?,
+                retry: action.retry_policy.as_ref().map(|retry| retries(retry, &field)).transpose()?.flatten(),
+                ..headers(route, field.trim_end_matches(".route"))?
+            };
+            Ok(Action::Forward { targets, policy: Arc::new(policy) })
         }
         Some(MessageAction::DirectResponse(response)) => {
             let status = u16::try_from(response.status).ok().filter(|status| (200..600).contains(status));
@@ -80,14 +108,99 @@ fn forward(action: &RouteAction, field: &str) -> Result<Targets, ConfigError> {
     }
 }
 
-/// `RouteAction.timeout`: 0 is none. Unlike Envoy's, one that is not said is none, too: the controller always says it.
-fn timeout(action: &RouteAction, field: &str) -> Result<Option<Duration>, ConfigError> {
-    let Some(said) = &action.timeout else { return Ok(None) };
-    let timeout = Duration::try_from(*said).map_err(|_| {
+/// 0 is none. Unlike Envoy's route timeout, one that is not said is none, too: the controller always says it.
+fn duration(
+    said: Option<&prost_types::Duration>,
+    field: impl FnOnce() -> String,
+) -> Result<Option<Duration>, ConfigError> {
+    let Some(said) = said else { return Ok(None) };
+    let read = Duration::try_from(*said).map_err(|_| {
         let said = format!("{} s {} ns", said.seconds, said.nanos);
-        ConfigError::invalid(format!("{field}.timeout"), said, "it must not be negative")
+        ConfigError::invalid(field(), said, "it must not be negative")
     })?;
-    Ok((!timeout.is_zero()).then_some(timeout))
+    Ok((!read.is_zero()).then_some(read))
+}
+
+/// `retry_on` by the words of Envoy's router
+/// (<https://www.envoyproxy.io/docs/envoy/latest/configuration/http/http_filters/router_filter#x-envoy-retry-on>). What is certain not
+/// to have been processed is sent again anyway, so that `connect-failure` and `refused-stream` add nothing.
+fn retries(message: &RetryMessage, field: &str) -> Result<Option<RetryPolicy>, ConfigError> {
+    let grpc = |code: &[u8]| Some(RetryOn::Grpc(GrpcStatus::parse(code)));
+    let mut on = Vec::new();
+    for word in message.retry_on.split(',').map(str::trim).filter(|word| !word.is_empty()) {
+        let one = match word {
+            "connect-failure" | "refused-stream" => None,
+            "5xx" => Some(RetryOn::ServerError),
+            "gateway-error" => Some(RetryOn::GatewayError),
+            "reset" => Some(RetryOn::Reset),
+            "retriable-4xx" => Some(RetryOn::Conflict),
+            "cancelled" => grpc(b"1"),
+            "deadline-exceeded" => grpc(b"4"),
+            "resource-exhausted" => grpc(b"8"),
+            "internal" => grpc(b"13"),
+            "unavailable" => grpc(b"14"),
+            other => {
+                let known =
+                    "5xx, gateway-error, reset, connect-failure, refused-stream, retriable-4xx and gRPC's words";
+                return Err(ConfigError::unsupported(format!("{field}.retry_policy.retry_on"), other, known));
+            }
+        };
+        on.extend(one);
+    }
+    let per_try_timeout =
+        duration(message.per_try_timeout.as_ref(), || format!("{field}.retry_policy.per_try_timeout"))?;
+    // Envoy's default (route_components.proto, num_retries).
+    let retries = message.num_retries.unwrap_or(1);
+    Ok((!on.is_empty() && retries > 0).then_some(RetryPolicy { on, retries, per_try_timeout }))
+}
+
+fn headers(route: &Route, field: &str) -> Result<Policy, ConfigError> {
+    let request = (&route.request_headers_to_remove, &route.request_headers_to_add);
+    let response = (&route.response_headers_to_remove, &route.response_headers_to_add);
+    Ok(Policy {
+        request_headers: changes(request.0, request.1, &format!("{field}.request_headers"))?,
+        response_headers: changes(response.0, response.1, &format!("{field}.response_headers"))?,
+        ..Policy::default()
+    })
+}
+
+fn changes(remove: &[String], add: &[HeaderValueOption], field: &str) -> Result<HeaderChanges, ConfigError> {
+    let mut changes = HeaderChanges::default();
+    for (at, name) in remove.iter().enumerate() {
+        changes.remove.push(header_name(name, || format!("{field}_to_remove[{at}]"))?);
+    }
+    for (at, option) in add.iter().enumerate() {
+        let field = format!("{field}_to_add[{at}]");
+        let Some(header) = &option.header else {
+            return Err(ConfigError::missing(format!("{field}.header")));
+        };
+        let append = match HeaderAppendAction::try_from(option.append_action) {
+            Ok(HeaderAppendAction::AppendIfExistsOrAdd) => true,
+            Ok(HeaderAppendAction::OverwriteIfExistsOrAdd) => false,
+            Ok(HeaderAppendAction::AddIfAbsent | HeaderAppendAction::OverwriteIfExists) | Err(_) => {
+                let supported = "APPEND_IF_EXISTS_OR_ADD and OVERWRITE_IF_EXISTS_OR_ADD";
+                let field = format!("{field}.append_action");
+                return Err(ConfigError::unsupported(field, option.append_action, supported));
+            }
+        };
+        let name = header_name(&header.key, || format!("{field}.header.key"))?;
+        // Envoy puts something else in place of %...% (access log operators), and we do not.
+        let value = Some(&header.value).filter(|value| !value.contains('%'));
+        let value = value.and_then(|value| HeaderValue::from_str(value).ok()).ok_or_else(|| {
+            let rule = "it must be visible ASCII and have no %";
+            ConfigError::invalid(format!("{field}.header.value"), &header.value, rule)
+        })?;
+        changes.write.push((name, value, append));
+    }
+    Ok(changes)
+}
+
+fn header_name(name: &str, field: impl FnOnce() -> String) -> Result<HeaderName, ConfigError> {
+    match HeaderName::from_bytes(name.as_bytes()) {
+        Ok(name) if !NOT_OURS.contains(&name) && !name.as_str().starts_with(OURS) => Ok(name),
+        Ok(_) => Err(ConfigError::unsupported(field(), name, "headers that do not frame or address a message")),
+        Err(_) => Err(ConfigError::invalid(field(), name, "it must be the name of a header")),
+    }
 }
 
 fn weighted_targets(weighted: &WeightedCluster, field: &str) -> Result<Targets, ConfigError> {

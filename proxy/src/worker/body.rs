@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures::channel::oneshot;
+use futures::{FutureExt, channel::oneshot, future::Shared};
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
@@ -81,20 +81,37 @@ pub(super) struct Watched {
 /// Ends when a request has taken too long.
 pub(super) type Limit = Pin<Box<dyn Future<Output = ()>>>;
 
-/// The time that a request may take. It begins with the request's end: how long a client needs to send it is its own affair.
-pub(super) fn limit(body: RequestBody, allowed: Duration) -> (RequestBody, Limit) {
-    match body {
-        RequestBody::Once(body) if !body.is_end_stream() => {
-            let (read, end) = oneshot::channel();
-            let body = ClientBody::Watched(Box::new(Watched { body, read: Some(read) }));
-            let limit = async move {
-                let _ = end.await;
-                sleep(allowed).await;
-            };
-            (RequestBody::Once(body), Box::pin(limit))
+/// The end of a request: how long a client needs to send it is its own affair, and no limit begins before.
+#[derive(Clone)]
+pub(super) enum RequestEnd {
+    Reached,
+    Awaited(Shared<oneshot::Receiver<()>>),
+}
+
+impl RequestEnd {
+    /// Of a body that has not been read yet.
+    pub(super) fn of(body: RequestBody) -> (RequestBody, Self) {
+        match body {
+            RequestBody::Once(body) if !body.is_end_stream() => {
+                let (read, end) = oneshot::channel();
+                let body = ClientBody::Watched(Box::new(Watched { body, read: Some(read) }));
+                (RequestBody::Once(body), Self::Awaited(end.shared()))
+            }
+            body @ (RequestBody::Empty | RequestBody::Once(_) | RequestBody::Replayable(_)) => (body, Self::Reached),
         }
-        body @ (RequestBody::Empty | RequestBody::Once(_) | RequestBody::Replayable(_)) => {
-            (body, Box::pin(sleep(allowed)))
+    }
+
+    /// So long from now, or from the end if that is later.
+    pub(super) fn and(&self, allowed: Duration) -> Limit {
+        match self {
+            Self::Reached => Box::pin(sleep(allowed)),
+            Self::Awaited(end) => {
+                let end = end.clone();
+                Box::pin(async move {
+                    let _ = end.await;
+                    sleep(allowed).await;
+                })
+            }
         }
     }
 }

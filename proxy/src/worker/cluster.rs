@@ -1,6 +1,12 @@
 //! One revision's endpoints as a worker thread sees them, and the choice among them.
 
-use std::{cell::RefCell, collections::HashMap, net::SocketAddr, rc::Rc, sync::Arc};
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+};
 
 use super::{
     Shared,
@@ -12,6 +18,9 @@ pub(super) struct Cluster {
     pub(super) config: Arc<snapshot::Cluster>,
     pub(super) metrics: Option<RevisionMetrics>,
     pub(super) connector: Rc<Connector>,
+    /// For the budget of retries; counted where a route has a policy for them.
+    pub(super) active: Cell<u32>,
+    pub(super) retrying: Cell<u32>,
     endpoints: Endpoints,
 }
 
@@ -48,7 +57,7 @@ impl Cluster {
                 Endpoints::OriginalDst { port: *port, known }
             }
         };
-        Self { config, metrics, connector, endpoints }
+        Self { config, metrics, connector, active: Cell::default(), retrying: Cell::default(), endpoints }
     }
 
     /// Whether another endpoint could be tried after one has failed.

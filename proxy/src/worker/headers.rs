@@ -7,7 +7,10 @@ use http::{
     uri::{Authority, PathAndQuery, Scheme},
 };
 
-use crate::failure::{FLAG_HEADER, Failure, NOT_PROCESSED};
+use crate::{
+    failure::{FLAG_HEADER, Failure, NOT_PROCESSED},
+    snapshot::HeaderChanges,
+};
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
@@ -144,6 +147,20 @@ pub(super) fn clean_response(headers: &mut HeaderMap, version: Version, from_app
     headers.remove(NOT_PROCESSED);
     if from_application {
         headers.remove(FLAG_HEADER);
+    }
+}
+
+/// What a route changes.
+pub(super) fn change(headers: &mut HeaderMap, changes: &HeaderChanges) {
+    for name in &changes.remove {
+        headers.remove(name);
+    }
+    for (name, value, append) in &changes.write {
+        if *append {
+            headers.append(name, value.clone());
+        } else {
+            headers.insert(name, value.clone());
+        }
     }
 }
 

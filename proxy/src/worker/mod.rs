@@ -8,6 +8,7 @@ mod headers;
 mod http1;
 mod pool;
 mod request;
+mod retry;
 mod serving;
 mod slot;
 mod stream;

@@ -8,11 +8,12 @@ use tokio::time::Instant;
 
 use super::{
     Role,
-    body::{self, Limit, Replay, RequestBody, ResponseBody, UpstreamBody},
+    body::{self, Limit, Replay, RequestBody, RequestEnd, ResponseBody, UpstreamBody},
     cluster::Cluster,
     connection::{Connection, Current},
     headers,
     pool::{Lease, SendError, Wire},
+    retry::Retries,
     serving::{Action, Protocol},
     stream::Stream,
     tally::Tally,
@@ -22,7 +23,7 @@ use crate::{
     metrics::{GrpcStatus, Retry},
 };
 
-/// Endpoints tried for one request.
+/// Endpoints tried for one request that is certain not to have been processed.
 const MAX_TRIES: u32 = 3;
 
 /// Answers one request.
@@ -115,8 +116,8 @@ async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut Requ
         return Err(Failure::MethodRefused.into());
     }
     headers::check_request(&mut parts)?;
-    let (cluster, timeout) = match &chain.protocol {
-        Protocol::Http(Action::Forward { split, timeout }) => (split.draw().ok_or(Failure::NoRoute)?, *timeout),
+    let (cluster, policy) = match &chain.protocol {
+        Protocol::Http(Action::Forward { split, policy }) => (split.draw().ok_or(Failure::NoRoute)?, policy),
         Protocol::Http(Action::Respond(status)) => {
             return Err(Failure::DirectResponse(*status).into());
         }
@@ -143,18 +144,22 @@ async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut Requ
         }
         parts.version = Version::HTTP_11;
     }
+    headers::change(&mut parts.headers, &policy.request_headers);
     if upgrade {
         headers::keep_websocket(&mut parts.headers);
     }
 
     let mut body = std::mem::replace(unread, RequestBody::Empty);
-    let mut limit = None;
-    if let Some(timeout) = timeout {
-        let (watched, until) = body::limit(body, timeout);
-        (body, limit) = (watched, Some(until));
+    // Both sides of a WebSocket talk for as long as they like.
+    let retry = policy.retry.as_ref().filter(|_| !upgrade);
+    let mut end = RequestEnd::Reached;
+    if policy.timeout.is_some() || retry.is_some_and(|retry| retry.per_try_timeout.is_some()) {
+        (body, end) = RequestEnd::of(body);
     }
-    let mut outgoing = Outgoing::new(parts, body, repeatable(cluster, wire));
-    let sending = send(tally, cluster, wire, &mut outgoing, connection.local);
+    let mut limit = policy.timeout.map(|timeout| end.and(timeout));
+    let mut outgoing = Outgoing::new(parts, body, retry.is_some() || repeatable(cluster, wire));
+    let retries = Retries::new(retry, cluster);
+    let sending = send(tally, cluster, retries, &end, wire, &mut outgoing, connection.local);
     let sent = match &mut limit {
         None => sending.await,
         Some(limit) => tokio::select! {
@@ -177,6 +182,7 @@ async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut Requ
         return Err(if upgrade { switched(tally, response, lease) } else { Failure::UpstreamProtocol.into() });
     }
     headers::clean_response(response.headers_mut(), response_version(wire), cluster.config.tls.is_none());
+    headers::change(response.headers_mut(), &policy.response_headers);
     *response.version_mut() = response_version(wire);
     Ok(Answer { response, lease, limit })
 }
@@ -256,20 +262,26 @@ impl Outgoing {
     }
 }
 
-/// Sends the request to endpoints of its cluster until one answers. Another one is tried only when it is certain that
-/// the request was not processed.
+/// Sends the request to endpoints of its cluster until one answers. Another one is tried when it is certain that the request
+/// was not processed, and as far as `retries` allow.
 async fn send(
     tally: &mut Tally,
     cluster: &Rc<Cluster>,
+    mut retries: Retries<'_>,
+    end: &RequestEnd,
     wire: Wire,
     outgoing: &mut Outgoing,
     local: SocketAddr,
 ) -> Result<(Response<UpstreamBody>, Lease), Refusal> {
     let connection = Rc::clone(tally.connection());
     let mut failed: Vec<SocketAddr> = Vec::new();
+    // Those whose answer was not good enough: others are preferred.
+    let mut avoided: Vec<SocketAddr> = Vec::new();
     let (mut fresh, mut tried, mut again) = (false, false, None);
-    for _ in 0..MAX_TRIES {
-        let Some(endpoint) = cluster.pick(&failed, local) else {
+    let mut certain = 0;
+    while certain < MAX_TRIES {
+        let others = if avoided.is_empty() { None } else { cluster.pick(&[&*failed, &*avoided].concat(), local) };
+        let Some(endpoint) = others.or_else(|| cluster.pick(&failed, local)) else {
             break;
         };
         let Some(request) = outgoing.next.take() else {
@@ -281,10 +293,39 @@ async fn send(
         let now = if tried { Instant::now() } else { tally.started() };
         tried = true;
         tally.attempted(endpoint.address);
-        again = match endpoint.send(&cluster.connector, wire, request, fresh, now).await {
+        certain += 1;
+        let sending = endpoint.send(&cluster.connector, wire, request, fresh, now);
+        let sent = match retries.per_try_timeout() {
+            None => Some(sending.await),
+            Some(allowed) => tokio::select! {
+                biased;
+                sent = sending => Some(sent),
+                () = end.and(allowed) => None,
+            },
+        };
+        let Some(sent) = sent else {
+            if !(retries.want_after(&Failure::UpstreamTimeout) && retries.take() && outgoing.again()) {
+                return Err(Failure::UpstreamTimeout.into());
+            }
+            avoided.push(endpoint.address);
+            again = Some(Retry::Policy);
+            certain -= 1;
+            retries.back_off().await;
+            continue;
+        };
+        again = match sent {
             Ok((response, lease)) => {
                 // Only a proxy of ours is believed.
                 if cluster.config.tls.is_none() || !response.headers().contains_key(NOT_PROCESSED) {
+                    if retries.want_instead_of(&response) && retries.take() && outgoing.again() {
+                        avoided.push(endpoint.address);
+                        tokio::task::spawn_local(body::read_out(response.into_body(), lease));
+                        again = Some(Retry::Policy);
+                        certain -= 1;
+                        retries.back_off().await;
+                        continue;
+                    }
+                    outgoing.next = None;
                     outgoing.settle();
                     return Ok((response, lease));
                 }
@@ -312,7 +353,14 @@ async fn send(
             }
             Err(SendError::Lost { error }) => {
                 tracing::debug!(cluster = cluster.config.name, endpoint = %endpoint.address, %error, "no answer");
-                return Err(Refusal::Failure(error.failure()));
+                let failure = error.failure();
+                if !(retries.want_after(&failure) && retries.take() && outgoing.again()) {
+                    return Err(Refusal::Failure(failure));
+                }
+                avoided.push(endpoint.address);
+                certain -= 1;
+                retries.back_off().await;
+                Some(Retry::Policy)
             }
         };
     }

@@ -1,13 +1,13 @@
 //! A listener's configuration made ready for one worker thread: handles instead of names.
 
-use std::{collections::HashMap, rc::Rc, sync::Arc, time::Duration};
+use std::{collections::HashMap, rc::Rc, sync::Arc};
 
 use http::StatusCode;
 use rustls::ServerConfig;
 
 use super::{Shared, cluster::Cluster};
 use crate::{
-    snapshot::{self, FilterChain, Listener, ServerTls},
+    snapshot::{self, FilterChain, Listener, Policy, ServerTls},
     tls::{ALPN_H2, ALPN_HTTP1},
 };
 
@@ -31,7 +31,7 @@ pub(super) enum Protocol {
 }
 
 pub(super) enum Action {
-    Forward { split: Split, timeout: Option<Duration> },
+    Forward { split: Split, policy: Arc<Policy> },
     Respond(StatusCode),
 }
 
@@ -80,8 +80,8 @@ impl Chain {
         let (protocol, alpn): (_, &[&[u8]]) = match &config.protocol {
             snapshot::Protocol::Http(action) => {
                 let action = match action {
-                    snapshot::Action::Forward { split, timeout } => {
-                        Action::Forward { split: Split::new(split, clusters), timeout: *timeout }
+                    snapshot::Action::Forward { split, policy } => {
+                        Action::Forward { split: Split::new(split, clusters), policy: Arc::clone(policy) }
                     }
                     snapshot::Action::Respond(status) => Action::Respond(*status),
                 };

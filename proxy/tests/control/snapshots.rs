@@ -4,12 +4,18 @@ use proptest::prelude::*;
 use prost::Message;
 use sluice_proxy::{
     config::{Change, Resources},
-    snapshot::{Action, ClientTls, MetricLabels, Protocol, ServerTls, Snapshot, Upstream},
+    metrics::GrpcStatus,
+    snapshot::{Action, ClientTls, MetricLabels, Protocol, RetryOn, ServerTls, Snapshot, Upstream},
 };
 use sluice_xds::{
     TypeUrl,
     envoy::{
-        config::{cluster::v3::Cluster, listener::v3::Listener, route::v3::RouteConfiguration},
+        config::{
+            cluster::v3::Cluster,
+            core::v3::{HeaderValue, HeaderValueOption},
+            listener::v3::Listener,
+            route::v3::{RetryPolicy, Route, RouteConfiguration, route::Action as RouteAction},
+        },
         service::discovery::v3::Resource,
     },
     pack,
@@ -131,14 +137,73 @@ fn a_routes_timeout_is_served_and_zero_is_none() {
     {
         let timed = timed(route(WEB, &[(A, 100)]), seconds, nanos);
         let snapshot = accept(&mut resources, TypeUrl::Route, &[resource(WEB, version, &timed)]);
-        let Protocol::Http(Action::Forward { timeout, .. }) = &snapshot.listeners[WEB].chains[0].protocol else {
+        let Protocol::Http(Action::Forward { policy, .. }) = &snapshot.listeners[WEB].chains[0].protocol else {
             panic!()
         };
-        assert_eq!(*timeout, expected);
+        assert_eq!(policy.timeout, expected);
     }
     let negative = resource(WEB, "4", &timed(route(WEB, &[(A, 100)]), -1, 0));
     let reason = reason(TypeUrl::Route, negative);
     assert!(reason.contains("virtual_hosts[0].routes[0].route.timeout"), "{reason}");
+}
+
+#[test]
+fn retries_and_changes_of_headers_are_served_or_refused_by_field() {
+    let with = |change: &dyn Fn(&mut Route)| {
+        let mut configuration = route(WEB, &[(A, 100)]);
+        change(&mut configuration.virtual_hosts[0].routes[0]);
+        configuration
+    };
+    let retrying = |on: &str| {
+        let policy = RetryPolicy { retry_on: on.to_owned(), num_retries: Some(2), per_try_timeout: None };
+        move |route: &mut Route| {
+            if let Some(RouteAction::Route(action)) = &mut route.action {
+                action.retry_policy = Some(policy.clone());
+            }
+        }
+    };
+    let add = |key: &str, value: &str, append_action: i32| HeaderValueOption {
+        header: Some(HeaderValue { key: key.to_owned(), value: value.to_owned() }),
+        append_action,
+    };
+    let mut resources = fleet();
+    let good = with(&|route| {
+        retrying("connect-failure,gateway-error,unavailable")(route);
+        route.request_headers_to_add = vec![add("X-Team", "shop", 2), add("x-hop", "fleet", 0)];
+        route.response_headers_to_remove = vec!["Server".to_owned()];
+    });
+    let snapshot = accept(&mut resources, TypeUrl::Route, &[resource(WEB, "2", &good)]);
+    let Protocol::Http(Action::Forward { policy, .. }) = &snapshot.listeners[WEB].chains[0].protocol else { panic!() };
+    let retry = policy.retry.as_ref().unwrap();
+    assert_eq!(retry.on, [RetryOn::GatewayError, RetryOn::Grpc(GrpcStatus::parse(b"14"))]);
+    assert_eq!(retry.retries, 2);
+    let written: Vec<_> =
+        policy.request_headers.write.iter().map(|(name, _, append)| (name.as_str(), *append)).collect();
+    assert_eq!(written, [("x-team", false), ("x-hop", true)]);
+    assert_eq!(policy.response_headers.remove, ["server"]);
+
+    type Change<'a> = &'a dyn Fn(&mut Route);
+    let bad: [(Change<'_>, &str); 6] = [
+        (&retrying("5xx,sometimes"), "routes[0].route.retry_policy.retry_on"),
+        (&|route| route.request_headers_to_remove = vec!["Host".to_owned()], "routes[0].request_headers_to_remove[0]"),
+        (&|route| route.response_headers_to_remove = vec!["a b".to_owned()], "routes[0].response_headers_to_remove[0]"),
+        (
+            &|route| route.response_headers_to_add = vec![add("x-sluice-response-flag", "UH", 2)],
+            "routes[0].response_headers_to_add[0].header.key",
+        ),
+        (
+            &|route| route.request_headers_to_add = vec![add("x-user", "%DOWNSTREAM_PEER_URI_SAN%", 2)],
+            "routes[0].request_headers_to_add[0].header.value",
+        ),
+        (
+            &|route| route.request_headers_to_add = vec![add("x-user", "a", 1)],
+            "routes[0].request_headers_to_add[0].append_action",
+        ),
+    ];
+    for (change, field) in bad {
+        let reason = reason(TypeUrl::Route, resource(WEB, "3", &with(change)));
+        assert!(reason.contains(field), "{reason}");
+    }
 }
 
 #[test]

@@ -215,7 +215,7 @@ pub(crate) fn split(targets: impl IntoIterator<Item = (Cluster, u32)>) -> Split 
 }
 
 pub(crate) fn http_to(targets: impl IntoIterator<Item = (Cluster, u32)>) -> Protocol {
-    Protocol::Http(Action::Forward { split: split(targets), timeout: None })
+    Protocol::Http(Action::Forward { split: split(targets), policy: Arc::default() })
 }
 
 /// A sidecar beside an application at `ip`:8080, and the cluster by which a fleet reaches it.
@@ -232,8 +232,11 @@ pub(crate) async fn sidecar(ca: &Ca, ip: IpAddr, tcp: bool) -> Proxy {
         },
         1,
     )]);
-    let protocol =
-        if tcp { Protocol::Tcp(local) } else { Protocol::Http(Action::Forward { split: local, timeout: None }) };
+    let protocol = if tcp {
+        Protocol::Tcp(local)
+    } else {
+        Protocol::Http(Action::Forward { split: local, policy: Arc::default() })
+    };
     let chains = vec![FilterChain {
         server_name: Some("p8080.abc".into()),
         tls: Some(ServerTls { client_id: FLEET.into() }),

@@ -1,13 +1,13 @@
 //! `RouteAction.timeout`: from the end of a request to the end of its answer.
 
-use std::{future, net::SocketAddr, time::Duration};
+use std::{future, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 use sluice_proxy::{
-    snapshot::{Action, Protocol},
+    snapshot::{Action, Policy, Protocol},
     workers::Role,
 };
 
@@ -18,7 +18,8 @@ use crate::support::*;
 const TIMEOUT: Duration = Duration::from_millis(150);
 
 fn limited(app: SocketAddr) -> Protocol {
-    Protocol::Http(Action::Forward { split: split([(cluster("a", &[app]), 100)]), timeout: Some(TIMEOUT) })
+    let policy = Policy { timeout: Some(TIMEOUT), ..Policy::default() };
+    Protocol::Http(Action::Forward { split: split([(cluster("a", &[app]), 100)]), policy: Arc::new(policy) })
 }
 
 /// `/never` is not answered, `/stuck` has an answer without an end, and anything else is echoed.

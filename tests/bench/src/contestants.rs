@@ -99,7 +99,7 @@ impl Proxy {
         let chain = FilterChain {
             server_name: self.tls.is_some().then(|| SERVER_NAME.to_owned()),
             tls: self.tls.is_some().then(|| ServerTls { client_id: CLIENT.to_owned() }),
-            protocol: Protocol::Http(Action::Forward { split: Split { targets }, timeout: None }),
+            protocol: Protocol::Http(Action::Forward { split: Split { targets }, policy: Arc::default() }),
         };
         let listener = Listener { name: "bench".to_owned(), address: self.listen, chains: vec![chain] };
         let snapshot = Snapshot { listeners: BTreeMap::from([("bench".to_owned(), Arc::new(listener))]) };

@@ -92,8 +92,11 @@ fn listener((address, upstream): (SocketAddr, SocketAddr), tls: Option<ServerTls
         connect_timeout: Duration::from_secs(1),
     };
     let split = Split { targets: vec![(Arc::new(cluster), 100)] };
-    let chain =
-        FilterChain { server_name: None, tls, protocol: Protocol::Http(Action::Forward { split, timeout: None }) };
+    let chain = FilterChain {
+        server_name: None,
+        tls,
+        protocol: Protocol::Http(Action::Forward { split, policy: Arc::default() }),
+    };
     Listener { name, address, chains: vec![chain] }
 }
 

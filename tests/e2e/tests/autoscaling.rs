@@ -43,8 +43,11 @@ async fn an_autoscaler_scales_the_canary_by_the_use_of_its_containers() {
     }
     let Some(stage) = adopted("autoscaling", Use::Shared, &["--rate", "200"], quick()).await else { return };
     let (cluster, namespace) = (stage.app.cluster.clone(), stage.app.namespace.clone());
-    let metrics_server = cluster.file("tests/e2e/manifests/metrics-server.yaml").unwrap();
-    cluster.apply("kube-system", &metrics_server).await.unwrap();
+    let file = |name: &str| cluster.file(&format!("tests/e2e/manifests/{name}")).unwrap();
+    cluster.apply("kube-system", &file("metrics-server.yaml")).await.unwrap();
+    let ready = ["-n", "kube-system", "rollout", "status", "deployment/metrics-server", "--timeout=120s"];
+    cluster.kubectl(&ready, None).await.unwrap();
+    cluster.apply("kube-system", &file("metrics-api.yaml")).await.unwrap();
     let uses = format!("/apis/metrics.k8s.io/v1beta1/namespaces/{namespace}/pods");
     eventually("metrics of Pods", 3 * MINUTE, || async {
         let uses: Value = serde_json::from_str(&cluster.kubectl(&["get", "--raw", &uses], None).await.ok()?).ok()?;
@@ -75,5 +78,7 @@ async fn an_autoscaler_scales_the_canary_by_the_use_of_its_containers() {
     cluster.apply(&namespace, &autoscaler("direct", &canary, 1, 3)).await.unwrap();
     scaled(&stage, 3).await;
     cluster.kubectl(&["-n", &namespace, "delete", "hpa", "direct", "hello"], None).await.unwrap();
+    cluster.kubectl(&["delete", "apiservice", "v1beta1.metrics.k8s.io"], None).await.unwrap();
+    cluster.kubectl(&["-n", "kube-system", "delete", "deployment", "metrics-server"], None).await.unwrap();
     stage.end().await;
 }

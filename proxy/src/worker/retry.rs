@@ -1,0 +1,104 @@
+//! Retries that a route asks for: requests are sent again although they may have been processed. (What is certain not to have
+//! been processed is sent again without a policy, see `request`.)
+
+use std::{cell::Cell, rc::Rc, time::Duration};
+
+use http::{Response, StatusCode};
+use tokio::time::sleep;
+
+use super::cluster::Cluster;
+use crate::{
+    failure::Failure,
+    metrics::GrpcStatus,
+    snapshot::{RetryOn, RetryPolicy},
+};
+
+/// So many requests of a cluster may be tried again at once on each thread, or a fifth of those that are open: retries must not
+/// multiply the load of an application that fails under it. The figures are those of Envoy's `RetryBudget`.
+const LEAST_BUDGET: u32 = 3;
+const BUDGET_DIVISOR: u32 = 5;
+/// The longest wait before retry n is a random part of (2^n - 1) times this, at most ten times it (Envoy's `RetryBackOff`).
+const BACKOFF: Duration = Duration::from_millis(25);
+
+/// The retries of one request.
+pub(super) struct Retries<'a> {
+    policy: Option<&'a RetryPolicy>,
+    cluster: &'a Rc<Cluster>,
+    done: u32,
+    _active: Option<Counted<'a>>,
+    retrying: Option<Counted<'a>>,
+}
+
+impl<'a> Retries<'a> {
+    pub(super) fn new(policy: Option<&'a RetryPolicy>, cluster: &'a Rc<Cluster>) -> Self {
+        let active = policy.map(|_| Counted::on(&cluster.active));
+        Self { policy, cluster, done: 0, _active: active, retrying: None }
+    }
+
+    pub(super) fn per_try_timeout(&self) -> Option<Duration> {
+        self.policy.and_then(|policy| policy.per_try_timeout)
+    }
+
+    /// Whether this answer is to be thrown away for another try.
+    pub(super) fn want_instead_of<B>(&self, answer: &Response<B>) -> bool {
+        let Some(policy) = self.policy else { return false };
+        let status = answer.status();
+        policy.on.iter().any(|on| match on {
+            RetryOn::ServerError => status.is_server_error(),
+            RetryOn::GatewayError => matches!(
+                status,
+                StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT
+            ),
+            RetryOn::Conflict => status == StatusCode::CONFLICT,
+            RetryOn::Grpc(wanted) => {
+                let said = answer.headers().get("grpc-status");
+                said.is_some_and(|said| GrpcStatus::parse(said.as_bytes()) == *wanted)
+            }
+            RetryOn::Reset => false,
+        })
+    }
+
+    /// Whether a request without an answer is to be tried again.
+    pub(super) fn want_after(&self, failure: &Failure) -> bool {
+        let upstream = matches!(failure, Failure::UpstreamReset | Failure::UpstreamProtocol | Failure::UpstreamTimeout);
+        let without_answer = |on: &RetryOn| matches!(on, RetryOn::ServerError | RetryOn::GatewayError | RetryOn::Reset);
+        upstream && self.policy.is_some_and(|policy| policy.on.iter().any(without_answer))
+    }
+
+    /// Takes one retry out of the budget, if there is any left.
+    pub(super) fn take(&mut self) -> bool {
+        let Some(policy) = self.policy.filter(|policy| self.done < policy.retries) else { return false };
+        if self.retrying.is_none() {
+            let budget = (self.cluster.active.get() / BUDGET_DIVISOR).max(LEAST_BUDGET);
+            if self.cluster.retrying.get() >= budget {
+                return false;
+            }
+            self.retrying = Some(Counted::on(&self.cluster.retrying));
+        }
+        debug_assert!(self.done < policy.retries);
+        self.done += 1;
+        true
+    }
+
+    /// The wait before the retry that was taken.
+    pub(super) async fn back_off(&self) {
+        let most = BACKOFF * ((1 << self.done.min(4)) - 1).min(10);
+        sleep(most.mul_f64(fastrand::f64())).await;
+    }
+}
+
+/// One more, as long as this lives.
+struct Counted<'a>(&'a Cell<u32>);
+
+impl<'a> Counted<'a> {
+    fn on(count: &'a Cell<u32>) -> Self {
+        count.set(count.get() + 1);
+        Self(count)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}
