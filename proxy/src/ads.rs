@@ -216,6 +216,9 @@ enum StreamError {
     Closed { address: SocketAddr },
     #[error("the controller at {address} answered nothing within {} s", STREAM_TIMEOUT.as_secs())]
     Silent { address: SocketAddr },
+    /// The controller would end the stream with the certificate that it was opened with.
+    #[error("there is a renewed certificate")]
+    Renewed,
     #[error("the controller at {address} is of epoch {found:?}, older than {highest}; it has been replaced")]
     Epoch { address: SocketAddr, found: Option<u64>, highest: u64 },
 }
@@ -224,9 +227,18 @@ impl StreamError {
     fn leader(&self) -> Option<SocketAddr> {
         match self {
             Self::Ended { status, .. } => leader(status),
-            Self::Connect(_) | Self::Closed { .. } | Self::Silent { .. } | Self::Epoch { .. } => None,
+            Self::Connect(_) | Self::Closed { .. } | Self::Silent { .. } | Self::Renewed | Self::Epoch { .. } => None,
         }
     }
+}
+
+/// What came of a round through the addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Round {
+    Nothing,
+    Progress,
+    /// The next one is to follow at once.
+    Renewed,
 }
 
 /// Follows the control plane for the life of the process.
@@ -307,21 +319,25 @@ impl<A: Apply> Client<A> {
                 // Whoever renews our certificate is gone, which only the end of the process explains.
                 return std::future::pending().await;
             };
-            if self.round(&certificate, backoff.is_fresh()).await {
-                backoff.reset();
+            match self.round(&certificate, backoff.is_fresh()).await {
+                Round::Renewed => {
+                    backoff.reset();
+                    continue;
+                }
+                Round::Progress => backoff.reset(),
+                Round::Nothing => {}
             }
             tokio::time::sleep(backoff.draw()).await;
         }
     }
 
-    /// Tries all addresses until one gave us something; true if one did. It lasts as long as that stream. `first`: the round before
-    /// gave us something.
-    async fn round(&mut self, certificate: &Certificate, first: bool) -> bool {
+    /// Tries all addresses until one gave us something. It lasts as long as that stream. `first`: the round before gave us something.
+    async fn round(&mut self, certificate: &Arc<Certificate>, first: bool) -> Round {
         let mut addresses = match self.controller.addresses().await {
             Ok(addresses) => VecDeque::from(addresses),
             Err(error) => {
                 self.failed(&error.into(), first);
-                return false;
+                return Round::Nothing;
             }
         };
         let mut tried = BTreeSet::new();
@@ -338,14 +354,17 @@ impl<A: Apply> Client<A> {
                 inner.updates != before
             };
             self.failed(&error, first);
+            if matches!(error, StreamError::Renewed) {
+                return Round::Renewed;
+            }
             if progress {
-                return true;
+                return Round::Progress;
             }
             if let Some(leader) = error.leader() {
                 addresses.push_front(leader);
             }
         }
-        false
+        Round::Nothing
     }
 
     fn failed(&self, error: &StreamError, first: bool) {
@@ -354,6 +373,9 @@ impl<A: Apply> Client<A> {
         } else if first && matches!(error, StreamError::Connect(ConnectError::Resolve { .. })) {
             // One answer of the DNS that is late is no news for people yet.
             tracing::info!(%error, "the controllers were not found; tried again");
+        } else if matches!(error, StreamError::Renewed) {
+            tracing::info!(%error, "the stream to the control plane is opened anew");
+            return;
         } else {
             tracing::warn!(%error, "no stream to the control plane; the last good configuration serves");
         }
@@ -361,20 +383,29 @@ impl<A: Apply> Client<A> {
     }
 
     /// Follows one address until the stream ends.
-    async fn follow(&mut self, address: SocketAddr, certificate: &Certificate) -> StreamError {
+    async fn follow(&mut self, address: SocketAddr, certificate: &Arc<Certificate>) -> StreamError {
         match self.stream(address, certificate).await {
             Ok(never) => match never {},
             Err(error) => error,
         }
     }
 
-    async fn stream(&mut self, address: SocketAddr, certificate: &Certificate) -> Result<Infallible, StreamError> {
+    async fn stream(&mut self, address: SocketAddr, certificate: &Arc<Certificate>) -> Result<Infallible, StreamError> {
         let channel = self.controller.connect(address, Some(&certificate.client)).await?;
-        let Some(metrics) = self.outcomes.clone() else { return self.subscribed(address, channel).await };
-        let reporting = outcomes::report(channel.clone(), metrics);
+        let metrics = self.outcomes.clone();
+        let reports = channel.clone();
+        let reporting = async {
+            match metrics {
+                Some(metrics) => outcomes::report(reports, metrics).await,
+                None => std::future::pending().await,
+            }
+        };
+        let mut renewals = self.certificate.clone();
+        let other = |held: &Option<Arc<Certificate>>| held.as_ref().is_some_and(|held| !Arc::ptr_eq(held, certificate));
         tokio::select! {
             end = self.subscribed(address, channel) => end,
             never = reporting => match never {},
+            Ok(_) = renewals.wait_for(other) => Err(StreamError::Renewed),
         }
     }
 

@@ -100,20 +100,33 @@ class Ours:
 
 
 class Envoy:
-    """Stock Envoy with the same listeners. Its binary is `ENVOY`."""
+    """Stock Envoy with the same listeners. Its binary is `ENVOY`. `routes`: one for each, in place of that to its upstream."""
 
-    def __init__(self, plain):
-        self.plain = plain
+    def __init__(self, plain, routes=None):
+        self.plain, self.routes = plain, routes
         self.folder = tempfile.TemporaryDirectory(prefix="sluice-conformance-")
 
     async def __aenter__(self):
         file = pathlib.Path(self.folder.name, "envoy.json")
-        file.write_text(json.dumps(envoy_config(self.plain)))
+        listeners, clusters = envoy_resources(self.plain, self.routes, self.folder.name)
+        file.write_text(json.dumps({"static_resources": {"listeners": listeners, "clusters": clusters}}))
         arguments = ["--concurrency", "1", "--disable-hot-restart", "--log-level", "off", "-c", str(file)]
+        arguments += ["--file-flush-interval-msec", "20"]
         self.process = await asyncio.create_subprocess_exec(os.environ["ENVOY"], *arguments)
         async with asyncio.timeout(PATIENCE * 2):
             await connected(self.plain[-1].listen)
         return self
+
+    async def flags(self, index):
+        """The response flags of the first request of a listener, as Envoy's access log has them."""
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                try:
+                    if line := pathlib.Path(self.folder.name, f"access{index}").read_text():
+                        return line.splitlines()[0]
+                except FileNotFoundError:
+                    pass
+                await asyncio.sleep(0.02)
 
     async def __aexit__(self, *_):
         alive = self.process.returncode is None
@@ -158,12 +171,17 @@ async def connected(address):
             await asyncio.sleep(0.05)
 
 
-def envoy_config(plain):
-    """As our fleet has it: HTTP/1.0 is served, WebSocket passes, HTTP/2 stays HTTP/2."""
+def envoy_resources(plain, routes=None, logs=None):
+    """Listeners and clusters as our fleet has them: HTTP/1.0 is served, WebSocket passes, HTTP/2 stays HTTP/2. In the form of JSON.
+    `logs`: folder for access logs."""
     kind = "type.googleapis.com/envoy.extensions."
 
     def address(of):
         return {"socket_address": {"address": of[0], "port_value": of[1]}}
+
+    def route(index):
+        own = routes[index] if routes else {}
+        return {"match": {"prefix": "/"}, **own, "route": {"cluster": f"c{index}", "timeout": "0s", **own.get("route", {})}}
 
     def listener(index, lane):
         manager = {
@@ -176,15 +194,7 @@ def envoy_config(plain):
             "http_protocol_options": {"accept_http_10": True, "default_host_for_http_10": "default"},
             "http2_protocol_options": {"override_stream_error_on_invalid_http_message": True},
             "upgrade_configs": [{"upgrade_type": "websocket"}],
-            "route_config": {
-                "virtual_hosts": [
-                    {
-                        "name": "all",
-                        "domains": ["*"],
-                        "routes": [{"match": {"prefix": "/"}, "route": {"cluster": f"c{index}", "timeout": "0s"}}],
-                    }
-                ]
-            },
+            "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route(index)]}]},
             "http_filters": [
                 {
                     "name": "envoy.filters.http.router",
@@ -192,6 +202,10 @@ def envoy_config(plain):
                 }
             ],
         }
+        if logs:
+            log = {"@type": f"{kind}access_loggers.file.v3.FileAccessLog", "path": f"{logs}/access{index}"}
+            log["log_format"] = {"text_format_source": {"inline_string": "%RESPONSE_FLAGS%\n"}}
+            manager["access_log"] = [{"name": "envoy.access_loggers.file", "typed_config": log}]
         filters = [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]
         return {"name": f"l{index}", "address": address(lane.listen), "filter_chains": [{"filters": filters}]}
 
@@ -212,12 +226,7 @@ def envoy_config(plain):
             "load_assignment": {"cluster_name": f"c{index}", "endpoints": [{"lb_endpoints": [endpoint]}]},
         }
 
-    return {
-        "static_resources": {
-            "listeners": [listener(*one) for one in enumerate(plain)],
-            "clusters": [cluster(*one) for one in enumerate(plain)],
-        }
-    }
+    return [listener(*one) for one in enumerate(plain)], [cluster(*one) for one in enumerate(plain)]
 
 
 def expanded(text):
@@ -328,12 +337,16 @@ class Recorder:
             await writer.drain()
             return True
         self.requests.append(received)
+        return await self._answer(received, writer)
+
+    async def _answer(self, received, writer):
+        """Returns whether the connection goes on."""
         if self.answer:
             data, close = self.answer
             writer.write(data)
             await writer.drain()
             return not close
-        writer.write(answer("" if method == "HEAD" else str(received)))
+        writer.write(answer("" if received.method == "HEAD" else str(received)))
         await writer.drain()
         return True
 

@@ -54,7 +54,7 @@ struct Bench {
     client: JoinHandle<()>,
     ca: Ca,
     _projected: Projected,
-    _certificate: watch::Sender<Option<Arc<Certificate>>>,
+    certificate: watch::Sender<Option<Arc<Certificate>>>,
 }
 
 impl Drop for Bench {
@@ -99,7 +99,7 @@ impl Bench {
         let client = tokio::spawn(async move {
             client.run().await;
         });
-        Self { server, applied, permits, failing, state, client, ca, _projected: projected, _certificate: certificate }
+        Self { server, applied, permits, failing, state, client, ca, _projected: projected, certificate }
     }
 
     async fn applied(&mut self) -> Arc<Snapshot> {
@@ -126,6 +126,25 @@ impl Bench {
         while self.applied().await.listeners.is_empty() {}
         stream
     }
+}
+
+#[tokio::test]
+async fn a_renewed_certificate_opens_the_stream_anew_at_once_with_what_is_held() {
+    let mut bench = Bench::start().await;
+    let stream = bench.serving().await;
+    let (chain, key) = bench.ca.issue(FLEET);
+    let held = bench.certificate.borrow().clone().unwrap();
+    let renewed = Certificate {
+        client: ClientCertificate { chain, key },
+        roots: held.roots.clone(),
+        not_before: held.not_before,
+        not_after: held.not_after + Duration::from_secs(3600),
+    };
+    bench.certificate.send_replace(Some(Arc::new(renewed)));
+    let (_again, clusters, listeners) = bench.stream().await;
+    assert_eq!(clusters.initial_resource_versions.len(), 2, "nothing is sent again");
+    assert_eq!(listeners.initial_resource_versions.len(), 1);
+    drop(stream);
 }
 
 fn clusters() -> Vec<sluice_xds::envoy::service::discovery::v3::Resource> {

@@ -15,17 +15,20 @@ use std::{
 
 use anyhow::Context;
 use clap::Parser;
+use prost::Message;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
     SanType,
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use sluice_proxy::{
+    config::{Change, Resources},
     metrics::Metrics,
     snapshot::{Action, Cluster, FilterChain, Listener, MetricLabels, Protocol, ServerTls, Snapshot, Split, Upstream},
     tls::IdentityHandle,
     workers::{Options, Role, Timing, Workers},
 };
+use sluice_xds::{TypeUrl, envoy::service::discovery::v3::DeltaDiscoveryResponse};
 
 const CLIENT: &str = "spiffe://conformance/ns/test/sa/client";
 const SERVER: &str = "spiffe://conformance/ns/test/sa/server";
@@ -38,6 +41,9 @@ struct Cli {
     /// Listeners with mTLS, each with its (plaintext) upstream. Clients need `client.crt` and `client.key`.
     #[arg(long, value_parser = pair)]
     tls: Vec<(SocketAddr, SocketAddr)>,
+    /// Folder with files `Cluster` and `Listener`, each a `DeltaDiscoveryResponse`: served in place of the above.
+    #[arg(long)]
+    xds: Option<PathBuf>,
     /// Folder into which new certificates are written.
     #[arg(long)]
     certificates: PathBuf,
@@ -69,13 +75,27 @@ fn main() -> anyhow::Result<()> {
     let tls = cli.tls.iter().map(|pair| listener(*pair, Some(ServerTls { client_id: CLIENT.to_owned() })));
     let listeners: BTreeMap<_, _> = plain.chain(tls).map(|one| (one.name.clone(), Arc::new(one))).collect();
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-        let report = workers.apply(&Snapshot { listeners }).await?;
+        let snapshot = match &cli.xds {
+            Some(folder) => from_xds(folder)?,
+            None => Arc::new(Snapshot { listeners }),
+        };
+        let report = workers.apply(&snapshot).await?;
         anyhow::ensure!(report.rejected.is_empty(), "{report:?}");
         println!("ready");
         let wait = || std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
         tokio::task::spawn_blocking(wait).await??;
         Ok(())
     })
+}
+
+fn from_xds(folder: &Path) -> anyhow::Result<Arc<Snapshot>> {
+    let mut resources = Resources::default();
+    for (kind, file) in [(TypeUrl::Cluster, "Cluster"), (TypeUrl::Listener, "Listener")] {
+        let response = DeltaDiscoveryResponse::decode(&*fs::read(folder.join(file))?)?;
+        let rejected = resources.update(Change { kind, resources: &response.resources, removed: &[] });
+        anyhow::ensure!(rejected.is_empty(), "{rejected:?}");
+    }
+    Ok(resources.build())
 }
 
 fn listener((address, upstream): (SocketAddr, SocketAddr), tls: Option<ServerTls>) -> Listener {

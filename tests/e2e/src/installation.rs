@@ -23,6 +23,24 @@ pub const CONTROLLERS_AWAY: &[&str] = &[
     "not everything ended in time",
 ];
 
+/// What is said beside [`CONTROLLERS_AWAY`] while the API server is away.
+pub const API_SERVER_AWAY: &[&str] = &[
+    "cannot renew the lease",
+    "cannot read the lease",
+    "cannot take the lease",
+    "cannot review a proxy's token",
+    "cannot bring the cache up to date",
+    "catching up failed",
+    "watching the copies of the trust bundle failed",
+    "could not be written",
+    "cannot write an event",
+    "tried again",
+    "cannot mark",
+    "silent for too long",
+    // The client's own words, for each watch.
+    "kube_client::client",
+];
+
 #[must_use]
 pub fn pods(cluster: &Cluster) -> Api<Pod> {
     Api::namespaced(cluster.client.clone(), SYSTEM)

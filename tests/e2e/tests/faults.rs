@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::{
     apps::v1::Deployment,
-    core::v1::{Node as KubeNode, Pod, Service},
+    core::v1::{Pod, Service},
     discovery::v1::EndpointSlice,
 };
 use kube::{
@@ -23,7 +23,7 @@ use sluice_e2e::{
     adopted::{MINUTE, Use, adopted, cluster, condition, eventually, expect, quick, slow},
     audit,
     cluster::SYSTEM,
-    installation::{self, CONTROLLERS_AWAY, controllers, fleet, leader, try_leader},
+    installation::{self, API_SERVER_AWAY, CONTROLLERS_AWAY, controllers, fleet, leader, try_leader},
     node::Node,
     watch::unix_ms,
 };
@@ -300,24 +300,6 @@ async fn without_api_server_for_half_a_minute_a_release_only_waits() {
     stage.end().await;
 }
 
-/// What is said beside [`CONTROLLERS_AWAY`] while the API server is away.
-const API_SERVER_AWAY: &[&str] = &[
-    "cannot renew the lease",
-    "cannot read the lease",
-    "cannot take the lease",
-    "cannot review a proxy's token",
-    "cannot bring the cache up to date",
-    "catching up failed",
-    "watching the copies of the trust bundle failed",
-    "could not be written",
-    "cannot write an event",
-    "tried again",
-    "cannot mark",
-    "silent for too long",
-    // The client's own words, for each watch.
-    "kube_client::client",
-];
-
 #[tokio::test]
 async fn prometheus_down_or_empty_holds_the_release_and_is_not_a_failed_check() {
     let Some(stage) = adopted("noprom", Use::Alone, &[], quick()).await else { return };
@@ -547,34 +529,5 @@ async fn what_hands_change_of_ours_is_repaired() {
     .await;
     let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
     stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
-    stage.end().await;
-}
-
-#[tokio::test]
-#[ignore = "full"]
-async fn a_node_is_drained_in_mid_release_without_a_failed_request() {
-    let Some((cluster, held)) = cluster(Use::Alone).await else { return };
-    let nodes: Api<KubeNode> = Api::all(cluster.client.clone());
-    let nodes = nodes.list(&ListParams::default()).await.unwrap().items;
-    if nodes.len() < 2 {
-        println!("SKIPPED: needs two nodes (NODES=2)");
-        return;
-    }
-    drop(held);
-    let Some(stage) = adopted("drain", Use::Alone, &[], slow(8)).await else { return };
-    // Never the one where the load, or Prometheus, which is one Pod, runs.
-    let load = stage.api::<Pod>().get("load").await.unwrap().spec.unwrap().node_name.unwrap();
-    let drained = nodes.iter().map(ResourceExt::name_any).find(|name| *name != load).unwrap();
-    stage.in_mid_release().await;
-    let _expected = expect(CONTROLLERS_AWAY);
-    let at = unix_ms();
-    let arguments = ["drain", &drained, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=240s"];
-    let done = cluster.kubectl(&arguments, None).await;
-    println!("drained within {} ms", unix_ms() - at);
-    let ended = stage.wait("phase Succeeded", at, succeeded).await;
-    cluster.kubectl(&["uncordon", &drained], None).await.unwrap();
-    done.unwrap();
-    assert_eq!(ended.failed_checks, 0);
-    installation::fleet_is_ready(&cluster, 2).await;
     stage.end().await;
 }

@@ -1,0 +1,142 @@
+//! The cluster itself changes: a node is drained, a node is lost, etcd goes back to a snapshot.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
+
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{Node as KubeNode, Pod};
+use kube::{Api, ResourceExt, api::ListParams};
+use sluice_crds::{CanaryStatus, Phase, Stage};
+use sluice_e2e::{
+    adopted::{Adopted, MINUTE, Use, adopted, cluster, eventually, expect, quick, slow},
+    installation::{self, API_SERVER_AWAY, CONTROLLERS_AWAY},
+    node::Node,
+    watch::unix_ms,
+};
+
+fn succeeded(status: &CanaryStatus) -> bool {
+    status.phase == Phase::Succeeded
+}
+
+/// An application on two nodes, and the name of the one that can be spared: the load, and Prometheus, which is one Pod, run on the other.
+async fn on_two_nodes(name: &str) -> Option<(Adopted, String)> {
+    let (cluster, held) = cluster(Use::Alone).await?;
+    let nodes: Api<KubeNode> = Api::all(cluster.client.clone());
+    let nodes = nodes.list(&ListParams::default()).await.unwrap().items;
+    if nodes.len() < 2 {
+        println!("SKIPPED: needs two nodes (NODES=2)");
+        return None;
+    }
+    drop(held);
+    let stage = adopted(name, Use::Alone, &[], slow(8)).await?;
+    let load = stage.api::<Pod>().get("load").await.unwrap().spec.unwrap().node_name.unwrap();
+    let spared = nodes.iter().map(ResourceExt::name_any).find(|name| *name != load).unwrap();
+    Some((stage, spared))
+}
+
+/// Waits until a node is Ready, or no longer.
+async fn node_ready(stage: &Adopted, name: &str, ready: bool) {
+    let nodes: Api<KubeNode> = Api::all(stage.app.cluster.client.clone());
+    eventually(&format!("node {name} to be ready: {ready}"), 3 * MINUTE, || async {
+        let conditions = nodes.get(name).await.ok()?.status?.conditions?;
+        let is = conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status == "True");
+        (is == ready).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_node_is_drained_in_mid_release_without_a_failed_request() {
+    let Some((stage, drained)) = on_two_nodes("drain").await else { return };
+    let cluster = stage.app.cluster.clone();
+    stage.in_mid_release().await;
+    let _expected = expect(CONTROLLERS_AWAY);
+    let at = unix_ms();
+    let arguments = ["drain", &drained, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=240s"];
+    let done = cluster.kubectl(&arguments, None).await;
+    println!("drained within {} ms", unix_ms() - at);
+    let ended = stage.wait("phase Succeeded", at, succeeded).await;
+    cluster.kubectl(&["uncordon", &drained], None).await.unwrap();
+    done.unwrap();
+    assert_eq!(ended.failed_checks, 0);
+    installation::fleet_is_ready(&cluster, 2).await;
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_node_that_is_lost_takes_what_it_had_and_new_connections_until_its_member_is_out() {
+    let Some(node) = Node::of_ours("to cut off a node") else { return };
+    let Some((mut stage, lost)) = on_two_nodes("lost").await else { return };
+    if lost == "node1" {
+        println!("SKIPPED: the control plane is on the node that could be spared");
+        return;
+    }
+    let cluster = stage.app.cluster.clone();
+    // What is on that node says so, when it is there again.
+    let _expected = expect(&[CONTROLLERS_AWAY, API_SERVER_AWAY].concat());
+    let at = unix_ms();
+    node.exec(&["ip", "link", "set", &lost, "down"]).await.unwrap();
+    node_ready(&stage, &lost, false).await;
+    println!("the node was found not to be ready after {} ms", unix_ms() - at);
+    // A request that waits for a lost Pod ends by the client's own timeout, of 10 s.
+    tokio::time::sleep(Duration::from_secs(15)).await;
+    let apart = stage.counted_apart("a node lost", at).await;
+    assert!(apart.window_ms <= 75_000, "{apart:?}");
+
+    // What is left serves, and a change waits for Pods on the node that is left.
+    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
+    stage
+        .app
+        .history
+        .wait("phase Progressing", applied, 2 * MINUTE, |status| status.phase == Phase::Progressing)
+        .await
+        .unwrap();
+    stage.nothing_failed().await;
+    let back = unix_ms();
+    node.exec(&["ip", "link", "set", &lost, "up"]).await.unwrap();
+    node_ready(&stage, &lost, true).await;
+    installation::fleet_is_ready(&cluster, 2).await;
+    let done = stage.app.history.wait("an end", applied, 5 * MINUTE, |status| {
+        status.stage == Stage::Settled && matches!(status.phase, Phase::Succeeded | Phase::Failed)
+    });
+    println!("the release ended {:?} after the node was back", done.await.unwrap().status.phase);
+    println!("{} ms after the node was back", unix_ms() - back);
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn when_etcd_goes_back_to_a_snapshot_the_canary_goes_back_with_it() {
+    let Some(node) = Node::of_ours("to restore etcd") else { return };
+    let Some(mut stage) = adopted("restore", Use::Alone, &[], quick()).await else { return };
+    let before = stage.app.history.last().unwrap().status.primary_revision.unwrap();
+    let _expected = expect(&[CONTROLLERS_AWAY, API_SERVER_AWAY].concat());
+    node.etcd("save").await.unwrap();
+    let answers = || async { stage.app.cluster.client.apiserver_version().await.ok() };
+    eventually("the API server", MINUTE, answers).await;
+    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
+    stage.app.ends(applied, Phase::Succeeded, 4 * MINUTE).await.unwrap();
+    stage.nothing_failed().await;
+
+    let at = unix_ms();
+    node.etcd("restore").await.unwrap();
+    eventually("the API server", MINUTE, answers).await;
+    // Whatever a watch has seen since the snapshot never was: everybody who watches begins anew, as after any restore.
+    let restart =
+        ["-n", "sluice-system", "rollout", "restart", "deployment/sluice-controller", "deployment/sluice-fleet"];
+    stage.app.cluster.kubectl(&restart, None).await.unwrap();
+    installation::complete(&stage.app.cluster, "sluice-controller").await;
+    installation::complete(&stage.app.cluster, "sluice-fleet").await;
+    eventually("the revision of the snapshot", 3 * MINUTE, || async {
+        let status = stage.app.canaries().get("hello").await.ok()?.status?;
+        let serves = status.stage == Stage::Settled && status.primary_revision.as_ref() == Some(&before);
+        (serves && stage.answers_of("v1", unix_ms() - 5_000).await > 0).then_some(())
+    })
+    .await;
+    println!("the snapshot's revision serves {} ms after the restore", unix_ms() - at);
+    stage.counted_apart("etcd restored", at).await;
+    let applied = stage.app.release(&[("VERSION", "v3")]).await.unwrap();
+    stage.app.ends(applied, Phase::Succeeded, 3 * MINUTE).await.unwrap();
+    stage.end().await;
+}
