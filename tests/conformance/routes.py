@@ -32,13 +32,15 @@ class Scripted(Recorder):
     def __init__(self, script):
         super().__init__()
         self.script = list(script)
+        # The client has its answer.
+        self.over = asyncio.Event()
 
     async def _answer(self, received, writer):
         what = self.script.pop(0) if len(self.script) > 1 else self.script[0]
         if what == "reset":
             return False
         if what == "hang":
-            await asyncio.sleep(PATIENCE)
+            await asyncio.wait_for(self.over.wait(), PATIENCE)
             return False
         fields = {"content-length": "2", "server": "app", **what} if isinstance(what, dict) else {"content-length": "2", "server": "app"}
         status = fields.pop("status", what)
@@ -83,6 +85,7 @@ async def asked(lane, case):
     async with asyncio.timeout(PATIENCE):
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
     writer.close()
+    upstream.over.set()
     first, *lines = head.strip().split("\r\n")
     fields = dict((name.lower(), value.strip()) for name, _, value in (line.partition(":") for line in lines))
     return int(first.split(" ")[1]), fields, upstream
