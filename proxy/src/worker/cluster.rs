@@ -8,6 +8,8 @@ use std::{
     sync::Arc,
 };
 
+use tokio::time::Instant;
+
 use super::{
     Shared,
     pool::{Connector, Endpoint},
@@ -82,11 +84,21 @@ impl Cluster {
                 return Some(Rc::clone(known.entry(address).or_insert_with(|| Endpoint::new(address))));
             }
         };
-        if excluded.is_empty() {
-            return less_busy(endpoints.len(), |index| &endpoints[index]);
+        if excluded.is_empty()
+            && let chosen = less_busy(endpoints.len(), |index| &endpoints[index])
+            && chosen.as_ref().is_none_or(|chosen| !chosen.is_doubtful())
+        {
+            return chosen;
         }
         let left: Vec<_> = endpoints.iter().filter(|endpoint| !excluded.contains(&endpoint.address)).collect();
-        less_busy(left.len(), |index| left[index])
+        let now = Instant::now();
+        let good: Vec<_> = left.iter().copied().filter(|endpoint| !endpoint.is_ejected(now)).collect();
+        // Where most cannot be reached it is rather this proxy that is cut off, and none of them is worse than another.
+        let all = endpoints.iter().filter(|endpoint| endpoint.is_ejected(now)).count() * 2 > endpoints.len();
+        let left = if good.is_empty() || all { left } else { good };
+        let chosen = less_busy(left.len(), |index| left[index])?;
+        chosen.probe(now);
+        Some(chosen)
     }
 
     pub(super) fn each_endpoint(&self, mut visit: impl FnMut(&Rc<Endpoint>)) {

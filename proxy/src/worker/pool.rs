@@ -174,12 +174,26 @@ impl Connector {
 pub(super) struct Endpoint {
     pub(super) address: SocketAddr,
     outstanding: Cell<u32>,
+    /// Set while no connection can be made to it.
+    ejected: Cell<Option<Ejected>>,
     /// No longer configured: nothing is kept for it.
     retired: Cell<bool>,
     idle: RefCell<Vec<Idle>>,
     shared: RefCell<Vec<Rc<Multiplexed>>>,
     /// The HTTP/2 connection being made, for all who wait for it: a burst of first requests opens one, not hundreds.
     opening: RefCell<Option<Opening>>,
+}
+
+/// An endpoint is left alone for so long after a failed connection, then twice as long, and so on: what is dead or cut off costs
+/// each request that tries it the time of a connection.
+const LEAST_EJECTION: Duration = Duration::from_secs(1);
+const MOST_EJECTION: Duration = Duration::from_secs(30);
+
+#[derive(Clone, Copy)]
+struct Ejected {
+    failures: u32,
+    until: Instant,
+    probing: bool,
 }
 
 type Opening = SharedFuture<oneshot::Receiver<Result<(), Rc<ConnectError>>>>;
@@ -311,11 +325,48 @@ impl Endpoint {
         Rc::new(Self {
             address,
             outstanding: Cell::new(0),
+            ejected: Cell::new(None),
             retired: Cell::new(false),
             idle: RefCell::default(),
             shared: RefCell::default(),
             opening: RefCell::default(),
         })
+    }
+
+    /// Whether the last connection to it failed, however long ago.
+    pub(super) fn is_doubtful(&self) -> bool {
+        self.ejected.get().is_some()
+    }
+
+    /// Whether it is not to be chosen while there are others.
+    pub(super) fn is_ejected(&self, now: Instant) -> bool {
+        self.ejected.get().is_some_and(|ejected| now < ejected.until)
+    }
+
+    /// It was chosen after its time: one request finds out how it is, and others wait for what comes of it.
+    pub(super) fn probe(&self, now: Instant) {
+        if let Some(ejected) = self.ejected.get() {
+            self.ejected.set(Some(Ejected { until: now + LEAST_EJECTION, probing: true, ..ejected }));
+        }
+    }
+
+    /// No connection could be made.
+    pub(super) fn unreachable(&self, now: Instant) {
+        let before = self.ejected.get();
+        // Of several that failed together, the first counts.
+        if before.is_some_and(|ejected| now < ejected.until && !ejected.probing) {
+            return;
+        }
+        let failures = before.map_or(0, |ejected| ejected.failures);
+        let time = LEAST_EJECTION.saturating_mul(1 << failures.min(10)).min(MOST_EJECTION);
+        self.ejected.set(Some(Ejected { failures: failures + 1, until: now + time, probing: false }));
+    }
+
+    /// It has answered.
+    pub(super) fn reached(&self) {
+        if self.is_doubtful() {
+            self.ejected.set(None);
+        }
     }
 
     pub(super) fn outstanding(&self) -> u32 {

@@ -315,6 +315,7 @@ async fn send(
         };
         again = match sent {
             Ok((response, lease)) => {
+                endpoint.reached();
                 // Only a proxy of ours is believed.
                 if cluster.config.tls.is_none() || !response.headers().contains_key(NOT_PROCESSED) {
                     if retries.want_instead_of(&response) && retries.take() && outgoing.again() {
@@ -334,6 +335,7 @@ async fn send(
                 outgoing.again().then_some(Retry::NotProcessed)
             }
             Err(SendError::Connect { request, error }) => {
+                endpoint.unreachable(Instant::now());
                 tracing::debug!(cluster = cluster.config.name, %error, "endpoint not reached");
                 failed.push(endpoint.address);
                 outgoing.next = Some(*request);

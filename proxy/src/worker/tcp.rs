@@ -2,7 +2,10 @@
 
 use std::{io, net::SocketAddr};
 
-use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes},
+    time::Instant,
+};
 
 use super::{
     connection::Connection,
@@ -49,8 +52,12 @@ async fn connect(connection: &Connection, split: &Split) -> Result<(Stream, Outs
         }
         let outstanding = Outstanding::on(&endpoint);
         match cluster.connector.connect(endpoint.address, Wire::Tcp).await {
-            Ok(stream) => return Ok((stream, outstanding)),
+            Ok(stream) => {
+                endpoint.reached();
+                return Ok((stream, outstanding));
+            }
             Err(error) => {
+                endpoint.unreachable(Instant::now());
                 tracing::debug!(cluster = cluster.config.name, %error, "endpoint not reached");
                 failed.push(endpoint.address);
             }

@@ -4,6 +4,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering::SeqCst},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -39,6 +40,30 @@ async fn an_unreachable_endpoint_costs_no_request_while_another_of_the_revision_
     assert_eq!(other.requests(), 0);
     assert!(proxy.metric(&format!("{RETRIES}\"connect\"}}")) > 10);
     assert_eq!(proxy.counted("a", "2xx", ""), 100);
+}
+
+#[tokio::test]
+async fn an_endpoint_that_cannot_be_reached_is_left_alone_and_found_again() {
+    let app = App::named("a").await;
+    let late = SocketAddr::new(own_ip(), 8080);
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(http_to([(cluster("a", &[late, app.address]), 100)])).await;
+    let mut client = Http1::connect(proxy.address).await;
+    for _ in 0..100 {
+        assert_eq!(client.get("/").await.body, "a");
+    }
+    // Once, and once more if the hundred requests took longer than a second: not half of them.
+    let tried = proxy.metric(&format!("{RETRIES}\"connect\"}}"));
+    assert!((1..10).contains(&tried), "{tried}");
+
+    let found = App::start(late.ip(), late.port(), |_| async { Response::new(full("late")) }).await;
+    let back = async {
+        while client.get("/").await.body != "late" {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    soon("the endpoint to be found again", back).await;
+    assert!(found.requests() > 0);
 }
 
 #[tokio::test]
