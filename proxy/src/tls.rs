@@ -4,7 +4,11 @@
 //! TLS 1.3 only. Peers are known by the one SPIFFE id in their certificate, never by a DNS name
 //! (<https://github.com/spiffe/spiffe/blob/main/standards/X509-SVID.md>).
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use arc_swap::ArcSwapOption;
 use rustls::{
@@ -214,6 +218,14 @@ pub fn spiffe_id(certificate: &CertificateDer<'_>) -> Option<String> {
         .filter_map(|name| if let GeneralName::URI(uri) = name { Some(*uri) } else { None });
     let id = uris.next()?;
     uris.next().is_none().then(|| id.to_owned())
+}
+
+/// When a certificate ends.
+#[must_use]
+pub fn not_after(certificate: &CertificateDer<'_>) -> Option<SystemTime> {
+    let (_, certificate) = x509_parser::certificate::X509Certificate::from_der(certificate).ok()?;
+    let seconds = u64::try_from(certificate.validity().not_after.timestamp()).ok()?;
+    Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds))
 }
 
 impl fmt::Debug for Peer {

@@ -10,7 +10,7 @@ use std::{
     rc::Rc,
     sync::Arc,
     task::{Context, Poll, Waker, ready},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use http::{HeaderValue, Request};
@@ -52,6 +52,8 @@ pub(super) struct Connection {
     /// Whether it is more than requests: TCP, or a tunnel.
     tunnel: Cell<bool>,
     quiet_since: Cell<Instant>,
+    /// When the client's certificate ends: then it has to come back with another one.
+    ends: Cell<Option<Instant>>,
     waker: RefCell<Option<Waker>>,
     peer_value: OnceCell<HeaderValue>,
 }
@@ -83,6 +85,7 @@ impl Connection {
                 active: Cell::new(0),
                 tunnel: Cell::new(false),
                 quiet_since: Cell::new(Instant::now()),
+                ends: Cell::new(None),
                 waker: RefCell::new(None),
                 peer_value: OnceCell::new(),
             })
@@ -148,7 +151,16 @@ impl Connection {
     /// How often it is looked whether it has been open for too long.
     fn look_every(&self) -> Duration {
         let header = self.slot.worker.timing.header;
-        self.idle_limit().map_or(header, |limit| limit.min(header))
+        let every = self.idle_limit().map_or(header, |limit| limit.min(header));
+        let ends = self.ends.get().filter(|_| !self.is_draining());
+        ends.map_or(every, |ends| every.min(ends.saturating_duration_since(Instant::now())))
+    }
+
+    /// Lets it end when the client's certificate has ended.
+    fn look_at_certificate(&self, now: Instant) {
+        if self.ends.get().is_some_and(|ends| ends <= now) {
+            self.draining.set(true);
+        }
     }
 
     /// Asks the connection to end when its requests have.
@@ -233,6 +245,8 @@ async fn serve(connection: &Rc<Connection>, stream: TcpStream) {
     let Some((chain, stream)) = accepted else {
         return;
     };
+    let left = stream.peer_ends().map(|ends| ends.duration_since(SystemTime::now()).unwrap_or_default());
+    connection.ends.set(left.map(|left| Instant::now() + left));
     *connection.chain.borrow_mut() = Some(chain);
     // A snapshot may have been applied during the handshake.
     let Current::Chain(chain) = connection.current() else { return };
@@ -343,6 +357,7 @@ impl Patience {
         loop {
             ready!(self.timer.as_mut().poll(cx));
             let now = Instant::now();
+            connection.look_at_certificate(now);
             let quiet_until = connection.idle_limit().map(|limit| connection.quiet_since.get() + limit);
             let until = self.begun.map(|begun| begun + timing.header).or(quiet_until);
             let look_again = now + connection.look_every();
@@ -382,6 +397,7 @@ async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
             }
             ready!(timer.as_mut().poll(cx));
             let now = Instant::now();
+            connection.look_at_certificate(now);
             let quiet = now.duration_since(connection.quiet_since.get());
             if connection.active.get() == 0 && connection.idle_limit().is_some_and(|limit| quiet >= limit) {
                 served.as_mut().graceful_shutdown();

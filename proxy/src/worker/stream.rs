@@ -4,6 +4,7 @@ use std::{
     io,
     pin::Pin,
     task::{Context, Poll},
+    time::SystemTime,
 };
 
 use bytes::{Buf, Bytes};
@@ -12,6 +13,8 @@ use tokio::{
     net::TcpStream,
 };
 use tokio_rustls::{client, server};
+
+use crate::tls::not_after;
 
 pub(super) struct Stream {
     transport: Transport,
@@ -128,6 +131,16 @@ impl Stream {
             Transport::Server(stream) => stream.get_ref().1.alpn_protocol(),
             Transport::Client(stream) => stream.get_ref().1.alpn_protocol(),
         }
+    }
+
+    /// When the certificate ends by which the other side was believed.
+    pub(super) fn peer_ends(&self) -> Option<SystemTime> {
+        let certificates = match &self.transport {
+            Transport::Plain(_) => None,
+            Transport::Server(stream) => stream.get_ref().1.peer_certificates(),
+            Transport::Client(stream) => stream.get_ref().1.peer_certificates(),
+        };
+        certificates.and_then(<[_]>::first).and_then(not_after)
     }
 
     pub(super) fn tcp(&self) -> &TcpStream {

@@ -379,3 +379,21 @@ async fn thousands_of_abandoned_streams_leave_nothing_behind() {
     assert_eq!(proxy.metric("sluice_client_aborts_total{listener=\"shop/cart:80\"}"), 2000);
     assert_eq!(proxy.counted("a", "2xx", ""), 1);
 }
+
+#[tokio::test]
+async fn a_burst_of_first_calls_opens_one_connection() {
+    let app = App::start(own_ip(), 8080, |_| async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        Response::new(full("a"))
+    })
+    .await;
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(http_to([(cluster("a", &[app.address]), 100)])).await;
+    let client = Http2::connect(proxy.address).await;
+    let calls = (0..50).map(|_| {
+        let mut client = client.clone();
+        async move { client.send(get("/")).await.unwrap().body }
+    });
+    assert!(futures::future::join_all(calls).await.iter().all(|body| body == "a"));
+    assert_eq!((app.requests(), app.connections()), (50, 1));
+}

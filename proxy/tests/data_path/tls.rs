@@ -1,9 +1,13 @@
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use http::StatusCode;
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
 use sluice_proxy::{
+    snapshot::{FilterChain, Listener, ServerTls},
     tls::{ALPN_H2, ALPN_HTTP1, IdentityHandle},
     workers::Role,
 };
@@ -214,6 +218,62 @@ async fn a_renewed_certificate_is_used_at_once_and_disturbs_no_connection() {
 }
 
 #[tokio::test]
+async fn a_connection_ends_in_order_when_the_client_s_certificate_does() {
+    let (ip, ca) = (own_ip(), Ca::new());
+    let _app = App::start(ip, 8080, |_| async { http::Response::new(full("hello")) }).await;
+    let sidecar = sidecar(&ca, ip, false).await;
+    let identity = IdentityHandle::default();
+    let (chain, key) = ca.issue(FLEET, |params| params.not_after = (SystemTime::now() + Duration::from_secs(3)).into());
+    identity.set(chain, key, ca.roots()).unwrap();
+    let fleet = Proxy::with(Role::Fleet, identity.clone(), |_| {});
+    fleet.serve(http_to([(mesh_cluster("abc", &[&sidecar]), 100)])).await;
+    let (mut http1, mut http2) = (Http1::connect(fleet.address).await, Http2::connect(fleet.address).await);
+    let opened = || sidecar.metric("sluice_connections_total{listener=\"inbound\"}");
+    assert_eq!(
+        (http1.get("/").await.body.as_str(), http2.send(get("/")).await.unwrap().body.as_str()),
+        ("hello", "hello")
+    );
+    let before = opened();
+    // As the renewal does, long before.
+    ca.renew(&identity, FLEET);
+    let again = async {
+        while opened() < before + 2 {
+            assert_eq!(http1.get("/").await.body, "hello");
+            assert_eq!(http2.send(get("/")).await.unwrap().body, "hello");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    soon("connections with the renewed certificate", again).await;
+    let failed = ["UC", "UF", "UH"]
+        .map(|flag| fleet.metric(&format!("sluice_local_errors_total{{listener=\"shop/cart:80\",flag=\"{flag}\"}}")));
+    assert_eq!(failed, [0, 0, 0]);
+}
+
+#[tokio::test]
+async fn a_client_that_begins_no_handshake_is_closed() {
+    let (ip, ca) = (own_ip(), Ca::new());
+    let mut sidecar = Proxy::with(Role::Sidecar, ca.identity(APP), |options| {
+        options.timing.tls_handshake = Duration::from_millis(100);
+    });
+    sidecar.address = std::net::SocketAddr::new(ip, 20443);
+    let chains = vec![FilterChain {
+        server_name: Some("p8080.abc".into()),
+        tls: Some(ServerTls { client_id: FLEET.into() }),
+        protocol: http_to([(cluster("a", &[]), 1)]),
+    }];
+    sidecar.apply([Arc::new(Listener { name: "inbound".into(), address: sidecar.address, chains })]).await;
+    let mut silent = TcpStream::connect(sidecar.address).await.unwrap();
+    let mut slow = TcpStream::connect(sidecar.address).await.unwrap();
+    // The beginning of a record that does not come.
+    slow.write_all(&[0x16, 3, 1, 2, 0]).await.unwrap();
+    for stream in [&mut silent, &mut slow] {
+        let read = soon("the end", stream.read(&mut [0; 16])).await;
+        assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
+    }
+    assert_eq!(sidecar.metric("sluice_tls_failures_total{listener=\"inbound\"}"), 2);
+}
+
+#[tokio::test]
 async fn the_protocol_is_agreed_by_alpn() {
     let (ip, ca) = (own_ip(), Ca::new());
     let _app =
@@ -261,12 +321,12 @@ async fn when_another_fleet_is_admitted_requests_on_connections_of_the_former_ar
     tokio::spawn(connection);
     let mut client = Http1(sender);
     assert_eq!(client.get("/").await.body, "hello");
-    let listener = sluice_proxy::snapshot::Listener {
+    let listener = Listener {
         name: "inbound".into(),
         address: sidecar.address,
-        chains: vec![sluice_proxy::snapshot::FilterChain {
+        chains: vec![FilterChain {
             server_name: Some("p8080.abc".into()),
-            tls: Some(sluice_proxy::snapshot::ServerTls { client_id: "spiffe://test/ns/new/sa/fleet".into() }),
+            tls: Some(ServerTls { client_id: "spiffe://test/ns/new/sa/fleet".into() }),
             protocol: http_to([(cluster("a", &[app.address]), 1)]),
         }],
     };

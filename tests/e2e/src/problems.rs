@@ -189,7 +189,9 @@ fn is_problem(line: &str) -> bool {
     let words = line.to_lowercase();
     let quiet =
         ["\"level\":\"info\"", "\"level\":\"debug\"", " info ", " debug "].iter().any(|level| words.contains(level));
-    !line.trim().is_empty() && (!quiet || words.contains("forbidden") || words.contains("panicked"))
+    // Kubernetes says of its own controllers' Pods that a quota forbids them.
+    let refused = words.contains("forbidden") && !words.contains("exceeded quota");
+    !line.trim().is_empty() && (!quiet || refused || words.contains("panicked"))
 }
 
 /// How long a test waits at most for what it caused to be over.
@@ -209,6 +211,7 @@ mod tests {
             "2026-01-01T00:00:00Z ERROR sluice_proxy: x",
             "thread 'main' panicked at x.rs:1:1:",
             r#"{"level":"INFO","message":"pods is forbidden: User cannot list"}"#,
+            r#"{"level":"WARN","message":"forbidden: exceeded quota"}"#,
             "Error: no API server",
         ] {
             assert!(is_problem(loud), "{loud}");

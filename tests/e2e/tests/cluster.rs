@@ -13,8 +13,8 @@ use sluice_e2e::{
     watch::unix_ms,
 };
 
-fn succeeded(status: &CanaryStatus) -> bool {
-    status.phase == Phase::Succeeded
+fn ended(status: &CanaryStatus) -> bool {
+    status.stage == Stage::Settled && matches!(status.phase, Phase::Succeeded | Phase::Failed)
 }
 
 /// An application on two nodes, and the name of the one that can be spared: the load, and Prometheus, which is one Pod, run on the other.
@@ -55,10 +55,17 @@ async fn a_node_is_drained_in_mid_release_without_a_failed_request() {
     let arguments = ["drain", &drained, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=240s"];
     let done = cluster.kubectl(&arguments, None).await;
     println!("drained within {} ms", unix_ms() - at);
-    let ended = stage.wait("phase Succeeded", at, succeeded).await;
+    let ended = stage.wait("the end of the release", at, ended).await;
     cluster.kubectl(&["uncordon", &drained], None).await.unwrap();
     done.unwrap();
-    assert_eq!(ended.failed_checks, 0);
+    stage.nothing_failed().await;
+    // The one Pod that the canary has at 20 percent may have been there. Then it has no endpoint, and is taken back.
+    if ended.phase == Phase::Failed {
+        assert!(ended.rejected_revisions.iter().all(|rejected| rejected.reason == "NoEndpoints"), "{ended:?}");
+        println!("the canary's only Pod was drained, and it was taken back");
+    } else {
+        assert_eq!(ended.failed_checks, 0);
+    }
     installation::fleet_is_ready(&cluster, 2).await;
     stage.end().await;
 }
@@ -97,10 +104,8 @@ async fn a_node_that_is_lost_takes_what_it_had_and_new_connections_until_its_mem
     node.exec(&["ip", "link", "set", &lost, "up"]).await.unwrap();
     node_ready(&stage, &lost, true).await;
     installation::fleet_is_ready(&cluster, 2).await;
-    let done = stage.app.history.wait("an end", applied, 5 * MINUTE, |status| {
-        status.stage == Stage::Settled && matches!(status.phase, Phase::Succeeded | Phase::Failed)
-    });
-    println!("the release ended {:?} after the node was back", done.await.unwrap().status.phase);
+    let done = stage.app.history.wait("the end of the release", applied, 5 * MINUTE, ended).await.unwrap().status;
+    println!("the release ended as {:?}", done.phase);
     println!("{} ms after the node was back", unix_ms() - back);
     stage.end().await;
 }
