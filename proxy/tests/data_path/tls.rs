@@ -4,18 +4,19 @@ use std::{
 };
 
 use http::StatusCode;
+use http_body_util::BodyExt;
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
 use sluice_proxy::{
-    snapshot::{FilterChain, Listener, ServerTls},
+    snapshot::{ClientTls, Cluster, FilterChain, Listener, ServerTls},
     tls::{ALPN_H2, ALPN_HTTP1, IdentityHandle},
     workers::Role,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
 };
-use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio_rustls::{TlsAcceptor, TlsConnector, client::TlsStream};
 
 use crate::support::*;
 
@@ -334,4 +335,40 @@ async fn when_another_fleet_is_admitted_requests_on_connections_of_the_former_ar
     let answer = client.get("/").await;
     assert_eq!((answer.status, answer.header("connection")), (StatusCode::FORBIDDEN, "close"));
     assert_eq!(app.requests(), 1);
+}
+
+/// RFC 9112, 9.8: an answer that ends with its connection is whole only if TLS was ended, too.
+#[tokio::test]
+async fn an_answer_that_is_cut_short_inside_tls_is_not_passed_on_as_whole() {
+    let (ip, ca) = (own_ip(), Ca::new());
+    let address = std::net::SocketAddr::new(ip, 20443);
+    let listener = TcpListener::bind(address).await.unwrap();
+    let acceptor = TlsAcceptor::from(ca.identity(APP).server_config(FLEET, &[ALPN_HTTP1]));
+    let upstream = tokio::spawn(async move {
+        for orderly in [false, true] {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut stream = acceptor.accept(stream).await.unwrap();
+            let mut head = [0; 1024];
+            while !head.windows(4).any(|end| end == b"\r\n\r\n") {
+                assert!(stream.read(&mut head).await.unwrap() > 0);
+            }
+            stream.write_all(b"HTTP/1.1 200 OK\r\n\r\npart").await.unwrap();
+            stream.flush().await.unwrap();
+            if orderly {
+                stream.shutdown().await.unwrap();
+            }
+        }
+    });
+    let fleet = Proxy::with(Role::Fleet, ca.identity(FLEET), |_| {});
+    let cluster = Cluster {
+        tls: Some(ClientTls { sni: "p8080.abc".into(), server_id: APP.into() }),
+        ..cluster("abc", &[address])
+    };
+    fleet.serve(http_to([(cluster, 100)])).await;
+    let mut client = Http1::connect(fleet.address).await;
+    let answer = soon("a head", client.start(get("/"))).await.unwrap();
+    soon("an end", answer.into_body().collect()).await.unwrap_err();
+    let mut client = Http1::connect(fleet.address).await;
+    assert_eq!(soon("an answer", client.get("/")).await.body, "part");
+    upstream.await.unwrap();
 }
