@@ -251,6 +251,42 @@ async fn a_connection_ends_in_order_when_the_client_s_certificate_does() {
 }
 
 #[tokio::test]
+async fn a_handshake_in_single_bytes_is_one() {
+    let (ip, ca) = (own_ip(), Ca::new());
+    let _app = App::start(ip, 8080, |_| async { http::Response::new(full("hello")) }).await;
+    let sidecar = sidecar(&ca, ip, false).await;
+    // Between client and sidecar, a network that cuts everything into bytes.
+    let listener = TcpListener::bind((ip, 0)).await.unwrap();
+    let through = listener.local_addr().unwrap();
+    let to = sidecar.address;
+    let network = tokio::spawn(async move {
+        let (client, _) = listener.accept().await.unwrap();
+        let server = TcpStream::connect(to).await.unwrap();
+        server.set_nodelay(true).unwrap();
+        let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
+            (client.into_split(), server.into_split());
+        let there = async {
+            while let Ok(byte) = from_client.read_u8().await {
+                to_server.write_u8(byte).await.unwrap();
+                tokio::task::yield_now().await;
+            }
+        };
+        let back = tokio::io::copy(&mut from_server, &mut to_client);
+        let _ = tokio::join!(there, back);
+    });
+    let connector = TlsConnector::from(ca.identity(FLEET).client_config(APP, &[ALPN_HTTP1]));
+    let stream = TcpStream::connect(through).await.unwrap();
+    let name = ServerName::try_from("p8080.abc").unwrap();
+    let mut stream = soon("the handshake", connector.connect(name, stream)).await.unwrap();
+    stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    soon("an end", stream.read_to_string(&mut answer)).await.unwrap();
+    assert!(answer.ends_with("hello"), "{answer}");
+    drop(stream);
+    soon("the end of the network", network).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_client_that_begins_no_handshake_is_closed() {
     let (ip, ca) = (own_ip(), Ca::new());
     let mut sidecar = Proxy::with(Role::Sidecar, ca.identity(APP), |options| {
