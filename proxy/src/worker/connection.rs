@@ -32,10 +32,17 @@ use super::{
     stream::{Socket, Stream},
     tcp,
 };
-use crate::tls::{ALPN_H2, ALPN_HTTP1};
+use crate::{
+    tls::{ALPN_H2, ALPN_HTTP1},
+    workers::Role,
+};
 
 /// Requests that one client may have open on one HTTP/2 connection.
 const MAX_STREAMS: u32 = 256;
+/// After so many requests on a connection, a client that gave most of them up within a second is cut off: it costs more than it
+/// asks for ("Rapid Reset", CVE-2023-44487). The figures are Envoy's (`overload.premature_reset_total_stream_count`).
+const LOOK_AT_RESETS: u32 = 500;
+const PREMATURE: Duration = Duration::from_secs(1);
 
 pub(super) struct Connection {
     pub(super) slot: Rc<Slot>,
@@ -49,6 +56,9 @@ pub(super) struct Connection {
     cut: Cell<bool>,
     /// Requests that have begun and not ended.
     active: Cell<u32>,
+    /// Requests that have begun, and those of them that the client gave up soon after.
+    begun: Cell<u32>,
+    given_up: Cell<u32>,
     /// Whether it is more than requests: TCP, or a tunnel.
     tunnel: Cell<bool>,
     quiet_since: Cell<Instant>,
@@ -83,6 +93,8 @@ impl Connection {
                 draining: Cell::new(slot.is_draining()),
                 cut: Cell::new(false),
                 active: Cell::new(0),
+                begun: Cell::new(0),
+                given_up: Cell::new(0),
                 tunnel: Cell::new(false),
                 quiet_since: Cell::new(Instant::now()),
                 ends: Cell::new(None),
@@ -130,7 +142,21 @@ impl Connection {
 
     pub(super) fn request_started(&self) {
         self.active.set(self.active.get() + 1);
+        self.begun.set(self.begun.get().wrapping_add(1));
         self.slot.metrics.request_started();
+    }
+
+    /// The client gave up a request that began then.
+    pub(super) fn request_given_up(&self, began: Instant) {
+        // A sidecar's client is the fleet, which passes on what many clients do on one connection.
+        if self.slot.worker.role != Role::Fleet || began.elapsed() > PREMATURE {
+            return;
+        }
+        self.given_up.set(self.given_up.get() + 1);
+        if self.begun.get() >= LOOK_AT_RESETS && self.given_up.get() > self.begun.get() / 2 {
+            tracing::debug!(listener = self.slot.name, peer = %self.peer, "cut off: most of its requests were given up");
+            self.cut();
+        }
     }
 
     /// `at` spares a look at the clock.

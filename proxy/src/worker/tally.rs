@@ -200,6 +200,7 @@ impl Drop for Tally {
             self.connection.slot.metrics.client_aborted();
             self.flag = Some(Flag::DownstreamTermination);
             self.write_log(Instant::now());
+            self.connection.request_given_up(self.started);
         }
         self.connection.request_ended(self.ended);
     }

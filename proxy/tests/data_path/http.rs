@@ -397,3 +397,34 @@ async fn a_burst_of_first_calls_opens_one_connection() {
     assert!(futures::future::join_all(calls).await.iter().all(|body| body == "a"));
     assert_eq!((app.requests(), app.connections()), (50, 1));
 }
+
+#[tokio::test]
+async fn a_client_that_gives_up_most_of_its_requests_at_once_is_cut_off() {
+    let app = App::start(own_ip(), 8080, |request| async move {
+        if request.uri().path() == "/never" {
+            std::future::pending::<()>().await;
+        }
+        Response::new(full("a"))
+    })
+    .await;
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(http_to([(cluster("a", &[app.address]), 100)])).await;
+    let (mut bad, mut good) = (Http2::connect(proxy.address).await, Http2::connect(proxy.address).await);
+    let cut_off = async {
+        // Sent, and reset a moment later.
+        while !matches!(tokio::time::timeout(Duration::from_millis(1), bad.start(get("/never"))).await, Ok(Err(_))) {
+            assert_eq!(good.send(get("/")).await.unwrap().body, "a");
+        }
+    };
+    soon("its end", cut_off).await;
+    assert!(proxy.metric("sluice_client_aborts_total{listener=\"shop/cart:80\"}") >= 250);
+    assert_eq!(soon("an answer", good.send(get("/"))).await.unwrap().body, "a");
+
+    // One that gives up fewer is served on.
+    let mut patient = Http2::connect(proxy.address).await;
+    for _ in 0..400 {
+        let _ = tokio::time::timeout(Duration::from_millis(1), patient.start(get("/never"))).await;
+        assert_eq!(patient.send(get("/")).await.unwrap().body, "a");
+        assert_eq!(patient.send(get("/")).await.unwrap().body, "a");
+    }
+}
