@@ -32,6 +32,7 @@ pub const API_SERVER_AWAY: &[&str] = &[
     "cannot bring the cache up to date",
     "catching up failed",
     "watching the copies of the trust bundle failed",
+    "watching Secret sluice-ca failed",
     "could not be written",
     "cannot write an event",
     "tried again",
