@@ -46,14 +46,6 @@ impl Node {
         run(self.scripts.join("component"), &[&self.cluster, verb, component]).await.map(drop)
     }
 
-    /// `save` keeps what etcd has now, `restore` goes back to it. The API server is away meanwhile.
-    ///
-    /// # Errors
-    /// What the script says when it fails.
-    pub async fn etcd(&self, verb: &str) -> anyhow::Result<()> {
-        run(self.scripts.join("etcd-snapshot"), &[&self.cluster, verb]).await.map(drop)
-    }
-
     /// Forgets the history of all objects: who resumes a watch from before it is told to list again (410).
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! The cluster itself changes: a node is drained, a node is lost, etcd goes back to a snapshot.
+//! The cluster itself changes: a node is drained, a node is lost.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
 use std::time::Duration;
@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::{Node as KubeNode, Pod};
 use kube::{Api, ResourceExt, api::ListParams};
 use sluice_crds::{CanaryStatus, Phase, Stage};
 use sluice_e2e::{
-    adopted::{Adopted, MINUTE, Use, adopted, cluster, eventually, expect, quick, slow},
+    adopted::{Adopted, MINUTE, Use, adopted, cluster, eventually, expect, slow},
     installation::{self, API_SERVER_AWAY, CONTROLLERS_AWAY},
     node::Node,
     watch::unix_ms,
@@ -107,41 +107,5 @@ async fn a_node_that_is_lost_takes_what_it_had_and_new_connections_until_its_mem
     let done = stage.app.history.wait("the end of the release", applied, 5 * MINUTE, ended).await.unwrap().status;
     println!("the release ended as {:?}", done.phase);
     println!("{} ms after the node was back", unix_ms() - back);
-    stage.end().await;
-}
-
-#[tokio::test]
-#[ignore = "full"]
-async fn when_etcd_goes_back_to_a_snapshot_the_canary_goes_back_with_it() {
-    let Some(node) = Node::of_ours("to restore etcd") else { return };
-    let Some(mut stage) = adopted("restore", Use::Alone, &[], quick()).await else { return };
-    let before = stage.app.history.last().unwrap().status.primary_revision.unwrap();
-    let _expected = expect(&[CONTROLLERS_AWAY, API_SERVER_AWAY].concat());
-    node.etcd("save").await.unwrap();
-    let answers = || async { stage.app.cluster.client.apiserver_version().await.ok() };
-    eventually("the API server", MINUTE, answers).await;
-    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
-    stage.app.ends(applied, Phase::Succeeded, 4 * MINUTE).await.unwrap();
-    stage.nothing_failed().await;
-
-    let at = unix_ms();
-    node.etcd("restore").await.unwrap();
-    eventually("the API server", MINUTE, answers).await;
-    // Whatever a watch has seen since the snapshot never was: everybody who watches begins anew, as after any restore.
-    let restart =
-        ["-n", "sluice-system", "rollout", "restart", "deployment/sluice-controller", "deployment/sluice-fleet"];
-    stage.app.cluster.kubectl(&restart, None).await.unwrap();
-    installation::complete(&stage.app.cluster, "sluice-controller").await;
-    installation::complete(&stage.app.cluster, "sluice-fleet").await;
-    eventually("the revision of the snapshot", 3 * MINUTE, || async {
-        let status = stage.app.canaries().get("hello").await.ok()?.status?;
-        let serves = status.stage == Stage::Settled && status.primary_revision.as_ref() == Some(&before);
-        (serves && stage.answers_of("v1", unix_ms() - 5_000).await > 0).then_some(())
-    })
-    .await;
-    println!("the snapshot's revision serves {} ms after the restore", unix_ms() - at);
-    stage.counted_apart("etcd restored", at).await;
-    let applied = stage.app.release(&[("VERSION", "v3")]).await.unwrap();
-    stage.app.ends(applied, Phase::Succeeded, 3 * MINUTE).await.unwrap();
     stage.end().await;
 }
