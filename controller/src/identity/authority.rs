@@ -176,15 +176,21 @@ impl Authority {
         self.state.subscribe()
     }
 
-    /// The root that Secret `sluice-ca` asks for.
-    pub(super) fn wanted(&self) -> Arc<Root> {
-        Arc::clone(&self.state.borrow().wanted.signer)
+    /// Whether it is for us to make another root: the one that Secret `sluice-ca` had is ours, and old, or the Secret is gone.
+    pub(super) fn needs_root(&self, gone: bool, now: Timestamp) -> bool {
+        let state = self.state.borrow();
+        (gone && state.wanted.ours) || state.wanted.is_old(now)
     }
 
     /// The Secret has another content.
     pub(super) fn want(&self, wanted: Wanted, now: Timestamp) {
         let same = self.state.borrow().wanted.roots().eq(wanted.roots());
-        if !same {
+        if same {
+            self.state.send_if_modified(|state| {
+                state.wanted.ours = wanted.ours;
+                false
+            });
+        } else {
             tracing::info!(
                 fingerprint = trust::fingerprint(&wanted.signer.certificate),
                 "Secret {CA_SECRET} has another root; it is made known to the proxies before it signs"
@@ -417,6 +423,23 @@ mod tests {
             assert!(over >= known + DAY);
             authority.published(authority.next_trust(over), over);
             assert_eq!((authority.roots(), authority.due()), (vec![new.signer.certificate.clone()], None));
+        }
+    }
+
+    #[test]
+    fn only_a_root_of_our_own_is_replaced_by_ourselves() {
+        let now = Timestamp::now();
+        let nine_years = 9 * 365 * DAY + DAY;
+        for (ours, gone, at, expected) in [
+            (true, false, now, false),
+            (true, true, now, true),
+            (true, false, now + nine_years, true),
+            (false, true, now, false),
+            (false, false, now + nine_years, false),
+        ] {
+            let wanted = Wanted { ours, ..wanted(now) };
+            let authority = Authority::new(wanted, Trust::default(), "cluster.local", TIMES, now);
+            assert_eq!(authority.needs_root(gone, at), expected, "ours {ours}, gone {gone}");
         }
     }
 }

@@ -41,6 +41,8 @@ pub(super) struct Wanted {
     pub(super) signer: Arc<Root>,
     /// Further roots to be trusted.
     pub(super) beside: Vec<CertificateDer<'static>>,
+    /// Whether we made it, and may replace it.
+    pub(super) ours: bool,
 }
 
 impl Wanted {
@@ -54,7 +56,8 @@ impl Wanted {
         };
         let has_bundle = secret.data.as_ref().is_some_and(|data| data.contains_key(BUNDLE));
         let bundle = has_bundle.then(|| text(BUNDLE)).transpose()?;
-        Self::parse(text(CERTIFICATE)?, text(KEY)?, bundle.unwrap_or_default(), now)
+        let ours = secret.labels().get(MANAGED_BY).is_some_and(|by| by == sluice_crds::labels::FIELD_MANAGER);
+        Ok(Self { ours, ..Self::parse(text(CERTIFICATE)?, text(KEY)?, bundle.unwrap_or_default(), now)? })
     }
 
     /// `bundle`: further roots, PEM, may be empty.
@@ -73,23 +76,18 @@ impl Wanted {
             return Err(format!("certificate {} of {BUNDLE} cannot be read", at + 1));
         }
         beside.retain(|root| *root != certificate);
-        Ok(Self { signer: Arc::new(Root { certificate, issuer, not_after }), beside })
+        Ok(Self { signer: Arc::new(Root { certificate, issuer, not_after }), beside, ours: false })
+    }
+
+    /// Whether it is for us to replace it because of its age.
+    pub(super) fn is_old(&self, now: Timestamp) -> bool {
+        self.ours && now >= self.signer.not_after - ROOT_RENEWAL
     }
 
     /// All that should be trusted, the signing one first.
     pub(super) fn roots(&self) -> impl Iterator<Item = &CertificateDer<'static>> {
         std::iter::once(&self.signer.certificate).chain(&self.beside)
     }
-}
-
-/// Whether we made the root in this Secret.
-pub(super) fn is_ours(secret: &Secret) -> bool {
-    secret.labels().get(MANAGED_BY).is_some_and(|by| by == sluice_crds::labels::FIELD_MANAGER)
-}
-
-/// When a root of our own should be replaced.
-pub(super) fn renewal(root: &Root) -> Timestamp {
-    root.not_after - ROOT_RENEWAL
 }
 
 /// A new root, made now.

@@ -43,8 +43,7 @@ impl Rotation {
         let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.namespace);
         let by_name = watcher::Config::default().fields(&format!("metadata.name={CA_SECRET}"));
         let mut events = watcher(secrets.clone(), by_name).default_backoff().boxed();
-        // The Secret as it is, and whether the last one that was there was ours.
-        let (mut found, mut ours): (Option<Secret>, bool) = (None, false);
+        let mut found: Option<Secret> = None;
         let mut listed = false;
         loop {
             let mut listing = None;
@@ -74,11 +73,9 @@ impl Rotation {
                         self.namespace
                     ),
                 }
-                ours = root::is_ours(&secret);
                 found = Some(secret);
             }
-            let old = now >= root::renewal(&self.authority.wanted());
-            if listed && ours && (found.is_none() || old) && lease.may_write() {
+            if listed && self.authority.needs_root(found.is_none(), now) && lease.may_write() {
                 self.renew(&secrets, found.as_ref(), now).await;
             }
         }

@@ -366,7 +366,7 @@ async fn send(
             }
         };
     }
-    // Whichever way it got here, no application has seen the request.
+    // Whichever way it got here, no application has seen the last try.
     Err(match connection.slot.worker.role {
         Role::Sidecar => Refusal::NotProcessed,
         Role::Fleet if tried => Failure::ConnectFailed.into(),
