@@ -126,6 +126,12 @@ impl Authority {
         let published = published
             .map_err(|source| IdentityError::Trust { namespace: namespace.to_owned(), source: Box::new(source) })?;
         let trust = published.as_ref().map(Trust::read).unwrap_or_default();
+        if published.is_some() && trust.is_empty() {
+            tracing::warn!(
+                "ConfigMap {namespace}/{} holds no certificates: it is written anew, and a root that is being replaced is forgotten",
+                labels::TRUST_BUNDLE
+            );
+        }
         Ok(Self::new(wanted, trust, trust_domain, times, now))
     }
 
@@ -205,9 +211,9 @@ impl Authority {
         state.trust.advance(state.wanted.roots(), now, self.times)
     }
 
-    /// When that changes by itself, or another root may sign: then [`Self::look`] is to be called.
-    pub(super) fn due(&self) -> Option<Timestamp> {
-        self.state.borrow().trust.due(self.times)
+    /// When that is next something else than at `looked`, or another root may sign: then [`Self::look`] is to be called.
+    pub(super) fn due(&self, looked: Timestamp) -> Option<Timestamp> {
+        self.state.borrow().trust.due(looked, self.times)
     }
 
     /// What is published now.
@@ -407,7 +413,7 @@ mod tests {
         authority.published(authority.next_trust(now), now);
         assert!(signed_by(&issue(&authority, now).unwrap(), &old.signer), "it is not known yet");
         assert!(bundle.has_changed().unwrap() && authority.roots().len() == 2);
-        assert_eq!(authority.due(), Some(now + TIMES.spread));
+        assert_eq!(authority.due(now), Some(now + TIMES.spread));
 
         // A replica that starts now has the new root only.
         let late = Authority::new(new.clone(), authority.next_trust(now), "cluster.local", TIMES, now);
@@ -419,10 +425,10 @@ mod tests {
             authority.published(authority.next_trust(known), known);
             assert!(signed_by(&issue(authority, known).unwrap(), &new.signer));
             assert_eq!(authority.roots().len(), 2, "what the old one signed is trusted on");
-            let over = authority.due().unwrap();
+            let over = authority.due(known).unwrap();
             assert!(over >= known + DAY);
             authority.published(authority.next_trust(over), over);
-            assert_eq!((authority.roots(), authority.due()), (vec![new.signer.certificate.clone()], None));
+            assert_eq!((authority.roots(), authority.due(over)), (vec![new.signer.certificate.clone()], None));
         }
     }
 

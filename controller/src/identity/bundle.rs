@@ -80,9 +80,10 @@ impl TrustBundle {
         let mut listed = Some(BTreeMap::new());
         let mut retry = FIRST_RETRY;
         let mut retry_at = None;
+        let mut looked = Timestamp::now();
         loop {
             let due = async {
-                let roots = self.authority.due().map(|at| Instant::now() + until(at).min(LOOK_AGAIN));
+                let roots = self.authority.due(looked).map(|at| Instant::now() + until(at).min(LOOK_AGAIN));
                 match [retry_at, roots].into_iter().flatten().min() {
                     Some(at) => sleep_until(at).await,
                     None => std::future::pending().await,
@@ -115,13 +116,13 @@ impl TrustBundle {
                 changed = roots.changed() => if changed.is_err() { return },
                 () = due => {}
             }
-            let now = Timestamp::now();
-            self.authority.look(now);
+            looked = Timestamp::now();
+            self.authority.look(looked);
             // A list in progress says nothing yet about what is missing.
             if listed.is_some() || !lease.may_write() {
                 continue;
             }
-            let failed = self.settle(&mut found, self.wanted(&cache), &self.authority.next_trust(now), &lease).await;
+            let failed = self.settle(&mut found, self.wanted(&cache), &self.authority.next_trust(looked), &lease).await;
             (retry_at, retry) =
                 if failed { (Some(Instant::now() + retry), (retry * 2).min(LAST_RETRY)) } else { (None, FIRST_RETRY) };
         }

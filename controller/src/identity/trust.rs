@@ -126,12 +126,14 @@ impl Trust {
         }
     }
 
-    /// When [`Self::advance`] or [`Self::may_sign`] says something else by itself.
-    pub(super) fn due(&self, times: Times) -> Option<Timestamp> {
+    /// When [`Self::advance`] or [`Self::may_sign`] next says something else than at `looked`. What was due then already is not told
+    /// again: a replica that does not lead, or whose write failed, would never sleep.
+    pub(super) fn due(&self, looked: Timestamp, times: Times) -> Option<Timestamp> {
         self.0
             .iter()
             .flat_map(|trusted| [trusted.span.since.map(|at| at + times.spread), trusted.span.until])
             .flatten()
+            .filter(|at| *at > looked)
             .min()
     }
 
@@ -184,20 +186,21 @@ mod tests {
         let (old, new) = (root(1), root(2));
         let first = stored(&Trust::default().advance([&old].into_iter(), at(0), TIMES));
         assert!(Trust::default().may_sign(&old, at(0), TIMES) && first.may_sign(&old, at(0), TIMES));
-        assert_eq!((first.spans().as_str(), first.due(TIMES)), ("{}", None), "nobody is waited for");
+        assert_eq!((first.spans().as_str(), first.due(at(0), TIMES)), ("{}", None), "nobody is waited for");
 
         let both = stored(&first.advance([&new].into_iter(), at(10), TIMES));
         assert_eq!(both.roots().collect::<Vec<_>>(), [&new, &old]);
         assert!(!both.may_sign(&new, at(309), TIMES) && both.may_sign(&new, at(310), TIMES));
-        assert_eq!(both.due(TIMES), Some(at(310)));
+        assert_eq!(both.due(at(10), TIMES), Some(at(310)));
+        assert_eq!(both.due(at(310), TIMES), Some(at(10 + 300 + 3600 + 300)), "not what is due already");
         assert_eq!(stored(&both.advance([&new].into_iter(), at(200), TIMES)), both, "nothing is written in between");
 
         let signing = stored(&both.advance([&new].into_iter(), at(310), TIMES));
         // Published at 10, signing from 310, the last certificate of the old one ends at 3910 at the latest.
-        assert_eq!(signing.due(TIMES), Some(at(10 + 300 + 3600 + 300)));
+        assert_eq!(signing.due(at(310), TIMES), Some(at(10 + 300 + 3600 + 300)));
         assert_eq!(signing.roots().count(), 2);
         let last = stored(&signing.advance([&new].into_iter(), at(10 + 300 + 3600 + 300), TIMES));
-        assert_eq!((last.roots().collect::<Vec<_>>(), last.due(TIMES)), (vec![&new], None));
+        assert_eq!((last.roots().collect::<Vec<_>>(), last.due(at(0), TIMES)), (vec![&new], None));
     }
 
     #[test]
