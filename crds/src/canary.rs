@@ -344,27 +344,22 @@ pub struct Headers {
 
 /// Changes of headers: what is removed first, then what is set and added.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
-#[x_kube(
-    validation = Rule::new("!has(self.set) || self.set.all(name, name.matches('^[A-Za-z0-9!#$&*+.^_|~-]{1,128}$') && !(name.lowerAscii() in ['host', 'content-length', 'transfer-encoding', 'connection', 'upgrade', 'te', 'trailer', 'keep-alive', 'proxy-connection']) && !name.lowerAscii().startsWith('x-sluice-'))").message("spec.service.headers: a name in set is not that of a header, or frames or addresses the message (Host, Content-Length, Connection and the like), or is one of Sluice's own"),
-    validation = Rule::new("!has(self.add) || self.add.all(name, name.matches('^[A-Za-z0-9!#$&*+.^_|~-]{1,128}$') && !(name.lowerAscii() in ['host', 'content-length', 'transfer-encoding', 'connection', 'upgrade', 'te', 'trailer', 'keep-alive', 'proxy-connection']) && !name.lowerAscii().startsWith('x-sluice-'))").message("spec.service.headers: a name in add is not that of a header, or frames or addresses the message (Host, Content-Length, Connection and the like), or is one of Sluice's own"),
-    validation = Rule::new("!has(self.remove) || self.remove.all(name, !(name.lowerAscii() in ['host', 'content-length', 'transfer-encoding', 'connection', 'upgrade', 'te', 'trailer', 'keep-alive', 'proxy-connection']) && !name.lowerAscii().startsWith('x-sluice-'))").message("spec.service.headers: a name in remove frames or addresses the message (Host, Content-Length, Connection and the like), or is one of Sluice's own")
-)]
+#[x_kube(validation = Rule::new("((has(self.set) ? self.set.map(name, name) : []) + (has(self.add) ? self.add.map(name, name) : []) + (has(self.remove) ? self.remove : [])).all(name, name.matches('^[A-Za-z0-9!#$&*+.^_|~-]{1,128}$') && !(name.lowerAscii() in ['host', 'content-length', 'transfer-encoding', 'connection', 'upgrade', 'te', 'trailer', 'keep-alive', 'proxy-connection']) && !name.lowerAscii().startsWith('x-sluice-'))").message("spec.service.headers: set, add and remove take names of headers, but of none that frames or addresses the message (Host, Content-Length, Connection and the like), and of none of Sluice's own (x-sluice-...). Remove it"))]
 pub struct HeaderOperations {
-    /// Put in the place of those of the same name.
+    /// Put in the place of those of the same name. Values are visible ASCII and spaces, without `%`, which Envoy would replace.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 16, "additionalProperties" = {"type": "string", "maxLength": 1024, "pattern": HEADER_VALUE}))]
     pub set: BTreeMap<String, String>,
-    /// Put beside those of the same name.
+    /// Put beside those of the same name. Values as in `set`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 16, "additionalProperties" = {"type": "string", "maxLength": 1024, "pattern": HEADER_VALUE}))]
     pub add: BTreeMap<String, String>,
     /// Taken away.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 16), inner(length(min = 1, max = 128), regex(pattern = "^[A-Za-z0-9!#$&*+.^_|~-]+$")))]
+    #[schemars(length(max = 16), inner(length(min = 1, max = 128)))]
     pub remove: Vec<String>,
 }
 
-/// Visible ASCII without `%`, which stands for a value of the request in Envoy.
 const HEADER_VALUE: &str = "^[ -$&-~]*$";
 
 /// A further Service.
