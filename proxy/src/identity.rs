@@ -29,7 +29,6 @@ const BUNDLE_INTERVAL: Duration = Duration::from_secs(30);
 pub struct Certificate {
     pub client: ClientCertificate,
     pub roots: Vec<CertificateDer<'static>>,
-    pub not_before: SystemTime,
     pub not_after: SystemTime,
 }
 
@@ -42,10 +41,7 @@ impl Certificate {
 
 impl fmt::Debug for Certificate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Certificate")
-            .field("not_before", &self.not_before)
-            .field("not_after", &self.not_after)
-            .finish_non_exhaustive()
+        f.debug_struct("Certificate").field("not_after", &self.not_after).finish_non_exhaustive()
     }
 }
 
@@ -227,7 +223,7 @@ fn certificate(key: &KeyPair, answer: SignResponse) -> Result<Certificate, SignE
         return Err(SignError::Answer("the certificate is over; compare the clocks of this node and the controller's"));
     }
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
-    Ok(Certificate { client: ClientCertificate { chain, key }, roots, not_before, not_after })
+    Ok(Certificate { client: ClientCertificate { chain, key }, roots, not_after })
 }
 
 /// At two thirds of the life that a certificate has now, when it was signed (it is dated back), give or take 5 % of it by `draw`
@@ -253,7 +249,6 @@ mod tests {
         let certificate = Certificate {
             client: ClientCertificate { chain: Vec::new(), key: PrivatePkcs8KeyDer::from(Vec::new()).into() },
             roots: Vec::new(),
-            not_before: now,
             not_after: now + 24 * hour,
         };
         let at = |draw| renew_at(&certificate, draw).duration_since(now).unwrap_or_default();
@@ -261,8 +256,7 @@ mod tests {
         assert!(at(0.0) >= 14 * hour && at(0.0) < 15 * hour);
         assert!(at(1.0) > 17 * hour && at(1.0) <= 18 * hour);
 
-        // As a short one is that was dated back.
-        let short = Certificate { not_before: now - hour, not_after: now + hour / 60, ..certificate };
+        let short = Certificate { not_after: now + hour / 60, ..certificate };
         let wait = renew_at(&short, 0.5).duration_since(now).unwrap_or_default();
         assert!(wait.as_secs() >= 39 && wait.as_secs() <= 41, "{wait:?}");
     }

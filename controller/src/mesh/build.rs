@@ -100,7 +100,10 @@ fn canary_resources(inputs: &Inputs, index: &Index<'_>, canary: &Canary, snapsho
     let additional: Vec<&Service> =
         canary.spec.additional_services().filter_map(|name| found(name.to_owned())).collect();
 
-    sidecars(index, canary, &key, apex_service, &additional, inputs, snapshot);
+    let spec = &canary.spec.service;
+    let mut ports = apex_service.map_or_else(|| service::ports_of_spec(spec), |apex| service::ports(apex, spec));
+    ports.extend(additional.iter().flat_map(|service| service::ports(service, spec)));
+    sidecars(inputs, index, &key, &ports, snapshot);
 
     let (Some(mut traffic), Some(apex_service)) = (status.and_then(|status| status.traffic.clone()), apex_service)
     else {
@@ -297,23 +300,12 @@ fn revision_id(settings: &Settings, namespace: &str, facts: &RevisionFacts) -> S
 }
 
 /// Sidecar views of all revisions that are known, whether they have traffic or not: a Pod needs its own to become ready.
-fn sidecars(
-    index: &Index<'_>,
-    canary: &Canary,
-    key: &CanaryKey,
-    apex: Option<&Service>,
-    additional: &[&Service],
-    inputs: &Inputs,
-    snapshot: &mut Snapshot,
-) {
+fn sidecars(inputs: &Inputs, index: &Index<'_>, key: &CanaryKey, ports: &[Port], snapshot: &mut Snapshot) {
     let first = RevisionKey { canary: key.clone(), revision: String::new() };
     let revisions = index.facts.range(first..).take_while(|(revision, _)| revision.canary == *key);
-    let spec = &canary.spec.service;
-    let mut ports = apex.map_or_else(|| service::ports_of_spec(spec), |apex| service::ports(apex, spec));
-    ports.extend(additional.iter().flat_map(|service| service::ports(service, spec)));
     for (revision, facts) in revisions {
         let mut inbound: BTreeMap<u16, InboundPort> = BTreeMap::new();
-        for port in &ports {
+        for port in ports {
             let Some(number) = facts.port(&port.target) else { continue };
             let http = port.protocol == Protocol::Http;
             let one =
@@ -436,7 +428,7 @@ mod tests {
                 cluster::v3::Cluster,
                 endpoint::v3::{ClusterLoadAssignment, lb_endpoint::HostIdentifier},
                 listener::v3::{Listener, filter},
-                route::v3::{RouteConfiguration, route, route_action::ClusterSpecifier},
+                route::v3::{Route, RouteAction, RouteConfiguration, route, route_action::ClusterSpecifier},
             },
             extensions::filters::network::tcp_proxy::v3::{TcpProxy, tcp_proxy},
         },
@@ -552,18 +544,49 @@ mod tests {
         );
     }
 
+    /// The route of the shop's port, and where it leads.
+    fn route_of(shop: &Shop) -> (Route, RouteAction) {
+        let snapshot = build(&shop.inputs());
+        let config: RouteConfiguration =
+            unpack(&snapshot.fleet.get(TypeUrl::Route, "shop/web:80").unwrap().body).unwrap();
+        let route = config.virtual_hosts[0].routes[0].clone();
+        let Some(route::Action::Route(action)) = route.action.clone() else { panic!() };
+        (route, action)
+    }
+
+    #[test]
+    fn a_further_service_is_split_like_the_first_and_counted_under_its_name() {
+        let mut shop = Shop::new();
+        shop.canary["spec"]["service"]["additional"] = json!([{"name": "web-internal"}]);
+        shop.traffic("aaa", Some("bbb"), 30);
+        shop.revision_pod("a", "aaa", "10.1.0.1");
+        let mut inputs = shop.inputs();
+        let further = json!({
+            "metadata": {"namespace": "shop", "name": "web-internal", "uid": "more"},
+            "spec": {"ports": [{"port": 8080, "name": "http", "protocol": "TCP", "targetPort": 9090}], "type": "ClusterIP"},
+        });
+        inputs.services.push(std::sync::Arc::new(serde_json::from_value(further).unwrap()));
+        let wanted = wanted_ports(&inputs);
+        assert!(wanted.iter().any(|key| (key.service.as_str(), key.port) == ("web-internal", 8080)));
+        inputs.ports = wanted.into_iter().zip(20_001..).collect();
+        let snapshot = build(&inputs);
+        let name = "shop/web-internal:8080";
+        let both = [(format!("{name}/aaa"), 70), (format!("{name}/bbb"), 30)];
+        assert_eq!(split(&snapshot.fleet, name), Some(both.to_vec()));
+        let carriers = &snapshot.canaries[&shop.key()].resources;
+        assert!(carriers.contains(&(TypeUrl::Route, name.into())), "its weight counts when this is acknowledged, too");
+        let cluster: Cluster =
+            unpack(&snapshot.fleet.get(TypeUrl::Cluster, &format!("{name}/aaa")).unwrap().body).unwrap();
+        assert!(format!("{:?}", cluster.metadata).contains("StringValue(\"web\")"), "{:?}", cluster.metadata);
+        let sidecar = &snapshot.sidecars[&RevisionKey { canary: shop.key(), revision: "aaa".into() }];
+        assert!(sidecar.get(TypeUrl::Cluster, "local/9090").is_some(), "the sidecar leads to its port");
+    }
+
     #[test]
     fn retries_and_headers_are_said_where_something_is_forwarded() {
         let mut shop = Shop::new();
         shop.traffic("aaa", None, 0);
-        let route = |shop: &Shop| {
-            let snapshot = build(&shop.inputs());
-            let config: RouteConfiguration =
-                unpack(&snapshot.fleet.get(TypeUrl::Route, "shop/web:80").unwrap().body).unwrap();
-            config.virtual_hosts[0].routes[0].clone()
-        };
-        let plain = route(&shop);
-        let Some(route::Action::Route(action)) = &plain.action else { panic!() };
+        let (plain, action) = route_of(&shop);
         assert!(action.retry_policy.is_none() && plain.request_headers_to_add.is_empty());
 
         shop.canary["spec"]["service"]["retries"] =
@@ -572,8 +595,7 @@ mod tests {
             "request": {"set": {"x-team": "shop"}, "add": {"x-hop": "fleet"}},
             "response": {"remove": ["server"]},
         });
-        let said = route(&shop);
-        let Some(route::Action::Route(action)) = &said.action else { panic!() };
+        let (said, action) = route_of(&shop);
         let retry = action.retry_policy.as_ref().unwrap();
         assert_eq!((retry.retry_on.as_str(), retry.num_retries), ("5xx,reset", Some(3)));
         assert_eq!(retry.per_try_timeout.map(|timeout| timeout.seconds), Some(2));
@@ -593,13 +615,7 @@ mod tests {
     fn a_timeout_is_said_and_so_is_that_there_is_none() {
         let mut shop = Shop::new();
         shop.traffic("aaa", None, 0);
-        let timeout = |shop: &Shop| {
-            let resource = build(&shop.inputs());
-            let config: RouteConfiguration =
-                unpack(&resource.fleet.get(TypeUrl::Route, "shop/web:80").unwrap().body).unwrap();
-            let Some(route::Action::Route(action)) = config.virtual_hosts[0].routes[0].action.clone() else { panic!() };
-            action.timeout.map(|timeout| (timeout.seconds, timeout.nanos))
-        };
+        let timeout = |shop: &Shop| route_of(shop).1.timeout.map(|timeout| (timeout.seconds, timeout.nanos));
         assert_eq!(timeout(&shop), Some((0, 0)), "Envoy would take 15 s otherwise");
         shop.canary["spec"]["service"]["timeout"] = json!("1m500ms");
         assert_eq!(timeout(&shop), Some((60, 500_000_000)));

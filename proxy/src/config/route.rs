@@ -72,14 +72,15 @@ pub(super) fn parse(message: &RouteConfiguration, field: &str) -> Result<Action,
             return Err(ConfigError::unsupported(format!("{field}[0].match"), format!("{other:?}"), "the prefix /"));
         }
     }
+    let at = format!("{field}[0]");
     match &route.action {
         Some(MessageAction::Route(action)) => {
-            let field = format!("{field}[0].route");
+            let field = format!("{at}.route");
             let targets = forward(action, &field)?;
             let policy = Policy {
                 timeout: duration(action.timeout.as_ref(), || format!("{field}.timeout"))?,
                 retry: action.retry_policy.as_ref().map(|retry| retries(retry, &field)).transpose()?.flatten(),
-                ..headers(route, field.trim_end_matches(".route"))?
+                ..headers(route, &at)?
             };
             Ok(Action::Forward { targets, policy: Arc::new(policy) })
         }

@@ -326,7 +326,6 @@ async fn send(
                         retries.back_off().await;
                         continue;
                     }
-                    outgoing.next = None;
                     outgoing.settle();
                     return Ok((response, lease));
                 }

@@ -67,7 +67,9 @@ impl<'a> Retries<'a> {
 
     /// Takes one retry out of the budget, if there is any left.
     pub(super) fn take(&mut self) -> bool {
-        let Some(policy) = self.policy.filter(|policy| self.done < policy.retries) else { return false };
+        if self.policy.is_none_or(|policy| self.done >= policy.retries) {
+            return false;
+        }
         if self.retrying.is_none() {
             let budget = (self.cluster.active.get() / BUDGET_DIVISOR).max(LEAST_BUDGET);
             if self.cluster.retrying.get() >= budget {
@@ -75,7 +77,6 @@ impl<'a> Retries<'a> {
             }
             self.retrying = Some(Counted::on(&self.cluster.retrying));
         }
-        debug_assert!(self.done < policy.retries);
         self.done += 1;
         true
     }

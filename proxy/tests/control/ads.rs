@@ -84,7 +84,6 @@ impl Bench {
         let certificate = Certificate {
             client: ClientCertificate { chain, key },
             roots: vec![CertificateDer::from_pem_slice(ca.pem.as_bytes()).unwrap()],
-            not_before: SystemTime::now(),
             not_after: SystemTime::now() + Duration::from_secs(3600),
         };
         let certificate = watch::Sender::new(Some(Arc::new(certificate)));
@@ -137,7 +136,6 @@ async fn a_renewed_certificate_opens_the_stream_anew_at_once_with_what_is_held()
     let renewed = Certificate {
         client: ClientCertificate { chain, key },
         roots: held.roots.clone(),
-        not_before: held.not_before,
         not_after: held.not_after + Duration::from_secs(3600),
     };
     bench.certificate.send_replace(Some(Arc::new(renewed)));
