@@ -39,8 +39,8 @@ use crate::{
 
 /// Requests that one client may have open on one HTTP/2 connection.
 const MAX_STREAMS: u32 = 256;
-/// After so many requests on a connection, a client that gave most of them up within a second is cut off: it costs more than it
-/// asks for ("Rapid Reset", CVE-2023-44487). The figures are Envoy's (`overload.premature_reset_total_stream_count`).
+/// After so many requests on a connection, a client that gave most of them up within a second, unanswered, is cut off: it costs more
+/// than it asks for ("Rapid Reset", CVE-2023-44487). The figures are Envoy's (`overload.premature_reset_total_stream_count`).
 const LOOK_AT_RESETS: u32 = 500;
 const PREMATURE: Duration = Duration::from_secs(1);
 
@@ -56,7 +56,7 @@ pub(super) struct Connection {
     cut: Cell<bool>,
     /// Requests that have begun and not ended.
     active: Cell<u32>,
-    /// Requests that have begun, and those of them that the client gave up soon after.
+    /// Requests that have begun, and those of them that the client gave up soon after, before they were answered.
     begun: Cell<u32>,
     given_up: Cell<u32>,
     /// Whether it is more than requests: TCP, or a tunnel.
@@ -146,8 +146,8 @@ impl Connection {
         self.slot.metrics.request_started();
     }
 
-    /// The client gave up a request that began then.
-    pub(super) fn request_given_up(&self, began: Instant) {
+    /// The client gave up a request that began then, and nothing had been answered.
+    pub(super) fn given_up_unanswered(&self, began: Instant) {
         // A sidecar's client is the fleet, which passes on what many clients do on one connection.
         if self.slot.worker.role != Role::Fleet || began.elapsed() > PREMATURE {
             return;

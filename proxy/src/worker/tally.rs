@@ -200,7 +200,9 @@ impl Drop for Tally {
             self.connection.slot.metrics.client_aborted();
             self.flag = Some(Flag::DownstreamTermination);
             self.write_log(Instant::now());
-            self.connection.request_given_up(self.started);
+            if self.first_byte.is_none() {
+                self.connection.given_up_unanswered(self.started);
+            }
         }
         self.connection.request_ended(self.ended);
     }
