@@ -15,8 +15,17 @@ from google.protobuf.descriptor import FieldDescriptor as F
 # Python module -> {message or enum or service (nested ones with dots): fields}. Enums are always whole.
 KEEP = {
     "google.rpc.status_pb2": {"Status": "code message details"},
-    "envoy.type.v3.percent_pb2": {"Percent": "value"},
-    "envoy.type.matcher.v3.string_pb2": {"StringMatcher": "exact prefix suffix contains ignore_case"},
+    "envoy.type.v3.percent_pb2": {
+        "Percent": "value",
+        "FractionalPercent": "numerator denominator",
+        "FractionalPercent.DenominatorType": None,
+    },
+    "envoy.type.v3.range_pb2": {"Int64Range": "start end"},
+    "envoy.type.matcher.v3.regex_pb2": {
+        "RegexMatcher": "regex",
+        "RegexMatchAndSubstitute": "pattern substitution",
+    },
+    "envoy.type.matcher.v3.string_pb2": {"StringMatcher": "exact prefix suffix safe_regex contains ignore_case"},
     "envoy.config.core.v3.address_pb2": {
         "Address": "socket_address",
         "SocketAddress": "protocol address port_value named_port",
@@ -34,6 +43,7 @@ KEEP = {
         "HeaderValueOption.HeaderAppendAction": None,
         "TransportSocket": "name typed_config",
         "ControlPlane": "identifier",
+        "RuntimeFractionalPercent": "default_value",
     },
     "envoy.config.core.v3.config_source_pb2": {
         "ApiVersion": None,
@@ -58,16 +68,24 @@ KEEP = {
         "CircuitBreakers": "thresholds",
         "CircuitBreakers.Thresholds": "priority max_connections max_pending_requests max_requests max_retries",
     },
+    "envoy.config.cluster.v3.outlier_detection_pb2": {
+        "OutlierDetection": "consecutive_5xx interval base_ejection_time max_ejection_percent"
+        " consecutive_gateway_failure enforcing_consecutive_5xx enforcing_consecutive_gateway_failure"
+        " split_external_local_origin_errors consecutive_local_origin_failure enforcing_success_rate"
+        " max_ejection_time",
+    },
     "envoy.config.cluster.v3.cluster_pb2": {
         "Cluster": "name alt_stat_name type eds_cluster_config connect_timeout per_connection_buffer_limit_bytes"
-        " lb_policy load_assignment circuit_breakers least_request_lb_config original_dst_lb_config"
+        " lb_policy load_assignment circuit_breakers outlier_detection least_request_lb_config original_dst_lb_config"
         " common_lb_config typed_extension_protocol_options transport_socket metadata",
         "Cluster.DiscoveryType": None,
         "Cluster.LbPolicy": None,
         "Cluster.EdsClusterConfig": "eds_config service_name",
-        "Cluster.LeastRequestLbConfig": "choice_count",
+        "Cluster.SlowStartConfig": "slow_start_window min_weight_percent",
+        "Cluster.LeastRequestLbConfig": "choice_count slow_start_config",
         "Cluster.OriginalDstLbConfig": "use_http_header upstream_port_override",
-        "Cluster.CommonLbConfig": "healthy_panic_threshold",
+        "Cluster.CommonLbConfig": "healthy_panic_threshold zone_aware_lb_config",
+        "Cluster.CommonLbConfig.ZoneAwareLbConfig": "routing_enabled min_cluster_size",
     },
     "envoy.config.listener.v3.listener_components_pb2": {
         "Filter": "name typed_config",
@@ -83,13 +101,31 @@ KEEP = {
     "envoy.config.route.v3.route_components_pb2": {
         "VirtualHost": "name domains routes",
         "Route": "name match route direct_response metadata request_headers_to_add request_headers_to_remove"
-        " response_headers_to_add response_headers_to_remove",
-        "WeightedCluster": "clusters total_weight",
+        " response_headers_to_add response_headers_to_remove typed_per_filter_config",
+        "WeightedCluster": "clusters total_weight use_hash_policy",
         "WeightedCluster.ClusterWeight": "name weight",
-        "RouteMatch": "prefix path",
-        "RouteAction": "cluster weighted_clusters timeout idle_timeout retry_policy",
+        "RouteMatch": "prefix path safe_regex path_separated_prefix case_sensitive headers query_parameters",
+        "HeaderMatcher": "name present_match string_match range_match invert_match treat_missing_header_as_empty",
+        "QueryParameterMatcher": "name string_match present_match",
+        "RouteAction": "cluster weighted_clusters timeout idle_timeout retry_policy prefix_rewrite regex_rewrite"
+        " host_rewrite_literal append_x_forwarded_host request_mirror_policies hash_policy",
+        "RouteAction.RequestMirrorPolicy": "cluster runtime_fraction disable_shadow_host_suffix_append",
+        "RouteAction.HashPolicy": "header cookie terminal",
+        "RouteAction.HashPolicy.Header": "header_name",
+        "RouteAction.HashPolicy.Cookie": "name ttl path attributes",
+        "RouteAction.HashPolicy.CookieAttribute": "name value",
         "RetryPolicy": "retry_on num_retries per_try_timeout",
         "DirectResponseAction": "status body",
+    },
+    "envoy.extensions.filters.common.fault.v3.fault_pb2": {"FaultDelay": "fixed_delay percentage"},
+    "envoy.extensions.filters.http.cors.v3.cors_pb2": {
+        "Cors": "",
+        "CorsPolicy": "allow_origin_string_match allow_methods allow_headers expose_headers max_age allow_credentials"
+        " filter_enabled forward_not_matching_preflights",
+    },
+    "envoy.extensions.filters.http.fault.v3.fault_pb2": {
+        "FaultAbort": "http_status grpc_status percentage",
+        "HTTPFault": "delay abort headers",
     },
     "envoy.extensions.filters.http.router.v3.router_pb2": {"Router": "suppress_envoy_headers"},
     "envoy.extensions.filters.listener.http_inspector.v3.http_inspector_pb2": {"HttpInspector": ""},

@@ -166,7 +166,7 @@ pub(super) fn route(name: &str, split: Option<&Split>, how: &ServiceSpec) -> Res
             route::Action::Route(RouteAction {
                 cluster_specifier: Some(ClusterSpecifier::WeightedClusters(WeightedCluster {
                     clusters: split.iter().map(weight).collect(),
-                    total_weight: None,
+                    ..WeightedCluster::default()
                 })),
                 // Without one Envoy's own, of 15 s, would hold.
                 timeout: Some(how.timeout.as_deref().and_then(duration).unwrap_or(seconds(0))),
@@ -371,7 +371,10 @@ fn route_configuration(name: &str, action: route::Action) -> RouteConfiguration 
             name: name.to_owned(),
             domains: vec!["*".to_owned()],
             routes: vec![Route {
-                r#match: Some(RouteMatch { path_specifier: Some(PathSpecifier::Prefix("/".to_owned())) }),
+                r#match: Some(RouteMatch {
+                    path_specifier: Some(PathSpecifier::Prefix("/".to_owned())),
+                    ..RouteMatch::default()
+                }),
                 action: Some(action),
                 ..Route::default()
             }],

@@ -185,7 +185,10 @@ fn one_route(name: &str, action: route::Action) -> RouteConfiguration {
             name: name.to_owned(),
             domains: vec!["*".to_owned()],
             routes: vec![Route {
-                r#match: Some(RouteMatch { path_specifier: Some(PathSpecifier::Prefix("/".to_owned())) }),
+                r#match: Some(RouteMatch {
+                    path_specifier: Some(PathSpecifier::Prefix("/".to_owned())),
+                    ..RouteMatch::default()
+                }),
                 action: Some(action),
                 ..Route::default()
             }],
