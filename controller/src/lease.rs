@@ -86,6 +86,18 @@ impl CallError {
     }
 }
 
+/// The cluster is in an earlier state than one that this replica has seen, as after a restore of etcd.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error(
+    "the Lease {name} says less than before (epoch {found}, {seen} was seen): the cluster was taken back in time, as by a restore \
+     of etcd, and what this replica remembers may not be so any more. It ends, to start anew from what the API server says"
+)]
+pub struct TakenBack {
+    name: String,
+    found: String,
+    seen: String,
+}
+
 /// Epochs that are reported from here on are not believed: `leaseTransitions` is an `int32`, and a liar must not use it up.
 const IMPLAUSIBLE: u64 = 1 << 30;
 
@@ -171,11 +183,46 @@ pub struct Election {
     api: Api<Lease>,
     settings: LeaseSettings,
     shared: Arc<Shared>,
+    latest: Option<Mark>,
 }
 
 impl std::fmt::Debug for Election {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Election").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+/// How far an election had come.
+#[derive(Debug, Clone)]
+struct Mark {
+    epoch: u64,
+    renewed: Option<Timestamp>,
+}
+
+impl Mark {
+    fn of(lease: &Lease) -> Self {
+        let renewed = lease.spec.as_ref().and_then(|spec| spec.renew_time.as_ref());
+        Self { epoch: epoch_of(lease), renewed: renewed.map(|time| time.0) }
+    }
+
+    /// By more than a clock is set back by, since renewals carry their holder's time.
+    fn is_before(&self, other: &Self, tolerance: Duration) -> bool {
+        let earlier = || {
+            self.renewed
+                .zip(other.renewed)
+                .is_some_and(|(this, that)| that.duration_since(this).as_secs() > tolerance.as_secs().cast_signed())
+        };
+        self.epoch < other.epoch || (self.epoch == other.epoch && earlier())
+    }
+}
+
+impl std::fmt::Display for Mark {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.epoch)?;
+        if let Some(renewed) = self.renewed {
+            write!(f, " renewed at {renewed:.0}")?;
+        }
+        Ok(())
     }
 }
 
@@ -201,36 +248,44 @@ impl Election {
             return Err(LeaseError::Holder);
         }
         let shared = Arc::new(Shared::default());
-        let election =
-            Self { api: Api::namespaced(client, &settings.namespace), settings, shared: Arc::clone(&shared) };
+        let election = Self {
+            api: Api::namespaced(client, &settings.namespace),
+            settings,
+            shared: Arc::clone(&shared),
+            latest: None,
+        };
         Ok((election, LeaseHandle(shared)))
     }
 
     /// Waits, leads, loses, waits again, until `stop`; then gives the Lease back, so that the next one need not wait for its
     /// end. Everything that writes must have ended before `stop`.
-    pub async fn run(self, stop: CancellationToken) {
+    ///
+    /// # Errors
+    /// If the Lease goes back to what it said long before; nothing that was learned from the API server since is to be relied on.
+    pub async fn run(mut self, stop: CancellationToken) -> Result<(), TakenBack> {
         loop {
             let (lease, term) = tokio::select! {
                 biased;
-                () = stop.cancelled() => return,
-                won = self.stand_by() => won,
+                () = stop.cancelled() => return Ok(()),
+                won = self.stand_by() => won?,
             };
             tracing::info!(epoch = term.epoch, "this replica leads");
             let last = self.lead(lease, term, &stop).await;
             self.shared.publish(None);
+            let last = last?;
             if stop.is_cancelled() {
                 self.release(last).await;
-                return;
+                return Ok(());
             }
             tracing::warn!(epoch = term.epoch, "this replica no longer leads");
         }
     }
 
     /// Until the Lease is ours.
-    async fn stand_by(&self) -> (Lease, Term) {
+    async fn stand_by(&mut self) -> Result<(Lease, Term), TakenBack> {
         let this_one = watcher::Config::default().fields(&format!("metadata.name={}", self.settings.name));
         let mut changes = pin!(watcher(self.api.clone(), this_one).default_backoff());
-        let mut known = self.look().await;
+        let mut known = self.look().await?;
         loop {
             let free_at = self.free_at(&known);
             let holder = known.lease.as_ref().and_then(|lease| lease.spec.as_ref()?.holder_identity.clone());
@@ -250,7 +305,12 @@ impl Election {
                         // A watcher never ends.
                         None => return std::future::pending().await,
                     };
-                    known.update(lease);
+                    match &lease {
+                        // A watch may lag; a read does not.
+                        Some(lease) if self.is_behind(lease) => known.update(self.look().await?.lease),
+                        _ => known.update(lease),
+                    }
+                    self.remember(known.lease.as_ref());
                 }
                 () = sleep_until(free_at) => {
                     let sent = Instant::now();
@@ -263,14 +323,15 @@ impl Election {
                             };
                             self.shared.holder.send_replace(Some(self.settings.holder.clone()));
                             self.shared.publish(Some(term));
-                            return (lease, term);
+                            self.remember(Some(&lease));
+                            return Ok((lease, term));
                         }
                         Err(error) => {
                             if !error.is_outdated() {
                                 tracing::warn!("cannot take the lease: {error}");
                             }
                             sleep(self.settings.retry).await;
-                            let seen = self.look().await;
+                            let seen = self.look().await?;
                             known.update(seen.lease);
                         }
                     }
@@ -280,17 +341,17 @@ impl Election {
     }
 
     /// Until the term ends; the Lease as we last wrote it.
-    async fn lead(&self, mut lease: Lease, mut term: Term, stop: &CancellationToken) -> Lease {
+    async fn lead(&mut self, mut lease: Lease, mut term: Term, stop: &CancellationToken) -> Result<Lease, TakenBack> {
         loop {
             tokio::select! {
                 biased;
-                () = stop.cancelled() => return lease,
+                () = stop.cancelled() => return Ok(lease),
                 () = self.shared.raised.notified() => {}
                 () = sleep(self.settings.retry) => {}
             }
             let sent = Instant::now();
             if sent >= term.until {
-                return lease;
+                return Ok(lease);
             }
             // The write is conditional on the resource version: it succeeds only if the Lease is still ours, so a higher epoch
             // needs no read before.
@@ -299,6 +360,7 @@ impl Election {
             match self.write(true, &self.renewed(&lease, epoch)).await {
                 Ok(written) => {
                     lease = written;
+                    self.remember(Some(&lease));
                     if epoch != term.epoch {
                         tracing::warn!(epoch, "a proxy has seen a later epoch: this replica starts a new term");
                     }
@@ -307,13 +369,17 @@ impl Election {
                 }
                 Err(error) if error.is_outdated() => {
                     // Our own write whose answer was lost, a stranger's annotation, or another holder.
-                    match self.read().await {
+                    let found = self.read().await;
+                    if let Ok(Some(found)) = &found {
+                        self.check(found)?;
+                    }
+                    match found {
                         Ok(Some(found)) if self.is_ours(&found) && epoch_of(&found) >= term.epoch => {
                             lease = found;
                             term.epoch = epoch_of(&lease);
                             self.shared.publish(Some(term));
                         }
-                        Ok(_) => return lease,
+                        Ok(_) => return Ok(lease),
                         Err(error) => tracing::warn!("cannot read the lease: {error}"),
                     }
                 }
@@ -349,15 +415,38 @@ impl Election {
     }
 
     /// Reads the Lease, however long that takes.
-    async fn look(&self) -> Sighting {
+    async fn look(&mut self) -> Result<Sighting, TakenBack> {
         loop {
             match self.read().await {
                 Ok(lease) => {
-                    return Sighting { lease, at: Instant::now() };
+                    if let Some(lease) = &lease {
+                        self.check(lease)?;
+                    }
+                    return Ok(Sighting { lease, at: Instant::now() });
                 }
                 Err(error) => tracing::warn!("cannot read the lease: {error}"),
             }
             sleep(self.settings.retry).await;
+        }
+    }
+
+    /// That a Lease read from the quorum is not older than what was seen before.
+    fn check(&mut self, lease: &Lease) -> Result<(), TakenBack> {
+        if let Some(latest) = self.latest.as_ref().filter(|_| self.is_behind(lease)) {
+            let name = self.settings.name.clone();
+            return Err(TakenBack { name, found: Mark::of(lease).to_string(), seen: latest.to_string() });
+        }
+        self.remember(Some(lease));
+        Ok(())
+    }
+
+    fn is_behind(&self, lease: &Lease) -> bool {
+        self.latest.as_ref().is_some_and(|latest| Mark::of(lease).is_before(latest, self.settings.duration))
+    }
+
+    fn remember(&mut self, lease: Option<&Lease>) {
+        if let Some(lease) = lease {
+            self.latest = Some(Mark::of(lease));
         }
     }
 

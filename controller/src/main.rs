@@ -223,7 +223,10 @@ async fn run(settings: Settings, provider: Arc<CryptoProvider>) -> anyhow::Resul
     let ended = tokio::select! {
         _ = term_signal.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
-        elected = &mut election => Err(anyhow::anyhow!("the election ended: {elected:?}")),
+        elected = &mut election => match elected {
+            Ok(Err(taken_back)) => Err(taken_back.into()),
+            ended => Err(anyhow::anyhow!("the election ended: {ended:?}")),
+        },
         served = &mut grpc => Err(anyhow::anyhow!("the gRPC port ended: {served:?}")),
         served = &mut answering => Err(anyhow::anyhow!("the webhook ended: {served:?}")),
         kept = &mut protecting => Err(anyhow::anyhow!("the keeper of the protection ended: {kept:?}")),

@@ -321,6 +321,7 @@ impl Server {
             primary: Backend(primary.to_owned()),
             canary: canary.map(|name| Backend(name.to_owned())),
             weight,
+            matches: None,
         };
         let deadline = Instant::now() + PATIENCE;
         loop {

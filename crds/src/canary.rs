@@ -1,16 +1,18 @@
 //! `Canary`: one beside a Deployment; every change of the Deployment is then released in steps.
 
-use std::{borrow::Cow, collections::BTreeMap};
+use std::collections::BTreeMap;
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::{CustomResource, KubeSchema};
-use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     duration,
+    matching::HttpMatch,
+    service::ServiceSpec,
     status::CanaryStatus,
-    unsupported::{UnsupportedList, UnsupportedNames, UnsupportedObject},
+    unsupported::{UnsupportedList, UnsupportedObject},
 };
 
 /// Releases every change of a Deployment in steps, judged by metrics.
@@ -56,6 +58,8 @@ use crate::{
     validation = Rule::new("(has(self.service.name) ? self.service.name : self.targetRef.name) == (has(oldSelf.service.name) ? oldSelf.service.name : oldSelf.targetRef.name)").message("spec.service.name cannot be changed: delete this Canary and create another one"),
     validation = Rule::new("!has(self.canaryAnalysis)").message("spec.canaryAnalysis is the old name of spec.analysis: rename it"),
     validation = Rule::new("!has(self.revertOnDeletion) || self.revertOnDeletion").message("spec.revertOnDeletion: Sluice always hands the traffic back when a Canary is deleted; remove the field or set it to true"),
+    validation = Rule::new("!(has(self.service.appProtocol) && !(self.service.appProtocol.lowerAscii().replace('kubernetes.io/', '') in ['http', 'http2', 'h2c', 'grpc', 'grpc-web', 'ws', 'web']) && has(self.analysis) && (has(self.analysis.match) || has(self.analysis.sessionAffinity)))").message("spec.analysis.match and sessionAffinity are for HTTP: on a port whose appProtocol is not, such as tcp or https, there are no requests. Remove them"),
+    validation = Rule::new("!(has(self.analysis) && has(self.analysis.match) && self.analysis.match.exists(m, has(m.uri)) && ((has(self.service.match) && self.service.match.exists(m, has(m.uri))) || (has(self.service.rewrite) && has(self.service.rewrite.uri))))").message("spec.analysis.match: say no uri beside one in spec.service.match, or beside spec.service.rewrite.uri: a request has one path"),
     validation = Rule::new("!(has(self.service.appProtocol) && !(self.service.appProtocol.lowerAscii().replace('kubernetes.io/', '') in ['http', 'http2', 'h2c', 'grpc', 'grpc-web', 'ws', 'web']) && has(self.analysis) && has(self.analysis.metrics) && self.analysis.metrics.exists(m, !has(m.query) && !has(m.templateRef)))").message("spec.analysis.metrics: a built-in metric counts HTTP requests and can never have samples on a port whose appProtocol is not HTTP, such as tcp or https; use a templateRef or a query")
 )]
 pub struct CanarySpec {
@@ -194,206 +198,6 @@ pub struct ScalerReplicas {
     pub max_replicas: Option<i32>,
 }
 
-/// The Service whose traffic is split, and how its generated companions look.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
-#[serde(rename_all = "camelCase")]
-#[x_kube(
-    validation = Rule::new("!has(self.headless) || !self.headless").message("spec.service.headless is refused: clients of a headless Service dial the Pods and go past the fleet"),
-    validation = Rule::new("!has(self.backendTimeout)").message("spec.service.backendTimeout is not supported in this version; remove it"),
-    validation = Rule::new("(!has(self.timeout) && !has(self.retries) && !has(self.headers)) || !has(self.appProtocol) || self.appProtocol.lowerAscii().replace('kubernetes.io/', '') in ['http', 'http2', 'h2c', 'grpc', 'grpc-web', 'ws', 'web']").message("spec.service.timeout, retries and headers are for HTTP: on a port whose appProtocol is not, such as tcp or https, there are no requests. Remove them"),
-    validation = Rule::new("!has(self.gateways) && !has(self.gatewayRefs) && !has(self.hosts) && !has(self.delegation) && !has(self.meshName) && !has(self.backends)").message("spec.service.gateways, gatewayRefs, hosts, delegation, meshName and backends belong to another mesh: the fleet splits the traffic of the Service itself. Remove them"),
-    validation = Rule::new("!has(self.trafficPolicy) && !has(self.match) && !has(self.rewrite) && !has(self.mirror) && !has(self.corsPolicy)").message("spec.service.trafficPolicy, match, rewrite, mirror and corsPolicy are not supported in this version; remove them"),
-    validation = Rule::new("!has(self.apex) && !has(self.primary) && !has(self.canary) && !has(self.unmanagedMetadata) && !has(self.trafficDistribution)").message("spec.service.apex, primary, canary, unmanagedMetadata and trafficDistribution are not supported in this version; remove them"),
-    validation = Rule::new("has(self.additional) == has(oldSelf.additional) && (!has(self.additional) || self.additional == oldSelf.additional)").message("spec.service.additional cannot be changed: delete this Canary and create another one")
-)]
-pub struct ServiceSpec {
-    /// Name of the Service; that of the target by default. Taken over if it exists, made otherwise. Cannot be changed.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 55))]
-    pub name: Option<String>,
-    /// Port of the Service.
-    #[schemars(range(min = 1, max = 65535))]
-    pub port: i32,
-    /// Name of that port, for a Service that Sluice makes. `grpc` for gRPC.
-    #[serde(default = "default_port_name")]
-    #[schemars(length(min = 1, max = 15))]
-    pub port_name: String,
-    /// Port of the container, by number or by name; `port` by default.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub target_port: Option<PortRef>,
-    /// For a Service that Sluice makes: also offers every other container port.
-    #[serde(default)]
-    pub port_discovery: bool,
-    /// Protocol of the port: `http` (the default), `grpc`, `kubernetes.io/h2c`, `kubernetes.io/ws`, or `tcp` for bytes that are split by connection.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 253))]
-    pub app_protocol: Option<String>,
-    /// Refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub headless: Option<bool>,
-    /// How long a request may take, from its last byte to the last byte of its answer, all tries included: `15s`, `500ms`. What takes
-    /// longer is answered with 504, or broken off where the answer has begun. Without one there is no limit. Not for WebSockets.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 32), regex(pattern = duration::PATTERN))]
-    pub timeout: Option<String>,
-    /// Not supported in this version; refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 32))]
-    pub backend_timeout: Option<String>,
-    /// Not needed; refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub gateways: Option<UnsupportedNames>,
-    /// Not needed; refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub gateway_refs: Option<UnsupportedList>,
-    /// Not needed; refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub hosts: Option<UnsupportedNames>,
-    /// Not needed; refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub delegation: Option<bool>,
-    /// Not supported in this version; refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub traffic_policy: Option<UnsupportedObject>,
-    /// Not supported in this version; refused.
-    #[serde(default, rename = "match", skip_serializing_if = "Option::is_none")]
-    pub matches: Option<UnsupportedList>,
-    /// Not supported in this version; refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rewrite: Option<UnsupportedObject>,
-    /// Sends requests again that may have been processed, to another Pod of the same revision where there is one. What is certain not to
-    /// have been processed is sent again without it. Counts at once, not from the next release.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub retries: Option<Retries>,
-    /// Changes headers on their way through the fleet. Counts at once, not from the next release.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub headers: Option<Headers>,
-    /// Not supported in this version; refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mirror: Option<UnsupportedList>,
-    /// Not supported in this version; refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cors_policy: Option<UnsupportedObject>,
-    /// Not needed; refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 253))]
-    pub mesh_name: Option<String>,
-    /// Not needed; refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub backends: Option<UnsupportedNames>,
-    /// Not supported in this version; refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub apex: Option<UnsupportedObject>,
-    /// Not supported in this version; refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub primary: Option<UnsupportedObject>,
-    /// Not supported in this version; refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub canary: Option<UnsupportedObject>,
-    /// Not supported in this version; refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub unmanaged_metadata: Option<UnsupportedObject>,
-    /// Not supported in this version; refused.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 64))]
-    pub traffic_distribution: Option<String>,
-    /// Further Services of the same Pods, which are there already: their traffic is split and counted like that of the first. They get no
-    /// `-primary` and `-canary`. Cannot be changed.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
-    pub additional: Option<Vec<AdditionalService>>,
-}
-
-/// When and how often a request is sent again.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct Retries {
-    /// Most tries after the first. A fifth of the requests that are open at once may be tried again, or three on each thread of the fleet.
-    #[schemars(range(min = 1, max = 10))]
-    pub attempts: i32,
-    /// How long one try may take, from the last byte of the request to the first of the answer: `2s`. By default as long as
-    /// `timeout` allows.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 32), regex(pattern = duration::PATTERN))]
-    pub per_try_timeout: Option<String>,
-    /// What is followed by another try, in Envoy's words, with commas between: `5xx`, `gateway-error` (502, 503, 504), `reset` (no
-    /// answer, which the first two include), `retriable-4xx` (409), and of gRPC `cancelled`, `deadline-exceeded`, `internal`, `resource-exhausted`,
-    /// `unavailable`. `connect-failure` and `refused-stream` always are.
-    #[serde(default = "default_retry_on")]
-    #[schemars(length(max = 256), regex(pattern = RETRY_ON))]
-    pub retry_on: String,
-}
-
-const RETRY_ON: &str = "^(5xx|gateway-error|reset|retriable-4xx|cancelled|deadline-exceeded|internal|resource-exhausted|unavailable|connect-failure|refused-stream)(, ?(5xx|gateway-error|reset|retriable-4xx|cancelled|deadline-exceeded|internal|resource-exhausted|unavailable|connect-failure|refused-stream))*$";
-
-fn default_retry_on() -> String {
-    // Istio's default, which manifests of Flagger rely on.
-    "connect-failure,refused-stream,unavailable,cancelled".to_owned()
-}
-
-/// What happens to headers.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct Headers {
-    /// Of requests, before they reach the application.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub request: Option<HeaderOperations>,
-    /// Of the application's answers.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub response: Option<HeaderOperations>,
-}
-
-/// Changes of headers: what is removed first, then what is set and added.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
-#[x_kube(validation = Rule::new("((has(self.set) ? self.set.map(name, name) : []) + (has(self.add) ? self.add.map(name, name) : []) + (has(self.remove) ? self.remove : [])).all(name, name.matches('^[A-Za-z0-9!#$&*+.^_|~-]{1,128}$') && !(name.lowerAscii() in ['host', 'content-length', 'transfer-encoding', 'connection', 'upgrade', 'te', 'trailer', 'keep-alive', 'proxy-connection']) && !name.lowerAscii().startsWith('x-sluice-'))").message("spec.service.headers: set, add and remove take names of headers, but of none that frames or addresses the message (Host, Content-Length, Connection and the like), and of none of Sluice's own (x-sluice-...). Remove it"))]
-pub struct HeaderOperations {
-    /// Put in the place of those of the same name. Values are visible ASCII and spaces, without `%`, which Envoy would replace.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(extend("maxProperties" = 16, "additionalProperties" = {"type": "string", "maxLength": 1024, "pattern": HEADER_VALUE}))]
-    pub set: BTreeMap<String, String>,
-    /// Put beside those of the same name. Values as in `set`.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[schemars(extend("maxProperties" = 16, "additionalProperties" = {"type": "string", "maxLength": 1024, "pattern": HEADER_VALUE}))]
-    pub add: BTreeMap<String, String>,
-    /// Taken away.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 16), inner(length(min = 1, max = 128)))]
-    pub remove: Vec<String>,
-}
-
-const HEADER_VALUE: &str = "^[ -$&-~]*$";
-
-/// A further Service.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct AdditionalService {
-    /// Name of the Service in the Canary's namespace.
-    #[schemars(length(min = 1, max = 55))]
-    pub name: String,
-}
-
-fn default_port_name() -> String {
-    "http".to_owned()
-}
-
-/// A port by number or by name.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum PortRef {
-    Number(i32),
-    Name(String),
-}
-
-impl JsonSchema for PortRef {
-    fn schema_name() -> Cow<'static, str> {
-        "PortRef".into()
-    }
-    fn inline_schema() -> bool {
-        true
-    }
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({"x-kubernetes-int-or-string": true, "anyOf": [{"type": "integer"}, {"type": "string"}]})
-    }
-}
-
 /// How a release proceeds. Exactly one of `stepWeight`, `stepWeights` and `iterations`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
@@ -405,7 +209,6 @@ impl JsonSchema for PortRef {
     validation = Rule::new("!has(self.iterations) || (!has(self.maxWeight) && !has(self.stepWeightPromotion))").message("spec.analysis.maxWeight and stepWeightPromotion have no meaning beside iterations: blue/green moves all traffic at once. Remove them"),
     validation = Rule::new("!has(self.webhooks)").message("spec.analysis.webhooks is not supported in this version; the release would run without this gate. Remove it"),
     validation = Rule::new("!has(self.alerts)").message("spec.analysis.alerts is not supported in this version; nobody would be alerted. Remove it"),
-    validation = Rule::new("!has(self.match) && !has(self.sessionAffinity)").message("spec.analysis.match and sessionAffinity are not supported in this version: all users would be split by weight. Remove them"),
     validation = Rule::new("!has(self.mirror) && !has(self.mirrorWeight)").message("spec.analysis.mirror and mirrorWeight are not supported in this version; nothing would be mirrored. Remove them"),
     validation = Rule::new("!has(self.primaryReadyThreshold) && !has(self.canaryReadyThreshold)").message("spec.analysis.primaryReadyThreshold and canaryReadyThreshold are not supported in this version; remove them")
 )]
@@ -433,7 +236,8 @@ pub struct Analysis {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 100))]
     pub step_weight_promotion: Option<i32>,
-    /// Blue/green: so many judged intervals at weight 0 (send test traffic to `NAME-canary`), then all traffic at once.
+    /// Blue/green: so many judged intervals at weight 0 (send test traffic to `NAME-canary`), then all traffic at once. With `match`,
+    /// A/B testing: so many judged intervals in which all that matches goes to the canary.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1000))]
     pub iterations: Option<i32>,
@@ -451,9 +255,11 @@ pub struct Analysis {
     /// Takes a canary back within a second that answers far worse than the primary, beside the gates.
     #[serde(default)]
     pub guard: Guard,
-    /// Not supported in this version; refused.
+    /// Only requests that match one of these can reach the canary before the promotion; all others go to the primary. Weights are
+    /// percentages of them, and with `iterations` all of them go to the canary (A/B testing).
     #[serde(default, rename = "match", skip_serializing_if = "Option::is_none")]
-    pub matches: Option<UnsupportedList>,
+    #[schemars(length(min = 1, max = 8))]
+    pub matches: Option<Vec<HttpMatch>>,
     /// Not supported in this version; refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mirror: Option<bool>,
@@ -466,9 +272,9 @@ pub struct Analysis {
     /// Not supported in this version; refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub canary_ready_threshold: Option<i32>,
-    /// Not supported in this version; refused.
+    /// Keeps each user on one version while weights stay: a raised weight only ever moves users to the canary, a lowered one only back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub session_affinity: Option<UnsupportedObject>,
+    pub session_affinity: Option<SessionAffinity>,
     /// Not supported in this version; refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alerts: Option<UnsupportedList>,
@@ -482,6 +288,29 @@ fn default_threshold() -> i32 {
 }
 fn default_ten_minutes() -> String {
     "10m".to_owned()
+}
+
+/// Users are told apart by a cookie, which the fleet sets where it is missing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("!has(self.primaryCookieName)").message("spec.analysis.sessionAffinity.primaryCookieName is not needed: one cookie keeps users on either version. Remove it"))]
+pub struct SessionAffinity {
+    /// Name of the cookie.
+    #[schemars(length(min = 1, max = 128), regex(pattern = "^[A-Za-z0-9!#$%&'*+.^_`|~-]+$"))]
+    pub cookie_name: String,
+    /// Seconds that a browser keeps the cookie.
+    #[serde(default = "default_max_age")]
+    #[schemars(range(min = 1, max = 31_536_000))]
+    pub max_age: i32,
+    /// Not needed; refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 128))]
+    pub primary_cookie_name: Option<String>,
+}
+
+fn default_max_age() -> i32 {
+    // Flagger's.
+    86_400
 }
 
 /// Policy for too little data.

@@ -10,24 +10,31 @@
 mod canary;
 mod duration;
 pub mod labels;
+mod matching;
 mod metric_template;
+mod service;
 mod status;
+mod traffic_policy;
 mod unsupported;
 
 pub use canary::{
-    AdditionalService, Analysis, AutoscalerRef, Canary, CanarySpec, Guard, HeaderOperations, Headers, Inconclusive,
-    InconclusiveAction, Metric, ObjectReference, PortRef, Retries, ScalerReplicas, ServiceSpec, TargetRef,
-    ThresholdRange,
+    Analysis, AutoscalerRef, Canary, CanarySpec, Guard, Inconclusive, InconclusiveAction, Metric, ObjectReference,
+    ScalerReplicas, SessionAffinity, TargetRef, ThresholdRange,
 };
 pub use duration::{DurationError, parse_duration};
+pub use matching::{HttpMatch, StringMatch};
 pub use metric_template::{
     HeaderValue, HeaderValues, MetricTemplate, MetricTemplateSpec, Provider, ProviderType, SecretReference,
+};
+pub use service::{
+    AdditionalService, CorsPolicy, HeaderOperations, Headers, PortRef, RegexRewrite, Retries, Rewrite, ServiceSpec,
 };
 pub use status::{
     ActionOutcome, ActionStatus, Backend, CanaryStatus, Condition, ConditionStatus, FrozenPlan, FrozenStep, GateStatus,
     GuardSide, GuardSignal, GuardStatus, PausedRelease, PendingRelease, Phase, RejectedRevision, Retiring, Rollback,
     Stage, TemplateStatus, Traffic, Verb, VerdictStatus, Waiting,
 };
+pub use traffic_policy::{ConnectionPool, HttpSettings, LoadBalancer, OutlierDetection, TcpSettings, TrafficPolicy};
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt;

@@ -7,7 +7,7 @@ use k8s_openapi::jiff::Timestamp;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
-use crate::canary::Analysis;
+use crate::{canary::Analysis, matching::HttpMatch};
 
 /// Observed state of a Canary.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -297,6 +297,10 @@ pub struct Traffic {
     #[serde(default)]
     #[schemars(range(min = 0, max = 100))]
     pub weight: i32,
+    /// Only requests that match one of these are split; all others go to the primary. Absent where all requests are split.
+    #[serde(default, rename = "match", skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "frozen_matches")]
+    pub matches: Option<Vec<HttpMatch>>,
 }
 
 /// A compiled plan: what the machine carries out, step by step.
@@ -617,4 +621,9 @@ fn micro_time(_: &mut SchemaGenerator) -> Schema {
 /// The copy of `spec.analysis` was validated when it was written there: no rule runs on it again.
 fn frozen_analysis(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})
+}
+
+/// As `frozen_analysis`.
+fn frozen_matches(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({"type": "array", "maxItems": 8, "items": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}})
 }

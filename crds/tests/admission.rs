@@ -151,11 +151,14 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
     let api = cluster.canaries();
     let metric = |metric: Value| json!([metric]);
     let not_mesh = "spec.service.gateways, gatewayRefs, hosts, delegation, meshName and backends belong to another mesh: the fleet splits the traffic of the Service itself. Remove them";
-    let not_routes = "spec.service.trafficPolicy, match, rewrite, mirror and corsPolicy are not supported in this version; remove them";
+    let own_tls = "spec.service.trafficPolicy.tls, portLevelSettings, tunnel and proxyProtocol are not needed or not supported: between proxies of Sluice it is always mTLS. Remove them";
+    let no_such_match = "match: sourceLabels, sourceNamespace, gateways, port and scheme are not supported in this version; more requests would match. Remove them";
+    let one_path = "spec.analysis.match: say no uri beside one in spec.service.match, or beside spec.service.rewrite.uri: a request has one path";
+    let requests_only = "spec.analysis.match and sessionAffinity are for HTTP: on a port whose appProtocol is not, such as tcp or https, there are no requests. Remove them";
+    let no_regex = "match: regex is no regular expression of RE2";
     let not_ours = "spec.service.headers: set, add and remove take names of headers, but of none that frames or addresses the message (Host, Content-Length, Connection and the like), and of none of Sluice's own (x-sluice-...). Remove it";
-    let http_only = "spec.service.timeout, retries and headers are for HTTP: on a port whose appProtocol is not, such as tcp or https, there are no requests. Remove them";
+    let http_only = "spec.service.timeout, retries, headers, match, rewrite and corsPolicy are for HTTP: on a port whose appProtocol is not, such as tcp or https, there are no requests. Remove them";
     let not_generated = "spec.service.apex, primary, canary, unmanagedMetadata and trafficDistribution are not supported in this version; remove them";
-    let not_matching = "spec.analysis.match and sessionAffinity are not supported in this version: all users would be split by weight. Remove them";
     let not_ready =
         "spec.analysis.primaryReadyThreshold and canaryReadyThreshold are not supported in this version; remove them";
     let not_mirrored = "spec.analysis.mirror and mirrorWeight are not supported in this version; nothing would be mirrored. Remove them";
@@ -259,9 +262,75 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
         (vec![("/spec/service/delegation", json!(true))], not_mesh),
         (vec![("/spec/service/meshName", json!("m"))], not_mesh),
         (vec![("/spec/service/backends", json!(["b"]))], not_mesh),
-        (vec![("/spec/service/trafficPolicy", json!({"tls": {"mode": "DISABLE"}}))], not_routes),
-        (vec![("/spec/service/match", json!([{"uri": {"prefix": "/"}}]))], not_routes),
-        (vec![("/spec/service/rewrite", json!({"uri": "/"}))], not_routes),
+        (vec![("/spec/service/trafficPolicy", json!({"tls": {"mode": "DISABLE"}}))], own_tls),
+        (
+            vec![("/spec/service/trafficPolicy", json!({"connectionPool": {"http": {"h2UpgradePolicy": "UPGRADE"}}}))],
+            "spec.service.trafficPolicy.connectionPool.http.h2UpgradePolicy, useClientProtocol and maxConcurrentStreams are not supported in this version: the application is spoken to as the client speaks. Remove them",
+        ),
+        (
+            vec![(
+                "/spec/service/trafficPolicy",
+                json!({"connectionPool": {"tcp": {"tcpKeepalive": {"time": "10s"}}}}),
+            )],
+            "spec.service.trafficPolicy.connectionPool.tcp.tcpKeepalive and maxConnectionDuration are not supported in this version; remove them",
+        ),
+        (
+            vec![("/spec/service/trafficPolicy", json!({"outlierDetection": {"baseEjectionTime": "30s"}}))],
+            "spec.service.trafficPolicy.outlierDetection: say consecutive5xxErrors or consecutiveGatewayErrors",
+        ),
+        (
+            vec![(
+                "/spec/service/trafficPolicy",
+                json!({"outlierDetection": {"consecutive5xxErrors": 3, "consecutiveErrors": 3}}),
+            )],
+            "spec.service.trafficPolicy.outlierDetection.consecutiveErrors, splitExternalLocalOriginErrors, consecutiveLocalOriginFailures, minHealthPercent and interval are not supported: failures are counted as they come (consecutive5xxErrors, consecutiveGatewayErrors). Remove them",
+        ),
+        (
+            vec![("/spec/service/trafficPolicy", json!({"loadBalancer": {"simple": "ROUND_ROBIN"}}))],
+            "spec.service.trafficPolicy.loadBalancer.simple: Sluice chooses by LEAST_REQUEST only; remove it",
+        ),
+        (
+            vec![("/spec/service/trafficPolicy", json!({"loadBalancer": {"consistentHash": {"useSourceIp": true}}}))],
+            "spec.service.trafficPolicy.loadBalancer.consistentHash, localityLbSetting and warmup are not supported in this version (warmupDurationSecs is). Remove them",
+        ),
+        (
+            vec![("/spec/service/match", json!([{"name": "all"}]))],
+            "match: say uri, method, authority, headers, withoutHeaders or queryParams; an empty one would match every request",
+        ),
+        (
+            vec![("/spec/service/match", json!([{"uri": {}}]))],
+            "match: uri, method and authority need exact, prefix or regex",
+        ),
+        (
+            vec![("/spec/service/match", json!([{"uri": {"exact": "/", "prefix": "/"}}]))],
+            "match: say one of exact, prefix and regex",
+        ),
+        (vec![("/spec/service/match", json!([{"uri": {"regex": "/(a"}}]))], no_regex),
+        (
+            vec![("/spec/service/match", json!([{"headers": {"a b": {"exact": "c"}}}]))],
+            "match: headers and withoutHeaders take names of headers",
+        ),
+        (vec![("/spec/service/match", json!([{"uri": {"prefix": "/"}, "sourceLabels": {"app": "b"}}]))], no_such_match),
+        (
+            vec![
+                ("/spec/service/match", json!([{"uri": {"prefix": "/"}}])),
+                ("/spec/service/appProtocol", json!("tcp")),
+            ],
+            http_only,
+        ),
+        (vec![("/spec/service/rewrite", json!({}))], "spec.service.rewrite: say uri, uriRegexRewrite or authority"),
+        (
+            vec![("/spec/service/rewrite", json!({"uri": "/", "uriRegexRewrite": {"match": "a", "rewrite": "b"}}))],
+            "spec.service.rewrite: say either uri or uriRegexRewrite",
+        ),
+        (
+            vec![("/spec/service/rewrite", json!({"uriRegexRewrite": {"match": "(a", "rewrite": "b"}}))],
+            "spec.service.rewrite.uriRegexRewrite.match is no regular expression of RE2",
+        ),
+        (
+            vec![("/spec/service/rewrite", json!({"uri": "/", "type": "ReplaceFullPath"}))],
+            "spec.service.rewrite.type belongs to the Gateway API: remove it; uri replaces what a prefix of spec.service.match matched",
+        ),
         (
             vec![("/spec/service/retries", json!({"attempts": 11}))],
             "spec.service.retries.attempts in body should be less than or equal to 10",
@@ -273,8 +342,18 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
         (vec![("/spec/service/headers", json!({"request": {"set": {"Host": "b"}}}))], not_ours),
         (vec![("/spec/service/headers", json!({"response": {"add": {"a b": "c"}}}))], not_ours),
         (vec![("/spec/service/headers", json!({"response": {"remove": ["X-Sluice-Response-Flag"]}}))], not_ours),
-        (vec![("/spec/service/mirror", json!([{"backendRef": {"name": "m"}}]))], not_routes),
-        (vec![("/spec/service/corsPolicy", json!({"allowOrigin": ["*"]}))], not_routes),
+        (
+            vec![("/spec/service/mirror", json!([{"backendRef": {"name": "m"}}]))],
+            "spec.service.mirror is not supported in this version; remove it",
+        ),
+        (
+            vec![("/spec/service/corsPolicy", json!({"allowMethods": ["GET"]}))],
+            "spec.service.corsPolicy: say allowOrigins",
+        ),
+        (
+            vec![("/spec/service/corsPolicy", json!({"allowOrigins": [{}]}))],
+            "spec.service.corsPolicy.allowOrigins: say exact, prefix or regex",
+        ),
         (vec![("/spec/service/apex", json!({"labels": {"a": "b"}}))], not_generated),
         (vec![("/spec/service/primary", json!({"labels": {"a": "b"}}))], not_generated),
         (vec![("/spec/service/canary", json!({"labels": {"a": "b"}}))], not_generated),
@@ -393,8 +472,36 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
             vec![("/spec/analysis/alerts", json!([{"name": "chat"}]))],
             "spec.analysis.alerts is not supported in this version; nobody would be alerted. Remove it",
         ),
-        (vec![("/spec/analysis/match", json!([{"headers": {"x": {"exact": "y"}}}]))], not_matching),
-        (vec![("/spec/analysis/sessionAffinity", json!({"cookieName": "c"}))], not_matching),
+        (
+            vec![
+                ("/spec/analysis/match", json!([{"uri": {"prefix": "/a"}}])),
+                ("/spec/service/match", json!([{"uri": {"prefix": "/b"}}])),
+            ],
+            one_path,
+        ),
+        (
+            vec![
+                ("/spec/analysis/match", json!([{"uri": {"prefix": "/a"}}])),
+                ("/spec/service/rewrite", json!({"uri": "/b"})),
+            ],
+            one_path,
+        ),
+        (
+            vec![
+                ("/spec/analysis/match", json!([{"headers": {"x": {}}}])),
+                ("/spec/analysis/metrics", json!([])),
+                ("/spec/service/appProtocol", json!("tcp")),
+            ],
+            requests_only,
+        ),
+        (
+            vec![("/spec/analysis/sessionAffinity", json!({"cookieName": "a=b"}))],
+            "spec.analysis.sessionAffinity.cookieName in body should match '^[A-Za-z0-9!#$%&\'*+.^_`|~-]+$'",
+        ),
+        (
+            vec![("/spec/analysis/sessionAffinity", json!({"cookieName": "c", "primaryCookieName": "p"}))],
+            "spec.analysis.sessionAffinity.primaryCookieName is not needed: one cookie keeps users on either version. Remove it",
+        ),
         (vec![("/spec/analysis/mirror", json!(true))], not_mirrored),
         (vec![("/spec/analysis/mirrorWeight", json!(50))], not_mirrored),
         (vec![("/spec/analysis/primaryReadyThreshold", json!(50))], not_ready),
@@ -506,6 +613,45 @@ async fn canaries_as_people_write_them_are_accepted_with_defaults() {
         vec![("/spec/service/targetPort", json!("web"))],
         vec![("/spec/service/targetPort", json!(8080))],
         vec![("/spec/service/appProtocol", json!("kubernetes.io/h2c"))],
+        // A/B testing as in Flagger's docs, and Istio's words for everything else.
+        vec![
+            ("/spec/analysis/iterations", json!(10)),
+            ("/spec/analysis/stepWeight", remove.clone()),
+            ("/spec/analysis/maxWeight", remove.clone()),
+            (
+                "/spec/analysis/match",
+                json!([
+                    {"headers": {"user-agent": {"regex": ".*Firefox.*"}}},
+                    {"headers": {"cookie": {"regex": "^(.*?;)?(canary=always)(;.*)?$"}}},
+                ]),
+            ),
+        ],
+        vec![
+            ("/spec/analysis/sessionAffinity", json!({"cookieName": "flagger-cookie", "maxAge": 21600})),
+            (
+                "/spec/service/match",
+                json!([{"uri": {"prefix": "/api"}, "method": {"exact": "GET"}, "withoutHeaders": {"x": {}}}]),
+            ),
+            ("/spec/service/rewrite", json!({"uri": "/", "authority": "cart.shop.svc:80"})),
+            (
+                "/spec/service/corsPolicy",
+                json!({
+                    "allowOrigins": [{"regex": "https://.*[.]example[.]com"}], "allowMethods": ["GET"], "maxAge": "24h",
+                    "allowCredentials": true, "allowHeaders": ["x-some-header"], "exposeHeaders": ["x-more"],
+                }),
+            ),
+            (
+                "/spec/service/trafficPolicy",
+                json!({
+                    "connectionPool": {
+                        "tcp": {"maxConnections": 100, "connectTimeout": "2s"},
+                        "http": {"http1MaxPendingRequests": 10, "http2MaxRequests": 100, "maxRetries": 3, "idleTimeout": "1m"},
+                    },
+                    "outlierDetection": {"consecutive5xxErrors": 5},
+                    "loadBalancer": {"simple": "LEAST_REQUEST", "warmupDurationSecs": "30s"},
+                }),
+            ),
+        ],
         vec![("/spec/service/appProtocol", json!("GRPC"))],
         vec![
             ("/spec/service/appProtocol", json!("tcp")),

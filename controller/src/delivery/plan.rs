@@ -63,12 +63,13 @@ pub fn is_manual_rollback(plan: &FrozenPlan) -> bool {
     plan.action.is_some() && plan.unjudged.as_deref() == Some(ROLLBACK)
 }
 
-/// The judged steps of an analysis: `iterations` at weight 0, or `stepWeights`, or multiples of `stepWeight` with the last one
+/// The judged steps of an analysis: `iterations` at weight 0, or with all that matches (A/B testing), or `stepWeights`, or multiples of `stepWeight` with the last one
 /// capped at `maxWeight` (100 where it says none), and then, by `stepWeightPromotion`, on to 100.
 #[must_use]
 pub fn steps(analysis: &Analysis) -> Vec<FrozenStep> {
     if let Some(iterations) = analysis.iterations {
-        return vec![FrozenStep { weight: 0 }; usize::try_from(iterations).unwrap_or_default()];
+        let weight = if analysis.matches.is_some() { 100 } else { 0 };
+        return vec![FrozenStep { weight }; usize::try_from(iterations).unwrap_or_default()];
     }
     let mut weights = match (&analysis.step_weights, analysis.step_weight) {
         (Some(weights), _) => weights.clone(),
@@ -208,6 +209,13 @@ mod tests {
     fn iterations_are_judged_steps_at_weight_zero() {
         let analysis = Analysis { iterations: Some(3), ..analysis() };
         assert_eq!(weights(&analysis), [0, 0, 0]);
+    }
+
+    #[test]
+    fn iterations_with_a_match_are_judged_on_all_that_matches() {
+        let matches = Some(vec![sluice_crds::HttpMatch::default()]);
+        let analysis = Analysis { iterations: Some(2), matches, ..analysis() };
+        assert_eq!(weights(&analysis), [100, 100]);
     }
 
     #[test]

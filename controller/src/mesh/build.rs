@@ -17,6 +17,7 @@ use super::{
     Inputs, Member, Resource, RevisionFacts, RevisionKey, Routed, Settings, Snapshot, View,
     encode::{self, FleetCluster, InboundPort, SIDECAR_PORT, Split},
     ports::PortKey,
+    route::{self, Destinations},
     service::{self, Port, Protocol},
     slices, target_port,
 };
@@ -182,7 +183,7 @@ impl OneService<'_> {
             for backend in self.backends() {
                 self.cluster(&name, &port, backend, parts);
             }
-            let split = self.split(&name);
+            let destinations = self.destinations(&name);
             let mut carry = |kind: TypeUrl, resource: Resource| {
                 // What `-canary` does with a canary is a matter of tests, and its cluster may be the very thing that
                 // the fleet rejects: that must not hold up the way back to the primary.
@@ -193,11 +194,12 @@ impl OneService<'_> {
             };
             match port.protocol {
                 Protocol::Http => {
-                    carry(TypeUrl::Listener, encode::http_listener(&name, fleet_port));
-                    carry(TypeUrl::Route, encode::route(&name, split.as_ref(), spec));
+                    carry(TypeUrl::Listener, encode::http_listener(&name, fleet_port, route::filters(spec)));
+                    carry(TypeUrl::Route, route::route(&name, destinations.as_ref(), spec));
                 }
                 Protocol::Tcp => {
-                    let split = split.unwrap_or_else(|| vec![(format!("{name}/{NONE}"), 100)]);
+                    // Bytes match nothing.
+                    let split = destinations.map(|to| to.all).unwrap_or_else(|| vec![(format!("{name}/{NONE}"), 100)]);
                     carry(TypeUrl::Listener, encode::tcp_listener(&name, fleet_port, &split));
                     if self.backends().next().is_none() {
                         self.empty_cluster(&name, parts);
@@ -214,20 +216,32 @@ impl OneService<'_> {
         primary.into_iter().chain(canary.filter(move |canary| Some(*canary) != primary))
     }
 
-    /// Names of clusters and their weights, which sum to 100. A side at weight 0 is left out: then a cluster that the fleet
-    /// rejects cannot hold up the route that leads away from it.
-    fn split(&self, name: &str) -> Option<Split> {
+    /// Who gets the requests of a port; `None` where nothing serves.
+    fn destinations(&self, name: &str) -> Option<Destinations<'_>> {
         let cluster = |backend: &Backend| format!("{name}/{}", backend.0);
-        let Traffic { primary, canary, weight } = self.traffic;
+        let Traffic { primary, canary, weight, matches } = self.traffic;
+        let only = |backend: &Backend| vec![(cluster(backend), 100)];
+        let plan = self.canary.status.as_ref().and_then(|status| status.plan.as_ref());
+        let analysis = plan.and_then(|plan| plan.analysis.as_ref());
+        let affinity = analysis.and_then(|analysis| analysis.session_affinity.as_ref());
+        let to = |all| Some(Destinations { matched: None, all, affinity });
         match (self.role, canary) {
             (Role::Canary, None) => None,
-            (Role::Canary, Some(canary)) => Some(vec![(cluster(canary), 100)]),
-            (Role::Primary, _) | (Role::Apex, None) => Some(vec![(cluster(primary), 100)]),
-            (Role::Apex, Some(canary)) if canary == primary => Some(vec![(cluster(primary), 100)]),
+            (Role::Canary, Some(canary)) => to(only(canary)),
+            (Role::Primary, _) | (Role::Apex, None) => to(only(primary)),
+            (Role::Apex, Some(canary)) if canary == primary => to(only(primary)),
             (Role::Apex, Some(canary)) => {
                 let share = u32::try_from((*weight).clamp(0, 100)).unwrap_or(0);
+                // A side at weight 0 is left out: then a cluster that the fleet rejects cannot hold up the route that leads
+                // away from it.
                 let both = [(cluster(primary), 100 - share), (cluster(canary), share)];
-                Some(both.into_iter().filter(|(_, weight)| *weight > 0).collect())
+                let split: Split = both.into_iter().filter(|(_, weight)| *weight > 0).collect();
+                match matches {
+                    Some(matches) if share > 0 => {
+                        Some(Destinations { matched: Some((matches, split)), all: only(primary), affinity })
+                    }
+                    Some(_) | None => to(split),
+                }
             }
         }
     }
@@ -247,6 +261,7 @@ impl OneService<'_> {
             revision: &backend.0,
             protocol: port.protocol,
             tls,
+            policy: self.canary.spec.service.traffic_policy.as_ref(),
         };
         parts.resources.push((TypeUrl::Cluster, cluster.clone(), message.encode()));
         let endpoints = encode::endpoints(&cluster, &addresses);
@@ -262,6 +277,7 @@ impl OneService<'_> {
             revision: NONE,
             protocol: Protocol::Tcp,
             tls: None,
+            policy: None,
         };
         parts.resources.push((TypeUrl::Cluster, cluster.clone(), message.encode()));
         let endpoints = encode::endpoints(&cluster, &BTreeSet::new());

@@ -9,7 +9,7 @@ use std::{
 use prost::{Message, Name};
 use prost_types::{Any, Duration, Struct, Value, value::Kind};
 use sha2::{Digest, Sha256};
-use sluice_crds::{HeaderOperations, Retries, ServiceSpec, parse_duration};
+use sluice_crds::TrafficPolicy;
 use sluice_xds::{
     SpiffeId, TypeUrl,
     envoy::{
@@ -21,18 +21,17 @@ use sluice_xds::{
                 },
             },
             core::v3::{
-                Address, AggregatedConfigSource, ApiVersion, ConfigSource, HeaderValue, HeaderValueOption, Metadata,
-                SocketAddress, TransportSocket, address, config_source::ConfigSourceSpecifier,
-                header_value_option::HeaderAppendAction, socket_address::PortSpecifier, transport_socket,
+                Address, AggregatedConfigSource, ApiVersion, ConfigSource, HttpProtocolOptions as CommonOptions,
+                Metadata, SocketAddress, TransportSocket, address, config_source::ConfigSourceSpecifier,
+                socket_address::PortSpecifier, transport_socket,
             },
             endpoint::v3::{
                 ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints, lb_endpoint::HostIdentifier,
             },
             listener::v3::{Filter, FilterChain, FilterChainMatch, Listener, ListenerFilter, filter, listener_filter},
             route::v3::{
-                DirectResponseAction, RetryPolicy, Route, RouteAction, RouteConfiguration, RouteMatch, VirtualHost,
-                WeightedCluster, route, route_action::ClusterSpecifier, route_match::PathSpecifier,
-                weighted_cluster::ClusterWeight,
+                Route, RouteAction, RouteConfiguration, RouteMatch, VirtualHost, route, route_action::ClusterSpecifier,
+                route_match::PathSpecifier,
             },
         },
         extensions::{
@@ -65,7 +64,7 @@ use sluice_xds::{
     pack,
 };
 
-use super::{Resource, service::Protocol};
+use super::{Resource, policy, service::Protocol};
 
 /// Where sidecars listen.
 pub(super) const SIDECAR_PORT: u16 = 20443;
@@ -99,6 +98,7 @@ pub(super) struct FleetCluster<'a> {
     pub(super) protocol: Protocol,
     /// SNI and identity of the revision's sidecars; plaintext without.
     pub(super) tls: Option<(String, SpiffeId)>,
+    pub(super) policy: Option<&'a TrafficPolicy>,
 }
 
 impl FleetCluster<'_> {
@@ -111,8 +111,11 @@ impl FleetCluster<'_> {
                 service_name: self.name.to_owned(),
             }),
             lb_policy: LbPolicy::LeastRequest.into(),
-            connect_timeout: Some(seconds(1)),
-            typed_extension_protocol_options: as_downstream(),
+            lb_config: policy::slow_start(self.policy),
+            connect_timeout: Some(policy::connect_timeout(self.policy).unwrap_or(seconds(1))),
+            circuit_breakers: policy::circuit_breakers(self.policy),
+            outlier_detection: policy::outlier_detection(self.policy),
+            typed_extension_protocol_options: as_downstream(policy::connections(self.policy)),
             transport_socket: self.tls.as_ref().map(|(sni, id)| upstream_tls(sni, id, self.protocol)),
             metadata: Some(labels(&[
                 ("destination_namespace", self.namespace),
@@ -139,11 +142,10 @@ pub(crate) fn endpoints(name: &str, addresses: &BTreeSet<SocketAddr>) -> Resourc
 }
 
 /// A port of a Service, split by request. Its route has the same name.
-pub(super) fn http_listener(name: &str, port: u16) -> Resource {
-    let filter = http_filter_chain(
-        name,
-        RouteSpecifier::Rds(Rds { config_source: Some(from_ads()), route_config_name: name.to_owned() }),
-    );
+/// `filters`: those before the router.
+pub(super) fn http_listener(name: &str, port: u16, filters: Vec<HttpFilter>) -> Resource {
+    let routes = RouteSpecifier::Rds(Rds { config_source: Some(from_ads()), route_config_name: name.to_owned() });
+    let filter = http_filter_chain(name, routes, filters);
     let needs = BTreeSet::from([(TypeUrl::Route, name.to_owned())]);
     resource(&fleet_listener(name, port, filter), needs)
 }
@@ -159,61 +161,7 @@ pub(super) fn tcp_listener(name: &str, port: u16, split: &Split) -> Resource {
 }
 
 /// The split of an HTTP port, and how its requests are forwarded; without a split, the answer is 503.
-pub(super) fn route(name: &str, split: Option<&Split>, how: &ServiceSpec) -> Resource {
-    let action = match split {
-        Some(split) => {
-            let weight = |(name, weight): &(String, u32)| ClusterWeight { name: name.clone(), weight: Some(*weight) };
-            route::Action::Route(RouteAction {
-                cluster_specifier: Some(ClusterSpecifier::WeightedClusters(WeightedCluster {
-                    clusters: split.iter().map(weight).collect(),
-                    ..WeightedCluster::default()
-                })),
-                // Without one Envoy's own, of 15 s, would hold.
-                timeout: Some(how.timeout.as_deref().and_then(duration).unwrap_or(seconds(0))),
-                retry_policy: how.retries.as_ref().map(retry_policy),
-                ..RouteAction::default()
-            })
-        }
-        None => route::Action::DirectResponse(DirectResponseAction { status: 503, body: None }),
-    };
-    let mut configuration = route_configuration(name, action);
-    if let (Some(headers), Some(_)) = (&how.headers, split) {
-        for route in configuration.virtual_hosts.iter_mut().flat_map(|host| &mut host.routes) {
-            (route.request_headers_to_remove, route.request_headers_to_add) = header_changes(headers.request.as_ref());
-            (route.response_headers_to_remove, route.response_headers_to_add) =
-                header_changes(headers.response.as_ref());
-        }
-    }
-    resource(&configuration, split.map(needs_of).unwrap_or_default())
-}
-
-/// One that cannot be read is refused before it gets here.
-fn duration(text: &str) -> Option<Duration> {
-    Duration::try_from(parse_duration(text).ok()?).ok()
-}
-
-fn retry_policy(retries: &Retries) -> RetryPolicy {
-    RetryPolicy {
-        retry_on: retries.retry_on.replace(' ', ""),
-        num_retries: u32::try_from(retries.attempts).ok(),
-        per_try_timeout: retries.per_try_timeout.as_deref().and_then(duration),
-    }
-}
-
-fn header_changes(operations: Option<&HeaderOperations>) -> (Vec<String>, Vec<HeaderValueOption>) {
-    let Some(HeaderOperations { set, add, remove }) = operations else { return (Vec::new(), Vec::new()) };
-    let write = |action: HeaderAppendAction| {
-        move |(name, value): (&String, &String)| HeaderValueOption {
-            header: Some(HeaderValue { key: name.clone(), value: value.clone() }),
-            append_action: action.into(),
-        }
-    };
-    let set = set.iter().map(write(HeaderAppendAction::OverwriteIfExistsOrAdd));
-    let add = add.iter().map(write(HeaderAppendAction::AppendIfExistsOrAdd));
-    (remove.clone(), set.chain(add).collect())
-}
-
-fn needs_of(split: &Split) -> BTreeSet<(TypeUrl, String)> {
+pub(super) fn needs_of(split: &Split) -> BTreeSet<(TypeUrl, String)> {
     let both = |name: &String| [(TypeUrl::Cluster, name.clone()), (TypeUrl::Endpoints, name.clone())];
     split.iter().flat_map(|(name, _)| both(name)).collect()
 }
@@ -245,7 +193,12 @@ pub(super) fn inbound(revision: &str, ports: &[InboundPort], admits: &SpiffeId) 
                     cluster_specifier: Some(ClusterSpecifier::Cluster(cluster.clone())),
                     ..forward()
                 });
-                http_filter_chain(&cluster, RouteSpecifier::RouteConfig(route_configuration(&cluster, action)))
+                let whole = Route { r#match: Some(every_request()), action: Some(action), ..Route::default() };
+                http_filter_chain(
+                    &cluster,
+                    RouteSpecifier::RouteConfig(route_configuration(&cluster, vec![whole])),
+                    Vec::new(),
+                )
             }
             Protocol::Tcp => tcp_filter(&cluster, tcp_proxy::ClusterSpecifier::Cluster(cluster.clone())),
         };
@@ -290,7 +243,7 @@ pub(super) fn local_cluster(port: u16, loopback: bool) -> Resource {
     let base = Cluster {
         name: name.clone(),
         connect_timeout: Some(seconds(1)),
-        typed_extension_protocol_options: as_downstream(),
+        typed_extension_protocol_options: as_downstream(None),
         ..Cluster::default()
     };
     let cluster = if loopback {
@@ -324,16 +277,13 @@ pub(super) fn local_cluster(port: u16, loopback: bool) -> Resource {
     resource(&cluster, BTreeSet::new())
 }
 
-fn http_filter_chain(stat_prefix: &str, routes: RouteSpecifier) -> Filter {
+fn http_filter_chain(stat_prefix: &str, routes: RouteSpecifier, mut filters: Vec<HttpFilter>) -> Filter {
+    filters.push(http_filter("envoy.filters.http.router", &Router::default()));
     let manager = HttpConnectionManager {
         codec_type: CodecType::Auto.into(),
         stat_prefix: stat_prefix.to_owned(),
         route_specifier: Some(routes),
-        http_filters: vec![HttpFilter {
-            name: "envoy.filters.http.router".to_owned(),
-            config_type: Some(http_filter::ConfigType::TypedConfig(pack(&Router::default()))),
-            ..HttpFilter::default()
-        }],
+        http_filters: filters,
         upgrade_configs: vec![UpgradeConfig { upgrade_type: "websocket".to_owned(), enabled: None }],
         // Envoy's default of 5 minutes would end quiet streams (http_connection_manager.proto); 0 is off.
         stream_idle_timeout: Some(seconds(0)),
@@ -342,6 +292,14 @@ fn http_filter_chain(stat_prefix: &str, routes: RouteSpecifier) -> Filter {
     Filter {
         name: "envoy.filters.network.http_connection_manager".to_owned(),
         config_type: Some(filter::ConfigType::TypedConfig(pack(&manager))),
+    }
+}
+
+pub(super) fn http_filter<M: Message + Name>(name: &str, config: &M) -> HttpFilter {
+    HttpFilter {
+        name: name.to_owned(),
+        config_type: Some(http_filter::ConfigType::TypedConfig(pack(config))),
+        ..HttpFilter::default()
     }
 }
 
@@ -364,23 +322,16 @@ fn forward() -> RouteAction {
     RouteAction { timeout: Some(seconds(0)), ..RouteAction::default() }
 }
 
-fn route_configuration(name: &str, action: route::Action) -> RouteConfiguration {
+pub(super) fn route_configuration(name: &str, routes: Vec<Route>) -> RouteConfiguration {
     RouteConfiguration {
         name: name.to_owned(),
-        virtual_hosts: vec![VirtualHost {
-            name: name.to_owned(),
-            domains: vec!["*".to_owned()],
-            routes: vec![Route {
-                r#match: Some(RouteMatch {
-                    path_specifier: Some(PathSpecifier::Prefix("/".to_owned())),
-                    ..RouteMatch::default()
-                }),
-                action: Some(action),
-                ..Route::default()
-            }],
-        }],
+        virtual_hosts: vec![VirtualHost { name: name.to_owned(), domains: vec!["*".to_owned()], routes }],
         ..RouteConfiguration::default()
     }
+}
+
+pub(super) fn every_request() -> RouteMatch {
+    RouteMatch { path_specifier: Some(PathSpecifier::Prefix("/".to_owned())), ..RouteMatch::default() }
 }
 
 fn upstream_tls(sni: &str, server: &SpiffeId, protocol: Protocol) -> TransportSocket {
@@ -437,8 +388,9 @@ fn tls_context(peer: &SpiffeId, alpn: &[&str]) -> CommonTlsContext {
     }
 }
 
-fn as_downstream() -> BTreeMap<String, Any> {
+fn as_downstream(connections: Option<CommonOptions>) -> BTreeMap<String, Any> {
     let options = HttpProtocolOptions {
+        common_http_protocol_options: connections,
         upstream_protocol_options: Some(UpstreamProtocolOptions::UseDownstreamProtocolConfig(
             UseDownstreamHttpConfig {
                 http_protocol_options: Some(Default::default()),
@@ -446,7 +398,6 @@ fn as_downstream() -> BTreeMap<String, Any> {
                 http2_protocol_options: Some(Default::default()),
             },
         )),
-        ..HttpProtocolOptions::default()
     };
     BTreeMap::from([("envoy.extensions.upstreams.http.v3.HttpProtocolOptions".to_owned(), pack(&options))])
 }
@@ -476,6 +427,6 @@ fn address(ip: IpAddr, port: u16) -> Address {
     }
 }
 
-fn seconds(seconds: i64) -> Duration {
+pub(super) fn seconds(seconds: i64) -> Duration {
     Duration { seconds, nanos: 0 }
 }

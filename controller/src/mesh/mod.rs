@@ -5,8 +5,10 @@
 mod build;
 mod encode;
 mod inputs;
+mod policy;
 pub mod ports;
 mod publisher;
+mod route;
 mod service;
 pub mod slices;
 #[cfg(test)]

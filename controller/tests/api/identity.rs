@@ -230,7 +230,7 @@ impl Kept {
         };
         let (election, lease) = Election::new(client.clone(), settings).unwrap();
         tasks.spawn(async move {
-            election.run(CancellationToken::new()).await;
+            election.run(CancellationToken::new()).await.unwrap();
         });
         let authority = Arc::new(Authority::open(client, release, DOMAIN, times).await.unwrap());
         let bundle = TrustBundle {

@@ -15,7 +15,7 @@ use kube::{
     api::{DeleteParams, Patch, PatchParams},
     client::Body,
 };
-use sluice_controller::lease::{Election, LeaseHandle, LeaseSettings};
+use sluice_controller::lease::{Election, LeaseHandle, LeaseSettings, TakenBack};
 use tokio::time::timeout;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tower::{ServiceExt as _, service_fn};
@@ -34,7 +34,7 @@ struct Replica {
     /// While true, its requests get no answer.
     cut_off: Arc<AtomicBool>,
     stop: CancellationToken,
-    task: AbortOnDropHandle<()>,
+    task: AbortOnDropHandle<Result<(), TakenBack>>,
 }
 
 impl Replica {
@@ -152,7 +152,7 @@ async fn a_leader_that_is_told_to_stop_gives_the_lease_back() {
     api.patch(NAME, &PatchParams::default(), &Patch::Merge(&longer)).await.unwrap();
     let second = Replica::start(&client, &namespace, "second");
     first.stop.cancel();
-    timeout(SOON, first.task).await.expect("it does not end").unwrap();
+    timeout(SOON, first.task).await.expect("it does not end").unwrap().unwrap();
     assert!(!first.handle.may_write());
     assert_eq!(second.leads(|_| true).await, 2);
 }
@@ -182,4 +182,38 @@ async fn a_lease_that_was_deleted_is_made_again_with_a_higher_epoch() {
     api.delete(NAME, &DeleteParams::default()).await.unwrap();
     assert_eq!(replica.leads(|epoch| epoch > 1).await, 2);
     assert_eq!(lease(&client, &namespace).await.spec.unwrap().lease_transitions, Some(2));
+}
+
+/// What a restore of etcd leaves: the object of before, whoever has written since.
+#[tokio::test]
+async fn replicas_end_when_the_lease_says_what_it_said_long_before() {
+    let Some((client, _)) = server::client().await else { return };
+    for renewed_before in [false, true] {
+        let namespace = server::namespace(&client, "lease-restored").await;
+        let api: Api<Lease> = Api::namespaced(client.clone(), &namespace);
+        let leader = Replica::start(&client, &namespace, "leader");
+        leader.leads(|_| true).await;
+        let snapshot = lease(&client, &namespace).await.spec.unwrap();
+        if !renewed_before {
+            leader.handle.raise_epoch(7);
+            leader.leads(|epoch| epoch > 7).await;
+        }
+        let standby = Replica::start(&client, &namespace, "standby");
+        let mut restored = serde_json::to_value(&snapshot).unwrap();
+        if renewed_before {
+            restored["renewTime"] = "2026-01-01T00:00:00.000000Z".into();
+        }
+        while standby.handle.holder().as_deref() != Some("leader") {
+            tokio::task::yield_now().await;
+        }
+        api.patch(NAME, &PatchParams::default(), &Patch::Merge(&serde_json::json!({ "spec": restored })))
+            .await
+            .unwrap();
+        let ended = timeout(SOON, leader.task).await.expect("the leader goes on").unwrap().unwrap_err();
+        assert!(ended.to_string().contains("taken back in time"), "{ended}");
+        assert!(!leader.handle.may_write());
+        timeout(SOON, standby.task).await.expect("the standby goes on").unwrap().unwrap_err();
+        // A fresh one remembers nothing, and leads.
+        Replica::start(&client, &namespace, "fresh").leads(|_| true).await;
+    }
 }

@@ -38,6 +38,15 @@ impl Node {
         run(self.scripts.join("exec"), &[&[&*self.cluster], arguments].concat()).await
     }
 
+    /// Cuts a node off the network until what is returned is dropped.
+    ///
+    /// # Errors
+    /// If it has no such interface.
+    pub async fn cut_off(&self, node: &str) -> anyhow::Result<CutOff> {
+        self.exec(&["ip", "link", "set", node, "down"]).await?;
+        Ok(CutOff { node: self.clone(), name: node.to_owned() })
+    }
+
     /// `stop` or `start` of a component of the control plane, such as `kube-apiserver`.
     ///
     /// # Errors
@@ -75,6 +84,24 @@ impl Node {
         let signal = format!("-{signal}");
         let arguments = [vec![&*signal], processes.iter().map(String::as_str).collect()].concat();
         run(PathBuf::from("kill"), &arguments).await.map(drop)
+    }
+}
+
+/// A node that is cut off: it comes back however the test ends, for those that follow.
+#[derive(Debug)]
+pub struct CutOff {
+    node: Node,
+    name: String,
+}
+
+impl Drop for CutOff {
+    fn drop(&mut self) {
+        let command = ["ip", "link", "set", &self.name, "up"];
+        let done =
+            std::process::Command::new(self.node.scripts.join("exec")).arg(&self.node.cluster).args(command).status();
+        if !done.is_ok_and(|status| status.success()) {
+            eprintln!("node {} stays cut off", self.name);
+        }
     }
 }
 

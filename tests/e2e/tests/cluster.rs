@@ -20,8 +20,8 @@ fn ended(status: &CanaryStatus) -> bool {
 /// An application on two nodes, and the name of the one that can be spared: names are looked up, and the load runs, on the other.
 async fn on_two_nodes(name: &str) -> Option<(Adopted, String)> {
     let (cluster, held) = cluster(Use::Alone).await?;
-    let nodes: Api<KubeNode> = Api::all(cluster.client.clone());
-    let nodes = nodes.list(&ListParams::default()).await.unwrap().items;
+    let all: Api<KubeNode> = Api::all(cluster.client.clone());
+    let nodes = all.list(&ListParams::default()).await.unwrap().items;
     let system: Api<Pod> = Api::namespaced(cluster.client.clone(), "kube-system");
     let system = system.list(&ListParams::default()).await.unwrap().items;
     let dns = system.iter().filter(|pod| pod.name_any().starts_with("coredns"));
@@ -32,6 +32,11 @@ async fn on_two_nodes(name: &str) -> Option<(Adopted, String)> {
     };
     drop(held);
     cluster.kubectl(&["cordon", &spared], None).await.unwrap();
+    eventually("the cordon to have been seen", MINUTE, || async {
+        let taints = all.get(&spared).await.ok()?.spec?.taints.unwrap_or_default();
+        taints.iter().any(|taint| taint.key == "node.kubernetes.io/unschedulable").then_some(())
+    })
+    .await;
     let stage = adopted(name, Use::Alone, &[], slow(8)).await?;
     cluster.kubectl(&["uncordon", &spared], None).await.unwrap();
     // Its next Pods are on both.
@@ -92,7 +97,7 @@ async fn a_node_that_is_lost_takes_what_it_had_and_new_connections_until_its_mem
     // What is on that node says so, when it is there again.
     let _expected = expect(&[CONTROLLERS_AWAY, API_SERVER_AWAY].concat());
     let at = unix_ms();
-    node.exec(&["ip", "link", "set", &lost, "down"]).await.unwrap();
+    let cut_off = node.cut_off(&lost).await.unwrap();
     node_ready(&stage, &lost, false).await;
     println!("the node was found not to be ready after {} ms", unix_ms() - at);
     // A request that waits for a lost Pod ends by the client's own timeout, of 10 s.
@@ -110,7 +115,7 @@ async fn a_node_that_is_lost_takes_what_it_had_and_new_connections_until_its_mem
         .unwrap();
     stage.nothing_failed().await;
     let back = unix_ms();
-    node.exec(&["ip", "link", "set", &lost, "up"]).await.unwrap();
+    drop(cut_off);
     node_ready(&stage, &lost, true).await;
     installation::fleet_is_ready(&cluster, 2).await;
     let done = stage.app.history.wait("the end of the release", applied, 5 * MINUTE, ended).await.unwrap().status;

@@ -17,7 +17,11 @@ use anyhow::Context;
 use clap::Parser;
 use futures::{SinkExt, StreamExt};
 use http_body_util::{BodyExt, Empty};
-use hyper::{Request, client::conn::http1};
+use hyper::{
+    Request,
+    client::conn::http1,
+    header::{HeaderName, HeaderValue},
+};
 use hyper_util::rt::TokioIo;
 use sluice_hello::v1::{GreetRequest, WatchRequest, hello_client::HelloClient};
 use sluice_load::{BUCKET_MS, Bucket};
@@ -31,6 +35,9 @@ struct Options {
     /// HTTP requests per second.
     #[arg(long, default_value_t = 300)]
     rate: u32,
+    /// `name: value` of a header of HTTP requests; may be said several times.
+    #[arg(long = "header", value_parser = header)]
+    headers: Vec<(HeaderName, HeaderValue)>,
     /// Kept connections.
     #[arg(long, default_value_t = 16)]
     connections: usize,
@@ -49,6 +56,11 @@ struct Options {
     /// End after so many seconds.
     #[arg(long, default_value_t = 1800)]
     seconds: u64,
+}
+
+fn header(text: &str) -> anyhow::Result<(HeaderName, HeaderValue)> {
+    let (name, value) = text.split_once(':').context("say NAME: VALUE")?;
+    Ok((name.trim().parse()?, value.trim().parse()?))
 }
 
 #[derive(Clone, Default)]
@@ -177,6 +189,9 @@ async fn exchange(options: &Options, pool: Option<Arc<Mutex<Vec<Sender>>>>) -> a
         let mut request = Request::get("/").header("host", &options.target).header("user-agent", "sluice-load");
         if pool.is_none() {
             request = request.header("connection", "close");
+        }
+        for (name, value) in &options.headers {
+            request = request.header(name, value);
         }
         let sent = async {
             sender.ready().await?;

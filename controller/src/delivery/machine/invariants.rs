@@ -1,6 +1,6 @@
 //! What must hold of every outcome, whatever was seen. Checked in debug builds after each call, and by the property tests.
 
-use sluice_crds::{CanaryStatus, Phase, RejectedRevision, Stage};
+use sluice_crds::{CanaryStatus, Phase, RejectedRevision, Stage, Traffic};
 
 use super::{Action, Observation, Outcome, run::mentions};
 use crate::delivery::plan::{MANUAL_PROMOTION, ROLLBACK, is_manual_rollback};
@@ -31,7 +31,10 @@ pub(super) fn holds(before: &CanaryStatus, outcome: &Outcome, seen: &Observation
         after.traffic.as_ref().is_none_or(|traffic| traffic.weight == 0 || traffic.canary.is_some()),
         "only a named revision has a weight",
     )?;
-    if to > from {
+    let matching = |status: &CanaryStatus| status.traffic.as_ref().is_some_and(|traffic| traffic.matches.is_some());
+    // Requests that did not match may reach it from now on.
+    let widened = to > 0 && matching(before) && !matching(after);
+    if to > from || widened {
         let canary = after.canary_revision.as_deref().unwrap_or_default();
         require(
             seen.revisions.get(canary).is_some_and(|revision| revision.ready > 0),
@@ -92,7 +95,8 @@ pub(super) fn holds(before: &CanaryStatus, outcome: &Outcome, seen: &Observation
                 after.plan.as_ref().is_some_and(|plan| plan.revision == *new),
                 "what is promoted is what was judged",
             )?;
-            require(effective.is_some_and(|effective| effective.weight == 100), "roles are swapped at 100 percent")?;
+            let everything = |traffic: &Traffic| traffic.weight == 100 && traffic.matches.is_none();
+            require(effective.is_some_and(everything), "roles are swapped at 100 percent of all requests")?;
         }
         _ => {}
     }

@@ -212,6 +212,9 @@ fn start(run: &mut Run<'_>, plan: FrozenPlan) -> Next {
     run.status.canary_revision = Some(hash.clone());
     // Named at weight 0 already: `NAME-canary` leads to it, and the first step needs only a new weight.
     run.set_traffic(Backend::revision(&plan.primary), Some(&hash), 0);
+    if let Some(traffic) = &mut run.status.traffic {
+        traffic.matches = plan.analysis.as_ref().and_then(|analysis| analysis.matches.clone());
+    }
     run.set_phase(Phase::Progressing);
     let message = match plan.unjudged.as_deref() {
         None => format!("releases revision {hash} in {} judged steps", plan.steps.len()),
@@ -386,7 +389,7 @@ fn held(run: &mut Run<'_>) -> Option<Next> {
 /// canary's Pods can let the primary's be evicted. Not for ever: the release may be what mends the primary.
 fn primary_is_short(run: &mut Run<'_>) -> Option<Next> {
     let primary = run.status.primary_revision.clone().unwrap_or_default();
-    let needs = plan::capacity(run.wish(), 100 - run.weight());
+    let needs = plan::capacity(run.wish(), run.primary_share());
     let ready = run.ready(&primary);
     let deadline = run.progress_end();
     // With none ready at all nothing is left to protect.
@@ -410,8 +413,14 @@ fn scale(run: &mut Run<'_>) -> Next {
     }
     let canary = run.status.canary_revision.clone().unwrap_or_default();
     let progress = status::progress(&run.status);
-    run.tell(false, "StepStarted", format!("step {progress}: {weight} percent for revision {canary}"));
+    run.tell(false, "StepStarted", format!("step {progress}: {weight} percent{} for revision {canary}", of(run)));
     run.enter(Stage::Shift)
+}
+
+/// Of what a weight is a share, where that is not all requests.
+fn of(run: &Run<'_>) -> &'static str {
+    let matched = run.status.traffic.as_ref().is_some_and(|traffic| traffic.matches.is_some() && traffic.weight > 0);
+    if matched { " of the requests that match" } else { "" }
 }
 
 /// The fleet's acknowledgement has no deadline of ours (a silent member leaves the fleet by itself), but a configuration that
@@ -440,7 +449,7 @@ fn shift(run: &mut Run<'_>) -> Next {
     run.status.acknowledged_at = Some(run.now);
     run.status.inconclusive_since = None;
     run.status.error_since = None;
-    let message = format!("every member of the fleet has acknowledged {} percent", run.weight());
+    let message = format!("every member of the fleet has acknowledged {} percent{}", run.weight(), of(run));
     run.tell(false, "WeightAcknowledged", message);
     run.enter(Stage::Judge)
 }
@@ -682,6 +691,7 @@ fn promote_scale(run: &mut Run<'_>) -> Next {
     }
     if let Some(traffic) = &mut run.status.traffic {
         traffic.weight = 100;
+        traffic.matches = None;
     }
     run.enter(Stage::PromoteShift)
 }

@@ -268,6 +268,15 @@ impl<'a> Run<'a> {
         self.status.traffic.as_ref().map_or(0, |traffic| traffic.weight)
     }
 
+    /// Percent of all requests that the primary may have to serve.
+    pub(super) fn primary_share(&self) -> i32 {
+        match &self.status.traffic {
+            // How many match, nobody knows.
+            Some(traffic) if traffic.matches.is_none() => 100 - traffic.weight,
+            Some(_) | None => 100,
+        }
+    }
+
     /// When the stage ends that lasts so long.
     pub(super) fn stage_end(&self, length: Duration) -> Timestamp {
         after(self.status.stage_since.unwrap_or(self.now), length)
@@ -416,7 +425,7 @@ impl<'a> Run<'a> {
     }
 
     pub(super) fn set_traffic(&mut self, primary: Backend, canary: Option<&str>, weight: i32) {
-        self.status.traffic = Some(Traffic { primary, canary: canary.map(Backend::revision), weight });
+        self.status.traffic = Some(Traffic { primary, canary: canary.map(Backend::revision), weight, matches: None });
     }
 
     /// Sees to it that a revision has at least so many replicas.

@@ -1,7 +1,7 @@
 //! Random worlds and every crash point. The world checks each call; here is what must hold in the end.
 
 use proptest::prelude::*;
-use sluice_crds::{Backend, InconclusiveAction, Phase, Stage, Traffic, Verb};
+use sluice_crds::{Backend, HttpMatch, InconclusiveAction, Phase, Stage, Traffic, Verb};
 
 use super::{
     super::{Action, Problem},
@@ -27,6 +27,7 @@ enum Happening {
     Suspend(bool),
     PauseWithoutSamples(bool),
     SkipAnalysis(bool),
+    Match(bool),
     Scale(u8),
     GitReplicas(u8),
     KeyDropped,
@@ -61,6 +62,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         2 => any::<bool>().prop_map(Happening::Suspend),
         1 => any::<bool>().prop_map(Happening::PauseWithoutSamples),
         1 => any::<bool>().prop_map(Happening::SkipAnalysis),
+        2 => any::<bool>().prop_map(Happening::Match),
         2 => (0_u8..6).prop_map(Happening::Scale),
         2 => (0_u8..6).prop_map(Happening::GitReplicas),
         1 => Just(Happening::KeyDropped),
@@ -119,6 +121,9 @@ fn happen(world: &mut World, happening: &Happening) {
         Happening::PauseWithoutSamples(pause) => {
             world.spec.analysis.as_mut().unwrap().inconclusive.then =
                 if *pause { InconclusiveAction::Pause } else { InconclusiveAction::Rollback };
+        }
+        Happening::Match(matching) => {
+            world.spec.analysis.as_mut().unwrap().matches = matching.then(|| vec![HttpMatch::default()]);
         }
         Happening::SkipAnalysis(skip) => world.spec.skip_analysis = *skip,
         Happening::Scale(replicas) => world.spec.replicas = Some(u32::from(*replicas)),
@@ -249,7 +254,7 @@ fn at_the_end(world: &World) -> Result<(), TestCaseError> {
         | Phase::Terminating
         | Phase::Terminated => prop_assert!(false, "{}", world.summary()),
     }
-    let rest = Traffic { primary: Backend::revision(&primary), canary: None, weight: 0 };
+    let rest = Traffic { primary: Backend::revision(&primary), canary: None, weight: 0, matches: None };
     prop_assert_eq!(world.status.traffic.as_ref(), Some(&rest));
     prop_assert_eq!(world.effective(), Some(rest));
     prop_assert!(world.key && world.finalizer && world.service_exists);

@@ -338,6 +338,39 @@ fn iterations_are_judged_at_weight_zero_and_then_all_traffic_moves() {
 }
 
 #[test]
+fn what_matches_is_judged_alone_and_all_requests_come_only_with_the_promotion() {
+    let mut world = World::new(json!({
+        "interval": "10s", "iterations": 3, "match": [{"headers": {"x-user": {"exact": "insider"}}}],
+        "metrics": [{"name": "request-success-rate", "interval": "5s", "thresholdRange": {"min": 99}}],
+    }));
+    world.settle();
+    world.pods_take = 20;
+    world.apply("v2");
+    let matched = |world: &World| world.status.traffic.as_ref().unwrap().matches.is_some();
+    world.until("all that matches goes to the canary", |world| world.status.stage == Stage::Judge);
+    assert!((world.weight(), matched(&world)) == (100, true));
+    world.until("the last iteration", |world| world.told("StepPassed") == 2 && world.status.stage == Stage::Judge);
+    assert!((world.weight(), matched(&world)) == (100, true));
+    world.until("everything goes to the canary", |world| world.status.stage == Stage::PromoteShift);
+    assert!((world.weight(), matched(&world), world.told("StepPassed")) == (100, false, 3));
+    world.settle();
+    assert_eq!((world.status.primary_revision.as_deref(), matched(&world)), (Some("v2"), false));
+}
+
+#[test]
+fn what_matches_goes_back_when_the_canary_is_bad() {
+    let mut world = World::new(json!({
+        "interval": "10s", "stepWeights": [50, 100], "match": [{"headers": {"x-user": {}}}],
+        "metrics": [{"name": "request-success-rate", "interval": "5s", "thresholdRange": {"min": 99}}],
+    }));
+    world.settle();
+    world.apply_with("v2", Quality::Failing);
+    world.settle();
+    assert_eq!((world.status.phase, world.weight()), (Phase::Failed, 0));
+    assert_eq!(world.status.traffic.as_ref().unwrap().matches, None);
+}
+
+#[test]
 fn skip_analysis_is_one_unjudged_move_at_full_capacity() {
     let mut world = World::adopted();
     world.spec.skip_analysis = true;

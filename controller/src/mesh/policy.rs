@@ -1,0 +1,88 @@
+//! What a cluster of the fleet says by `spec.service.trafficPolicy`.
+
+use sluice_crds::{HttpSettings, TcpSettings, TrafficPolicy};
+use sluice_xds::envoy::config::{
+    cluster::v3::{
+        CircuitBreakers, OutlierDetection,
+        circuit_breakers::Thresholds,
+        cluster::{LbConfig, LeastRequestLbConfig, SlowStartConfig},
+    },
+    core::v3::HttpProtocolOptions,
+};
+
+use super::{encode::seconds, route::duration};
+
+/// The base time of an ejection grows with each one up to this (Envoy's default).
+const LONGEST_EJECTION: i64 = 300;
+
+fn tcp(policy: Option<&TrafficPolicy>) -> Option<&TcpSettings> {
+    policy?.connection_pool.as_ref()?.tcp.as_ref()
+}
+
+fn http(policy: Option<&TrafficPolicy>) -> Option<&HttpSettings> {
+    policy?.connection_pool.as_ref()?.http.as_ref()
+}
+
+fn count(said: Option<i32>) -> Option<u32> {
+    said.and_then(|said| u32::try_from(said).ok())
+}
+
+pub(super) fn connect_timeout(policy: Option<&TrafficPolicy>) -> Option<prost_types::Duration> {
+    tcp(policy)?.connect_timeout.as_deref().and_then(duration)
+}
+
+/// What is not said has no limit: Envoy's default of 1024 would be one that no user asked for (circuit_breaker.proto).
+pub(super) fn circuit_breakers(policy: Option<&TrafficPolicy>) -> Option<CircuitBreakers> {
+    let (tcp, http) = (tcp(policy), http(policy));
+    if tcp.is_none() && http.is_none() {
+        return None;
+    }
+    let limit = |said: Option<i32>| Some(count(said).unwrap_or(u32::MAX));
+    Some(CircuitBreakers {
+        thresholds: vec![Thresholds {
+            max_connections: limit(tcp.and_then(|tcp| tcp.max_connections)),
+            max_pending_requests: limit(http.and_then(|http| http.http1_max_pending_requests)),
+            max_requests: limit(http.and_then(|http| http.http2_max_requests)),
+            // Without one the budget of retries holds.
+            max_retries: count(http.and_then(|http| http.max_retries)),
+            ..Thresholds::default()
+        }],
+    })
+}
+
+pub(super) fn outlier_detection(policy: Option<&TrafficPolicy>) -> Option<OutlierDetection> {
+    let said = policy?.outlier_detection.as_ref()?;
+    // 0 is off (outlier_detection.proto); Envoy's default for the first is 5.
+    let consecutive = |said: Option<i32>| Some(count(said).unwrap_or(0));
+    Some(OutlierDetection {
+        consecutive_5xx: consecutive(said.consecutive_5xx_errors),
+        consecutive_gateway_failure: consecutive(said.consecutive_gateway_errors),
+        // Envoy does not act on it by default.
+        enforcing_consecutive_gateway_failure: said.consecutive_gateway_errors.map(|_| 100),
+        base_ejection_time: said.base_ejection_time.as_deref().and_then(duration),
+        max_ejection_time: Some(seconds(LONGEST_EJECTION)),
+        max_ejection_percent: count(Some(said.max_ejection_percent)),
+        // Nothing that is not asked for.
+        enforcing_success_rate: Some(0),
+        ..OutlierDetection::default()
+    })
+}
+
+pub(super) fn slow_start(policy: Option<&TrafficPolicy>) -> Option<LbConfig> {
+    let window = policy?.load_balancer.as_ref()?.warmup_duration_secs.as_deref().and_then(duration)?;
+    Some(LbConfig::LeastRequestLbConfig(LeastRequestLbConfig {
+        slow_start_config: Some(SlowStartConfig { slow_start_window: Some(window), ..SlowStartConfig::default() }),
+        ..LeastRequestLbConfig::default()
+    }))
+}
+
+pub(super) fn connections(policy: Option<&TrafficPolicy>) -> Option<HttpProtocolOptions> {
+    let http = http(policy)?;
+    let idle_timeout = http.idle_timeout.as_deref().and_then(duration);
+    let most = count(http.max_requests_per_connection).filter(|most| *most > 0);
+    (idle_timeout.is_some() || most.is_some()).then(|| HttpProtocolOptions {
+        idle_timeout,
+        max_requests_per_connection: most,
+        ..HttpProtocolOptions::default()
+    })
+}

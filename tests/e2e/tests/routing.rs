@@ -1,0 +1,107 @@
+//! What decides who reaches the canary beside weights, on the real cluster.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
+
+use serde_json::json;
+use sluice_crds::{Phase, Stage};
+use sluice_e2e::{
+    adopted::{MINUTE, Use, adopted, quick},
+    load::Load,
+    watch::unix_ms,
+};
+
+/// A/B testing, with a header of insiders, behind a `match` that admits nothing but the root.
+#[tokio::test]
+async fn insiders_test_a_version_that_nobody_else_reaches_before_it_is_promoted() {
+    let mut spec = quick();
+    let analysis = spec["analysis"].as_object_mut().unwrap();
+    for field in ["stepWeight", "stepWeights", "maxWeight"] {
+        // Merged over the example's: null takes it away.
+        analysis.insert(field.to_owned(), json!(null));
+    }
+    analysis.insert("iterations".to_owned(), json!(2));
+    analysis.insert("match".to_owned(), json!([{"headers": {"x-user": {"exact": "insider"}}}]));
+    spec["service"]["match"] = json!([{"uri": {"exact": "/"}, "method": {"exact": "GET"}}]);
+    let Some(stage) = adopted("insiders", Use::Shared, &[], spec).await else { return };
+    let arguments = ["--target", "hello:80", "--rate", "60", "--header", "x-user: insider"];
+    let insiders = Load::start(&stage.app.cluster, &stage.app.namespace, "insiders", &arguments).await.unwrap();
+    insiders.steady().await.unwrap();
+
+    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
+    stage
+        .wait("judgement", applied, |status| status.stage == Stage::Judge && status.effective_weight == Some(100))
+        .await;
+    let from = unix_ms();
+    let promoting = stage.wait("the promotion", applied, |status| status.phase == Phase::Promoting).await;
+    let until = unix_ms();
+    assert_eq!(promoting.failed_checks, 0);
+    stage.load.catch_up().await.unwrap();
+    insiders.catch_up().await.unwrap();
+    let versions = |load: &Load| -> Vec<String> {
+        let within = |bucket: &sluice_load::Bucket| bucket.last_ms < until.saturating_sub(1_000);
+        let mut seen: Vec<_> = load.since(from).into_iter().filter(within).map(|bucket| bucket.version).collect();
+        seen.sort();
+        seen.dedup();
+        seen
+    };
+    assert_eq!(versions(&insiders), ["v2"], "those who match");
+    assert_eq!(versions(&stage.load), ["v1"], "all others");
+
+    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
+    let promoted = unix_ms();
+    insiders.catch_up().await.unwrap();
+    assert!(insiders.failures_since(from).is_empty(), "{:?}", insiders.failures_since(from));
+    assert_eq!(stage.answers_of("v1", promoted).await, 0, "everybody has it");
+    stage.end().await;
+}
+
+/// Each member of the fleet, and each connection, decides by the cookie alone.
+#[tokio::test]
+async fn a_user_with_a_cookie_stays_on_one_version_while_weights_stay() {
+    let mut spec = quick();
+    spec["analysis"]["sessionAffinity"] = json!({"cookieName": "side"});
+    let Some(stage) = adopted("sticky", Use::Shared, &[], spec).await else { return };
+    let mut users = Vec::new();
+    for user in 0..8 {
+        let cookie = format!("cookie: side=user-{user}");
+        let arguments = ["--target", "hello:80", "--rate", "10", "--header", &cookie];
+        let name = format!("user-{user}");
+        users.push(Load::start(&stage.app.cluster, &stage.app.namespace, &name, &arguments).await.unwrap());
+    }
+    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
+    let mut before: Vec<bool> = vec![false; users.len()];
+    let mut weight = 0;
+    // Every step: who is on the canary stays there when more come.
+    loop {
+        let step = stage
+            .wait("the next step", applied, |status| {
+                status.phase == Phase::Promoting
+                    || (status.stage == Stage::Judge && status.effective_weight.is_some_and(|now| now > weight))
+            })
+            .await;
+        if step.phase == Phase::Promoting {
+            break;
+        }
+        weight = step.effective_weight.unwrap();
+        let from = unix_ms();
+        let next = stage.wait("the end of the step", from, move |status| {
+            status.phase == Phase::Promoting || status.requested_weight > weight
+        });
+        next.await;
+        let until = unix_ms();
+        for (user, load) in users.iter().enumerate() {
+            load.catch_up().await.unwrap();
+            let seen = load.since(from);
+            let seen: Vec<_> = seen.iter().filter(|bucket| bucket.last_ms + 1_000 < until).collect();
+            let on = |version: &str| seen.iter().any(|bucket| bucket.version == version);
+            assert!(on("v1") != on("v2"), "user {user} at {weight} percent: {seen:?}");
+            assert!(!before[user] || on("v2"), "user {user} was taken off the canary at {weight} percent");
+            before[user] = on("v2");
+        }
+        println!("at {weight} percent {} of 8 users are on the canary", before.iter().filter(|on| **on).count());
+    }
+    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
+    for load in &users {
+        assert!(load.failures_since(applied).is_empty(), "{:?}", load.failures_since(applied));
+    }
+    stage.end().await;
+}
