@@ -52,17 +52,16 @@ pub(super) fn circuit_breakers(policy: Option<&TrafficPolicy>) -> Option<Circuit
 
 pub(super) fn outlier_detection(policy: Option<&TrafficPolicy>) -> Option<OutlierDetection> {
     let said = policy?.outlier_detection.as_ref()?;
-    // 0 is off (outlier_detection.proto); Envoy's default for the first is 5.
-    let consecutive = |said: Option<i32>| Some(count(said).unwrap_or(0));
+    // Nothing that is not asked for: Envoy acts on the first and on success rates by default (outlier_detection.proto).
+    let enforced = |said: Option<i32>| Some(if said.is_some() { 100 } else { 0 });
     Some(OutlierDetection {
-        consecutive_5xx: consecutive(said.consecutive_5xx_errors),
-        consecutive_gateway_failure: consecutive(said.consecutive_gateway_errors),
-        // Envoy does not act on it by default.
-        enforcing_consecutive_gateway_failure: said.consecutive_gateway_errors.map(|_| 100),
+        consecutive_5xx: count(said.consecutive_5xx_errors),
+        enforcing_consecutive_5xx: enforced(said.consecutive_5xx_errors),
+        consecutive_gateway_failure: count(said.consecutive_gateway_errors),
+        enforcing_consecutive_gateway_failure: enforced(said.consecutive_gateway_errors),
         base_ejection_time: said.base_ejection_time.as_deref().and_then(duration),
         max_ejection_time: Some(seconds(LONGEST_EJECTION)),
         max_ejection_percent: count(Some(said.max_ejection_percent)),
-        // Nothing that is not asked for.
         enforcing_success_rate: Some(0),
         ..OutlierDetection::default()
     })
