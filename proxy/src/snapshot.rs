@@ -42,10 +42,65 @@ pub struct ServerTls {
 
 #[derive(Debug, PartialEq)]
 pub enum Protocol {
-    /// HTTP/1.1 or HTTP/2, by ALPN or by the connection preface (RFC 9113, 3.4).
-    Http(Action),
+    /// HTTP/1.1 or HTTP/2, by ALPN or by the connection preface (RFC 9113, 3.4). A request takes the first route that
+    /// matches.
+    Http(Vec<Route>),
     /// Bytes; the split is drawn once per connection.
     Tcp(Split),
+}
+
+impl Protocol {
+    /// The same for all requests.
+    #[must_use]
+    pub fn http(action: Action) -> Self {
+        Self::Http(vec![Route { matches: RouteMatch::default(), action }])
+    }
+
+    /// Every split in it.
+    pub fn splits(&self) -> impl Iterator<Item = &Split> {
+        let (routes, split) = match self {
+            Self::Http(routes) => (routes.as_slice(), None),
+            Self::Tcp(split) => (&[][..], Some(split)),
+        };
+        let of_routes = routes.iter().filter_map(|route| match &route.action {
+            Action::Forward { split, .. } => Some(split),
+            Action::Respond(_) => None,
+        });
+        of_routes.chain(split)
+    }
+}
+
+/// What is done with some requests.
+#[derive(Debug, PartialEq)]
+pub struct Route {
+    pub matches: RouteMatch,
+    pub action: Action,
+}
+
+/// Which requests a route is for.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct RouteMatch {
+    pub path: PathMatch,
+}
+
+impl RouteMatch {
+    /// Whether it is for every request. `*`, the target of an OPTIONS for the server as a whole, is one of them.
+    #[must_use]
+    pub fn is_all(&self) -> bool {
+        matches!(&self.path, PathMatch::Prefix(prefix) if prefix.is_empty() || prefix == "/")
+    }
+}
+
+/// A rule for the path of the target, without its query.
+#[derive(Debug, Clone, PartialEq)]
+pub enum PathMatch {
+    Prefix(String),
+}
+
+impl Default for PathMatch {
+    fn default() -> Self {
+        Self::Prefix("/".to_owned())
+    }
 }
 
 #[derive(Debug, PartialEq)]

@@ -27,7 +27,7 @@ use sluice_xds::{
 
 use super::{
     ConfigError, cluster, endpoints,
-    route::{self, Action, Targets},
+    route::{self, Routes, Targets},
     tls,
 };
 use crate::snapshot::ServerTls;
@@ -53,7 +53,7 @@ pub(super) struct Chain {
 pub(super) enum Protocol {
     /// HTTP by the `RouteConfiguration` of this name.
     Rds(String),
-    Http(Action),
+    Http(Routes),
     Tcp(Targets),
 }
 
@@ -69,12 +69,12 @@ impl Listener {
     /// The clusters that it names itself, not by way of a route of its own version.
     pub(super) fn clusters(&self) -> impl Iterator<Item = &str> {
         self.chains.iter().flat_map(|chain| {
-            let (action, targets) = match &chain.protocol {
+            let (routes, targets) = match &chain.protocol {
                 Protocol::Rds(_) => (None, None),
-                Protocol::Http(action) => (Some(action), None),
+                Protocol::Http(routes) => (Some(routes), None),
                 Protocol::Tcp(targets) => (None, Some(targets)),
             };
-            let inline = action.into_iter().flat_map(Action::clusters);
+            let inline = routes.into_iter().flat_map(Routes::clusters);
             inline.chain(targets.into_iter().flatten().map(|(name, _)| name.as_str()))
         })
     }

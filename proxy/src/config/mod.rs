@@ -12,6 +12,7 @@ mod dump;
 mod endpoints;
 mod error;
 mod listener;
+mod matching;
 mod resources;
 mod route;
 mod tls;

@@ -14,7 +14,7 @@ use super::{
     headers,
     pool::{Lease, SendError, Wire},
     retry::Retries,
-    serving::{Action, Protocol},
+    serving::{Action, Protocol, Route},
     stream::Stream,
     tally::Tally,
 };
@@ -116,12 +116,12 @@ async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut Requ
         return Err(Failure::MethodRefused.into());
     }
     headers::check_request(&mut parts)?;
-    let (cluster, policy) = match &chain.protocol {
-        Protocol::Http(Action::Forward { split, policy }) => (split.draw().ok_or(Failure::NoRoute)?, policy),
-        Protocol::Http(Action::Respond(status)) => {
-            return Err(Failure::DirectResponse(*status).into());
-        }
-        Protocol::Tcp(_) => return Err(Failure::NoRoute.into()),
+    let Protocol::Http(routes) = &chain.protocol else {
+        return Err(Failure::NoRoute.into());
+    };
+    let (cluster, policy) = match Route::first(routes, &parts).ok_or(Failure::NoRoute)? {
+        Action::Forward { split, policy } => (split.draw().ok_or(Failure::NoRoute)?, policy),
+        Action::Respond(status) => return Err(Failure::DirectResponse(*status).into()),
     };
     tally.drawn(cluster);
 
