@@ -4,11 +4,11 @@
 //! A snapshot is immutable. Parts that did not change between two snapshots are the *same* `Arc`s, so that the workers
 //! keep the pools, load counters and metric series that hang on them.
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, ops::Range, sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue, StatusCode};
 
-use crate::metrics::GrpcStatus;
+use crate::{metrics::GrpcStatus, pattern::Pattern};
 
 /// All listeners that should be open, by name.
 #[derive(Debug, Default)]
@@ -77,30 +77,89 @@ pub struct Route {
     pub action: Action,
 }
 
-/// Which requests a route is for.
+/// Which requests a route is for: those of which all of this is so.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct RouteMatch {
-    pub path: PathMatch,
+    /// Of the target, without its query.
+    pub path: StringMatch,
+    pub headers: Vec<HeaderMatch>,
+    pub query: Vec<QueryMatch>,
 }
 
 impl RouteMatch {
     /// Whether it is for every request. `*`, the target of an OPTIONS for the server as a whole, is one of them.
     #[must_use]
     pub fn is_all(&self) -> bool {
-        matches!(&self.path, PathMatch::Prefix(prefix) if prefix.is_empty() || prefix == "/")
+        let any_path = matches!(&self.path.rule, StringRule::Prefix(prefix) if prefix.is_empty() || prefix == "/");
+        any_path && self.headers.is_empty() && self.query.is_empty()
     }
 }
 
-/// A rule for the path of the target, without its query.
-#[derive(Debug, Clone, PartialEq)]
-pub enum PathMatch {
-    Prefix(String),
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct StringMatch {
+    pub rule: StringRule,
+    /// Of ASCII. A regular expression says itself what it thinks of case.
+    pub ignore_case: bool,
 }
 
-impl Default for PathMatch {
+#[derive(Debug, Clone, PartialEq)]
+pub enum StringRule {
+    Exact(String),
+    Prefix(String),
+    /// A path, or what is below it (`RouteMatch.path_separated_prefix`).
+    SeparatedPrefix(String),
+    Suffix(String),
+    Contains(String),
+    /// Of the whole text.
+    Regex(Pattern),
+}
+
+impl Default for StringRule {
     fn default() -> Self {
         Self::Prefix("/".to_owned())
     }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct HeaderMatch {
+    pub of: Field,
+    pub rule: HeaderRule,
+    /// Then no value may fit, else one must.
+    pub invert: bool,
+    /// Else nothing but [`HeaderRule::Present`] can hold without the header, inverted or not.
+    pub missing_is_empty: bool,
+}
+
+/// What a [`HeaderMatch`] looks at.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Field {
+    Method,
+    Authority,
+    /// The target with its query.
+    Path,
+    Scheme,
+    Header(HeaderName),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum HeaderRule {
+    Present(bool),
+    /// A decimal number.
+    Range(Range<i64>),
+    Text(StringMatch),
+}
+
+/// The first parameter of the name, as it is written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QueryMatch {
+    pub name: String,
+    pub rule: QueryRule,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum QueryRule {
+    Present(bool),
+    Text(StringMatch),
 }
 
 #[derive(Debug, PartialEq)]

@@ -116,15 +116,6 @@ async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut Requ
         return Err(Failure::MethodRefused.into());
     }
     headers::check_request(&mut parts)?;
-    let Protocol::Http(routes) = &chain.protocol else {
-        return Err(Failure::NoRoute.into());
-    };
-    let (cluster, policy) = match Route::first(routes, &parts).ok_or(Failure::NoRoute)? {
-        Action::Forward { split, policy } => (split.draw().ok_or(Failure::NoRoute)?, policy),
-        Action::Respond(status) => return Err(Failure::DirectResponse(*status).into()),
-    };
-    tally.drawn(cluster);
-
     let wire = if parts.version == Version::HTTP_2 { Wire::Http2 } else { Wire::Http1 };
     let has_body = !unread.is_end_stream();
     let upgrade = headers::wants_websocket(&parts, has_body);
@@ -144,10 +135,19 @@ async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut Requ
         }
         parts.version = Version::HTTP_11;
     }
-    headers::change(&mut parts.headers, &policy.request_headers);
     if upgrade {
         headers::keep_websocket(&mut parts.headers);
     }
+
+    let Protocol::Http(routes) = &chain.protocol else {
+        return Err(Failure::NoRoute.into());
+    };
+    let (cluster, policy) = match Route::first(routes, &parts, chain.tls.is_some()).ok_or(Failure::NoRoute)? {
+        Action::Forward { split, policy } => (split.draw().ok_or(Failure::NoRoute)?, policy),
+        Action::Respond(status) => return Err(Failure::DirectResponse(*status).into()),
+    };
+    headers::change(&mut parts.headers, &policy.request_headers);
+    tally.drawn(cluster);
 
     let mut body = std::mem::replace(unread, RequestBody::Empty);
     // Both sides of a WebSocket talk for as long as they like.

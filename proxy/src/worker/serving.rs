@@ -37,7 +37,11 @@ pub(super) struct Route {
 }
 
 pub(super) enum Action {
-    Forward { split: Split, policy: Arc<Policy> },
+    /// The policy is this thread's own, with its expressions (`Pattern`).
+    Forward {
+        split: Split,
+        policy: Box<Policy>,
+    },
     Respond(StatusCode),
 }
 
@@ -99,7 +103,7 @@ impl Route {
     fn new(config: &snapshot::Route, clusters: &Clusters) -> Self {
         let action = match &config.action {
             snapshot::Action::Forward { split, policy } => {
-                Action::Forward { split: Split::new(split, clusters), policy: Arc::clone(policy) }
+                Action::Forward { split: Split::new(split, clusters), policy: Box::new(Policy::clone(policy)) }
             }
             snapshot::Action::Respond(status) => Action::Respond(*status),
         };
@@ -108,8 +112,8 @@ impl Route {
     }
 
     /// What the first route that matches does.
-    pub(super) fn first<'a>(routes: &'a [Self], request: &request::Parts) -> Option<&'a Action> {
-        let matches = |route: &&Self| route.matches.as_ref().is_none_or(|rule| matching::takes(rule, request));
+    pub(super) fn first<'a>(routes: &'a [Self], request: &request::Parts, tls: bool) -> Option<&'a Action> {
+        let matches = |route: &&Self| route.matches.as_ref().is_none_or(|rule| matching::takes(rule, request, tls));
         routes.iter().find(matches).map(|route| &route.action)
     }
 }

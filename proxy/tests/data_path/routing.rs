@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use http::StatusCode;
 use sluice_proxy::{
-    snapshot::{Action, PathMatch, Policy, Protocol, Route, RouteMatch},
+    snapshot::{Action, Policy, Protocol, Route, RouteMatch, StringMatch, StringRule},
     workers::Role,
 };
 
@@ -16,7 +16,8 @@ fn to(app: &App, revision: &str, matches: RouteMatch, policy: Policy) -> Route {
 }
 
 fn prefix(prefix: &str) -> RouteMatch {
-    RouteMatch { path: PathMatch::Prefix(prefix.to_owned()) }
+    let rule = StringRule::Prefix(prefix.to_owned());
+    RouteMatch { path: StringMatch { rule, ignore_case: false }, ..RouteMatch::default() }
 }
 
 #[tokio::test]
