@@ -6,7 +6,7 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, ops::Range, sync::Arc, time::Duration};
 
-use http::{HeaderName, HeaderValue, StatusCode};
+use http::{HeaderName, HeaderValue, StatusCode, uri::Authority};
 
 use crate::{metrics::GrpcStatus, pattern::Pattern};
 
@@ -181,6 +181,8 @@ pub struct Policy {
     pub request_headers: HeaderChanges,
     /// Of answers of an upstream, not of our own.
     pub response_headers: HeaderChanges,
+    /// Takes place after the changes of headers.
+    pub rewrite: Option<Rewrite>,
 }
 
 /// Which requests are sent again, although they may have been processed.
@@ -215,6 +217,40 @@ pub struct HeaderChanges {
     pub remove: Vec<HeaderName>,
     /// With `true`, beside what is there; else in its place.
     pub write: Vec<(HeaderName, HeaderValue, bool)>,
+}
+
+/// What a request is made to ask for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rewrite {
+    pub host: Option<HostRewrite>,
+    pub path: Option<PathRewrite>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostRewrite {
+    pub authority: Authority,
+    /// The same, for HTTP/1.1.
+    pub value: HeaderValue,
+    /// Whether the host that the client asked for goes into `x-forwarded-host`.
+    pub note_original: bool,
+}
+
+/// A new path; the query stays.
+#[derive(Debug, Clone, PartialEq)]
+pub enum PathRewrite {
+    /// In place of the first so many bytes, which the route has matched.
+    Prefix { matched: usize, with: String },
+    /// In place of all of it.
+    Whole(String),
+    /// In place of each match, one after another.
+    Regex { pattern: Pattern, with: Vec<Piece> },
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Piece {
+    Text(String),
+    /// What this group of the expression has matched; 0 is all of it. Not more than the expression has.
+    Group(usize),
 }
 
 /// Clusters with their weights, out of the sum of all weights. A weight of 0 means never.

@@ -14,6 +14,7 @@ mod error;
 mod listener;
 mod matching;
 mod resources;
+mod rewrite;
 mod route;
 mod tls;
 

@@ -11,7 +11,7 @@ use sluice_xds::envoy::config::{
     },
 };
 
-use super::{ConfigError, matching};
+use super::{ConfigError, matching, rewrite};
 use crate::{
     metrics::GrpcStatus,
     snapshot::{HeaderChanges, Policy, RetryOn, RetryPolicy, RouteMatch},
@@ -85,12 +85,13 @@ pub(super) fn parse(message: &RouteConfiguration, field: &str) -> Result<Routes,
     let routes = host.routes.iter().enumerate().map(|(at, route)| {
         let field = format!("{field}[{at}]");
         let matches = matching::parse(route.r#match.as_ref(), &format!("{field}.match"))?;
-        Ok(Route { matches, action: action(route, &field)? })
+        let action = action(route, &matches, &field)?;
+        Ok(Route { matches, action })
     });
     Ok(Routes(routes.collect::<Result<_, _>>()?))
 }
 
-fn action(route: &RouteMessage, at: &str) -> Result<Action, ConfigError> {
+fn action(route: &RouteMessage, matches: &RouteMatch, at: &str) -> Result<Action, ConfigError> {
     match &route.action {
         Some(MessageAction::Route(action)) => {
             let field = format!("{at}.route");
@@ -98,6 +99,7 @@ fn action(route: &RouteMessage, at: &str) -> Result<Action, ConfigError> {
             let policy = Policy {
                 timeout: duration(action.timeout.as_ref(), || format!("{field}.timeout"))?,
                 retry: action.retry_policy.as_ref().map(|retry| retries(retry, &field)).transpose()?.flatten(),
+                rewrite: rewrite::parse(action, &matches.path, &field)?,
                 ..headers(route, at)?
             };
             Ok(Action::Forward { targets, policy: Arc::new(policy) })

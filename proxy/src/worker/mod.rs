@@ -10,6 +10,7 @@ mod matching;
 mod pool;
 mod request;
 mod retry;
+mod rewrite;
 mod serving;
 mod slot;
 mod stream;

@@ -14,6 +14,7 @@ use super::{
     headers,
     pool::{Lease, SendError, Wire},
     retry::Retries,
+    rewrite,
     serving::{Action, Protocol, Route},
     stream::Stream,
     tally::Tally,
@@ -147,6 +148,9 @@ async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut Requ
         Action::Respond(status) => return Err(Failure::DirectResponse(*status).into()),
     };
     headers::change(&mut parts.headers, &policy.request_headers);
+    if let Some(rewrite) = &policy.rewrite {
+        rewrite::apply(rewrite, &mut parts)?;
+    }
     tally.drawn(cluster);
 
     let mut body = std::mem::replace(unread, RequestBody::Empty);
