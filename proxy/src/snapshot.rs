@@ -183,6 +183,7 @@ pub struct Policy {
     pub response_headers: HeaderChanges,
     /// Takes place after the changes of headers.
     pub rewrite: Option<Rewrite>,
+    pub cors: Option<CorsPolicy>,
 }
 
 /// Which requests are sent again, although they may have been processed.
@@ -251,6 +252,27 @@ pub enum Piece {
     Text(String),
     /// What this group of the expression has matched; 0 is all of it. Not more than the expression has.
     Group(usize),
+}
+
+/// Which other origins' scripts may read the answers of a route, and what they are told.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct CorsPolicy {
+    pub origins: Vec<StringMatch>,
+    pub methods: Option<Asked>,
+    pub headers: Option<Asked>,
+    pub expose: Option<HeaderValue>,
+    pub max_age: Option<HeaderValue>,
+    pub credentials: bool,
+    /// Whether the application answers preflights of other origins. Else they are answered here, without a permission.
+    pub forward_others: bool,
+}
+
+/// What a preflight asks for.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Asked {
+    /// All that it asks for.
+    All,
+    These(HeaderValue),
 }
 
 /// Clusters with their weights, out of the sum of all weights. A weight of 0 means never.

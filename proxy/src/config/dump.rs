@@ -93,6 +93,7 @@ fn policy(it: &Policy) -> Value {
         "requestHeaders": changes(&it.request_headers),
         "responseHeaders": changes(&it.response_headers),
         "rewrite": it.rewrite.as_ref().map(|rewrite| format!("{rewrite:?}")),
+        "cors": it.cors.as_ref().map(|cors| format!("{cors:?}")),
     })
 }
 

@@ -8,6 +8,7 @@
 //! retry policies of routes are in the second group: both are built into the data path.
 
 mod cluster;
+mod cors;
 mod dump;
 mod endpoints;
 mod error;

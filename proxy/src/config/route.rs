@@ -11,10 +11,10 @@ use sluice_xds::envoy::config::{
     },
 };
 
-use super::{ConfigError, matching, rewrite};
+use super::{ConfigError, cors, matching, rewrite, tls};
 use crate::{
     metrics::GrpcStatus,
-    snapshot::{HeaderChanges, Policy, RetryOn, RetryPolicy, RouteMatch},
+    snapshot::{CorsPolicy, HeaderChanges, Policy, RetryOn, RetryPolicy, RouteMatch},
 };
 
 /// What frames or addresses a message, or concerns one connection of its way, is not for a route to change.
@@ -92,6 +92,7 @@ pub(super) fn parse(message: &RouteConfiguration, field: &str) -> Result<Routes,
 }
 
 fn action(route: &RouteMessage, matches: &RouteMatch, at: &str) -> Result<Action, ConfigError> {
+    let cors = filters(route, at)?;
     match &route.action {
         Some(MessageAction::Route(action)) => {
             let field = format!("{at}.route");
@@ -100,6 +101,7 @@ fn action(route: &RouteMessage, matches: &RouteMatch, at: &str) -> Result<Action
                 timeout: duration(action.timeout.as_ref(), || format!("{field}.timeout"))?,
                 retry: action.retry_policy.as_ref().map(|retry| retries(retry, &field)).transpose()?.flatten(),
                 rewrite: rewrite::parse(action, &matches.path, &field)?,
+                cors,
                 ..headers(route, at)?
             };
             Ok(Action::Forward { targets, policy: Arc::new(policy) })
@@ -114,6 +116,22 @@ fn action(route: &RouteMessage, matches: &RouteMatch, at: &str) -> Result<Action
         }
         None => Err(ConfigError::missing(format!("{at}.route"))),
     }
+}
+
+/// What filters do on this route. The listener names the filters for Envoy's sake; here they are what the route says.
+fn filters(route: &RouteMessage, at: &str) -> Result<Option<CorsPolicy>, ConfigError> {
+    let mut cors = None;
+    for (name, config) in &route.typed_per_filter_config {
+        let field = format!("{at}.typed_per_filter_config");
+        match name.as_str() {
+            "envoy.filters.http.cors" => {
+                let field = format!("{field}[{name}]");
+                cors = cors::parse(&tls::read(config, &field)?, &field)?;
+            }
+            other => return Err(ConfigError::unsupported(field, other, "envoy.filters.http.cors")),
+        }
+    }
+    Ok(cors)
 }
 
 fn forward(action: &RouteAction, field: &str) -> Result<Targets, ConfigError> {

@@ -4,6 +4,7 @@
 mod body;
 mod cluster;
 mod connection;
+mod cors;
 mod headers;
 mod http1;
 mod matching;
