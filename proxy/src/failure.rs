@@ -5,7 +5,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 
 use crate::metrics::GrpcStatus;
 
-/// On every answer of our own, so that users can tell it from one of the application.
+/// On every answer of our own but to CORS preflights, so that users can tell it from one of the application.
 pub const FLAG_HEADER: HeaderName = HeaderName::from_static("x-sluice-response-flag");
 /// On a sidecar's 503, for the fleet alone: the application has not seen the request (docs/xds.md).
 pub const NOT_PROCESSED: HeaderName = HeaderName::from_static("x-sluice-not-processed");

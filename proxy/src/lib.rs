@@ -10,6 +10,7 @@ pub mod failure;
 pub mod identity;
 pub mod metrics;
 pub mod outcomes;
+pub mod pattern;
 pub mod process;
 pub mod snapshot;
 pub mod tls;

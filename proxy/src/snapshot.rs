@@ -4,11 +4,11 @@
 //! A snapshot is immutable. Parts that did not change between two snapshots are the *same* `Arc`s, so that the workers
 //! keep the pools, load counters and metric series that hang on them.
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, ops::Range, sync::Arc, time::Duration};
 
-use http::{HeaderName, HeaderValue, StatusCode};
+use http::{HeaderName, HeaderValue, StatusCode, uri::Authority};
 
-use crate::metrics::GrpcStatus;
+use crate::{metrics::GrpcStatus, pattern::Pattern};
 
 /// All listeners that should be open, by name.
 #[derive(Debug, Default)]
@@ -42,10 +42,124 @@ pub struct ServerTls {
 
 #[derive(Debug, PartialEq)]
 pub enum Protocol {
-    /// HTTP/1.1 or HTTP/2, by ALPN or by the connection preface (RFC 9113, 3.4).
-    Http(Action),
+    /// HTTP/1.1 or HTTP/2, by ALPN or by the connection preface (RFC 9113, 3.4). A request takes the first route that
+    /// matches.
+    Http(Vec<Route>),
     /// Bytes; the split is drawn once per connection.
     Tcp(Split),
+}
+
+impl Protocol {
+    /// The same for all requests.
+    #[must_use]
+    pub fn http(action: Action) -> Self {
+        Self::Http(vec![Route { matches: RouteMatch::default(), action }])
+    }
+
+    /// Every split in it.
+    pub fn splits(&self) -> impl Iterator<Item = &Split> {
+        let (routes, split) = match self {
+            Self::Http(routes) => (routes.as_slice(), None),
+            Self::Tcp(split) => (&[][..], Some(split)),
+        };
+        let of_routes = routes.iter().filter_map(|route| match &route.action {
+            Action::Forward { split, .. } => Some(split),
+            Action::Respond(_) => None,
+        });
+        of_routes.chain(split)
+    }
+}
+
+/// What is done with some requests.
+#[derive(Debug, PartialEq)]
+pub struct Route {
+    pub matches: RouteMatch,
+    pub action: Action,
+}
+
+/// Which requests a route is for: those of which all of this is so.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct RouteMatch {
+    /// Of the target, without its query.
+    pub path: StringMatch,
+    pub headers: Vec<HeaderMatch>,
+    pub query: Vec<QueryMatch>,
+}
+
+impl RouteMatch {
+    /// Whether it is for every request. `*`, the target of an OPTIONS for the server as a whole, is one of them.
+    #[must_use]
+    pub fn is_all(&self) -> bool {
+        let any_path = matches!(&self.path.rule, StringRule::Prefix(prefix) if prefix.is_empty() || prefix == "/");
+        any_path && self.headers.is_empty() && self.query.is_empty()
+    }
+}
+
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct StringMatch {
+    pub rule: StringRule,
+    /// Of ASCII. A regular expression says itself what it thinks of case.
+    pub ignore_case: bool,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum StringRule {
+    Exact(String),
+    Prefix(String),
+    /// A path, or what is below it (`RouteMatch.path_separated_prefix`).
+    SeparatedPrefix(String),
+    Suffix(String),
+    Contains(String),
+    /// Of the whole text.
+    Regex(Pattern),
+}
+
+impl Default for StringRule {
+    fn default() -> Self {
+        Self::Prefix("/".to_owned())
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct HeaderMatch {
+    pub of: Field,
+    pub rule: HeaderRule,
+    /// Then no value may fit, else one must.
+    pub invert: bool,
+    /// Else nothing but [`HeaderRule::Present`] can hold without the header, inverted or not.
+    pub missing_is_empty: bool,
+}
+
+/// What a [`HeaderMatch`] looks at.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Field {
+    Method,
+    Authority,
+    /// The target with its query.
+    Path,
+    Scheme,
+    Header(HeaderName),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum HeaderRule {
+    Present(bool),
+    /// A decimal number.
+    Range(Range<i64>),
+    Text(StringMatch),
+}
+
+/// The first parameter of the name, as it is written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QueryMatch {
+    pub name: String,
+    pub rule: QueryRule,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum QueryRule {
+    Present(bool),
+    Text(StringMatch),
 }
 
 #[derive(Debug, PartialEq)]
@@ -67,6 +181,9 @@ pub struct Policy {
     pub request_headers: HeaderChanges,
     /// Of answers of an upstream, not of our own.
     pub response_headers: HeaderChanges,
+    /// Takes place after the changes of headers.
+    pub rewrite: Option<Rewrite>,
+    pub cors: Option<CorsPolicy>,
 }
 
 /// Which requests are sent again, although they may have been processed.
@@ -101,6 +218,61 @@ pub struct HeaderChanges {
     pub remove: Vec<HeaderName>,
     /// With `true`, beside what is there; else in its place.
     pub write: Vec<(HeaderName, HeaderValue, bool)>,
+}
+
+/// What a request is made to ask for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rewrite {
+    pub host: Option<HostRewrite>,
+    pub path: Option<PathRewrite>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostRewrite {
+    pub authority: Authority,
+    /// The same, for HTTP/1.1.
+    pub value: HeaderValue,
+    /// Whether the host that the client asked for goes into `x-forwarded-host`.
+    pub note_original: bool,
+}
+
+/// A new path; the query stays.
+#[derive(Debug, Clone, PartialEq)]
+pub enum PathRewrite {
+    /// In place of the first so many bytes, which the route has matched.
+    Prefix { matched: usize, with: String },
+    /// In place of all of it.
+    Whole(String),
+    /// In place of each match, one after another.
+    Regex { pattern: Pattern, with: Vec<Piece> },
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Piece {
+    Text(String),
+    /// What this group of the expression has matched; 0 is all of it. Not more than the expression has.
+    Group(usize),
+}
+
+/// Which other origins' scripts may read the answers of a route, and what they are told.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct CorsPolicy {
+    pub origins: Vec<StringMatch>,
+    pub methods: Option<Asked>,
+    pub headers: Option<Asked>,
+    pub expose: Option<HeaderValue>,
+    pub max_age: Option<HeaderValue>,
+    pub credentials: bool,
+    /// Whether the application answers preflights of other origins. Else they are answered here, without a permission.
+    pub forward_others: bool,
+}
+
+/// What a preflight asks for.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Asked {
+    /// All that it asks for.
+    All,
+    These(HeaderValue),
 }
 
 /// Clusters with their weights, out of the sum of all weights. A weight of 0 means never.

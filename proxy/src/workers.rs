@@ -24,7 +24,7 @@ use tokio::{
 use crate::{
     access_log::AccessLog,
     metrics::Metrics,
-    snapshot::{self, Action, FilterChain, Listener, Snapshot},
+    snapshot::{self, FilterChain, Listener, Snapshot},
     tls::IdentityHandle,
     worker::{self, Command, Shared},
 };
@@ -350,13 +350,7 @@ fn check(listener: &Listener) -> Result<(), String> {
 }
 
 fn clusters(chain: &FilterChain) -> impl Iterator<Item = &snapshot::Cluster> {
-    let targets = match &chain.protocol {
-        snapshot::Protocol::Http(Action::Forward { split, .. }) | snapshot::Protocol::Tcp(split) => {
-            split.targets.as_slice()
-        }
-        snapshot::Protocol::Http(Action::Respond(_)) => &[],
-    };
-    targets.iter().map(|(cluster, _)| &**cluster)
+    chain.protocol.splits().flat_map(|split| &split.targets).map(|(cluster, _)| &**cluster)
 }
 
 /// A listening socket that shares its port with those of the other threads.

@@ -100,7 +100,7 @@ class Ours:
 
 
 class Envoy:
-    """Stock Envoy with the same listeners. Its binary is `ENVOY`. `routes`: one for each, in place of that to its upstream."""
+    """Stock Envoy with the same listeners. Its binary is `ENVOY`. `routes`: a list for each, in place of that to its upstream."""
 
     def __init__(self, plain, routes=None):
         self.plain, self.routes = plain, routes
@@ -175,13 +175,14 @@ def envoy_resources(plain, routes=None, logs=None):
     """Listeners and clusters as our fleet has them: HTTP/1.0 is served, WebSocket passes, HTTP/2 stays HTTP/2. In the form of JSON.
     `logs`: folder for access logs."""
     kind = "type.googleapis.com/envoy.extensions."
+    routes = routes or [[{}]] * len(plain)
 
     def address(of):
         return {"socket_address": {"address": of[0], "port_value": of[1]}}
 
-    def route(index):
-        own = routes[index] if routes else {}
-        return {"match": {"prefix": "/"}, **own, "route": {"cluster": f"c{index}", "timeout": "0s", **own.get("route", {})}}
+    def route(index, own):
+        answer = {} if "direct_response" in own else {"route": {"cluster": f"c{index}", "timeout": "0s", **own.get("route", {})}}
+        return {"match": {"prefix": "/"}, **own, **answer}
 
     def listener(index, lane):
         manager = {
@@ -194,8 +195,9 @@ def envoy_resources(plain, routes=None, logs=None):
             "http_protocol_options": {"accept_http_10": True, "default_host_for_http_10": "default"},
             "http2_protocol_options": {"override_stream_error_on_invalid_http_message": True},
             "upgrade_configs": [{"upgrade_type": "websocket"}],
-            "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route(index)]}]},
+            "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route(index, own) for own in routes[index]]}]},
             "http_filters": [
+                {"name": "envoy.filters.http.cors", "typed_config": {"@type": f"{kind}filters.http.cors.v3.Cors"}},
                 {
                     "name": "envoy.filters.http.router",
                     "typed_config": {"@type": f"{kind}filters.http.router.v3.Router", "suppress_envoy_headers": True},

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use sluice_xds::TypeUrl;
 
 use super::{Resources, resources::Staged};
-use crate::snapshot::{Action, Cluster, HeaderChanges, Listener, Policy, Protocol, Split, Upstream};
+use crate::snapshot::{Action, Cluster, HeaderChanges, Listener, Policy, Protocol, Route, Split, Upstream};
 
 impl Resources {
     /// The versions of all resources, what was refused and why, and the snapshot that serves.
@@ -57,15 +57,22 @@ fn listener(it: &Listener) -> Value {
             "serverName": chain.server_name,
             "clientId": chain.tls.as_ref().map(|tls| &tls.client_id),
             "protocol": match &chain.protocol {
-                Protocol::Http(Action::Forward { split: of, policy: how }) => {
-                    json!({ "http": split(of), "policy": policy(how) })
-                }
-                Protocol::Http(Action::Respond(status)) => json!({ "http": { "status": status.as_u16() } }),
+                Protocol::Http(routes) => json!({ "http": routes.iter().map(route).collect::<Value>() }),
                 Protocol::Tcp(of) => json!({ "tcp": split(of) }),
             },
         })
     });
     json!({ "address": it.address.to_string(), "chains": chains.collect::<Vec<_>>() })
+}
+
+fn route(it: &Route) -> Value {
+    let matches = (!it.matches.is_all()).then(|| format!("{:?}", it.matches));
+    match &it.action {
+        Action::Forward { split: of, policy: how } => {
+            json!({ "match": matches, "split": split(of), "policy": policy(how) })
+        }
+        Action::Respond(status) => json!({ "match": matches, "status": status.as_u16() }),
+    }
 }
 
 fn policy(it: &Policy) -> Value {
@@ -85,6 +92,8 @@ fn policy(it: &Policy) -> Value {
         })),
         "requestHeaders": changes(&it.request_headers),
         "responseHeaders": changes(&it.response_headers),
+        "rewrite": it.rewrite.as_ref().map(|rewrite| format!("{rewrite:?}")),
+        "cors": it.cors.as_ref().map(|cors| format!("{cors:?}")),
     })
 }
 

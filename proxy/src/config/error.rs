@@ -1,5 +1,7 @@
 use sluice_xds::UnpackError;
 
+use crate::pattern::PatternError;
+
 /// Why a resource is rejected. The text goes to the controller, which shows it in the status of the release.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
@@ -9,6 +11,8 @@ pub enum ConfigError {
     Unsupported { field: String, value: String, supported: &'static str },
     #[error("{field} is '{value}', but {rule}")]
     Invalid { field: String, value: String, rule: &'static str },
+    #[error("{field} is '{value}', but {reason}")]
+    Pattern { field: String, value: String, reason: PatternError },
     #[error("{field} cannot be read: {source}")]
     Encoding { field: String, source: UnpackError },
     #[error("it waits for {missing}, which this proxy does not have")]
@@ -28,6 +32,10 @@ impl ConfigError {
 
     pub(super) fn invalid(field: impl Into<String>, value: impl ToString, rule: &'static str) -> Self {
         Self::Invalid { field: field.into(), value: shorten(value.to_string()), rule }
+    }
+
+    pub(super) fn pattern(field: String, value: &str, reason: PatternError) -> Self {
+        Self::Pattern { field, value: shorten(value.to_owned()), reason }
     }
 }
 

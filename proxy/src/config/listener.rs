@@ -11,7 +11,7 @@ use sluice_xds::{
             listener_filter::ConfigType as ListenerFilterConfig,
         },
         extensions::filters::{
-            http::router::v3::Router,
+            http::{cors::v3::Cors, router::v3::Router},
             listener::{http_inspector::v3::HttpInspector, tls_inspector::v3::TlsInspector},
             network::{
                 http_connection_manager::v3::{
@@ -27,7 +27,7 @@ use sluice_xds::{
 
 use super::{
     ConfigError, cluster, endpoints,
-    route::{self, Action, Targets},
+    route::{self, Routes, Targets},
     tls,
 };
 use crate::snapshot::ServerTls;
@@ -53,7 +53,7 @@ pub(super) struct Chain {
 pub(super) enum Protocol {
     /// HTTP by the `RouteConfiguration` of this name.
     Rds(String),
-    Http(Action),
+    Http(Routes),
     Tcp(Targets),
 }
 
@@ -69,12 +69,12 @@ impl Listener {
     /// The clusters that it names itself, not by way of a route of its own version.
     pub(super) fn clusters(&self) -> impl Iterator<Item = &str> {
         self.chains.iter().flat_map(|chain| {
-            let (action, targets) = match &chain.protocol {
+            let (routes, targets) = match &chain.protocol {
                 Protocol::Rds(_) => (None, None),
-                Protocol::Http(action) => (Some(action), None),
+                Protocol::Http(routes) => (Some(routes), None),
                 Protocol::Tcp(targets) => (None, Some(targets)),
             };
-            let inline = action.into_iter().flat_map(Action::clusters);
+            let inline = routes.into_iter().flat_map(Routes::clusters);
             inline.chain(targets.into_iter().flatten().map(|(name, _)| name.as_str()))
         })
     }
@@ -211,10 +211,12 @@ fn http(manager: &HttpConnectionManager, field: &str) -> Result<Protocol, Config
             None => "",
         };
         router = is_type(found, &Router::full_name());
+        // It does what a route says. By itself it says nothing.
+        let by_route = is_type(found, &Cors::full_name());
         // gRFC A39: a filter may be left out only if it says so itself.
-        if !router && !filter.is_optional && !filter.disabled {
+        if !router && !by_route && !filter.is_optional && !filter.disabled {
             let field = format!("{field}.http_filters[{at}].typed_config");
-            return Err(ConfigError::unsupported(field, found, "Router"));
+            return Err(ConfigError::unsupported(field, found, "Router and Cors"));
         }
     }
     if !router {

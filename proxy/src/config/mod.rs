@@ -8,11 +8,14 @@
 //! retry policies of routes are in the second group: both are built into the data path.
 
 mod cluster;
+mod cors;
 mod dump;
 mod endpoints;
 mod error;
 mod listener;
+mod matching;
 mod resources;
+mod rewrite;
 mod route;
 mod tls;
 

@@ -22,9 +22,9 @@ use super::{
     cluster::{self, Discovery},
     endpoints,
     listener::{self, Protocol as ListenerProtocol},
-    route::{self, Action as RouteAction, Targets},
+    route::{self, Action as RouteAction, Routes, Targets},
 };
-use crate::snapshot::{Action, Cluster, FilterChain, Listener, Protocol, Snapshot, Split, Upstream};
+use crate::snapshot::{Action, Cluster, FilterChain, Listener, Protocol, Route, Snapshot, Split, Upstream};
 
 /// A resource in the version that the server gave it.
 #[derive(Debug, Clone)]
@@ -71,7 +71,7 @@ pub struct Resources {
     pub(super) clusters: BTreeMap<String, Held<cluster::Cluster>>,
     pub(super) endpoints: BTreeMap<String, Held<Vec<SocketAddr>>>,
     pub(super) listeners: BTreeMap<String, Staged<listener::Listener>>,
-    pub(super) routes: BTreeMap<String, Staged<RouteAction>>,
+    pub(super) routes: BTreeMap<String, Staged<Routes>>,
     /// Why the newest version of a resource does not serve, until a good version comes.
     pub(super) rejected: BTreeMap<TypeUrl, BTreeMap<String, ConfigError>>,
     /// Clusters that are here with their endpoints.
@@ -406,9 +406,9 @@ impl Resources {
         for chain in &listener.chains {
             let protocol = match &chain.protocol {
                 ListenerProtocol::Rds(route) => {
-                    Protocol::Http(self.resolve_action(&self.routes.get(route)?.effective.as_ref()?.value)?)
+                    Protocol::Http(self.resolve_routes(&self.routes.get(route)?.effective.as_ref()?.value)?)
                 }
-                ListenerProtocol::Http(action) => Protocol::Http(self.resolve_action(action)?),
+                ListenerProtocol::Http(routes) => Protocol::Http(self.resolve_routes(routes)?),
                 ListenerProtocol::Tcp(targets) => Protocol::Tcp(self.resolve_split(targets)?),
             };
             chains.push(FilterChain { server_name: chain.server_name.clone(), tls: chain.tls.clone(), protocol });
@@ -418,6 +418,14 @@ impl Resources {
 
     fn cluster(&self, name: &str) -> Option<&Arc<Cluster>> {
         self.built.get(name).or_else(|| self.retained.get(name))
+    }
+
+    fn resolve_routes(&self, routes: &Routes) -> Option<Vec<Route>> {
+        let resolved = routes.0.iter().map(|route| {
+            let action = self.resolve_action(&route.action)?;
+            Some(Route { matches: route.matches.clone(), action })
+        });
+        resolved.collect()
     }
 
     fn resolve_action(&self, action: &RouteAction) -> Option<Action> {

@@ -1,4 +1,4 @@
-//! `RouteConfiguration`: one answer for all requests of a port, which is a split over clusters or a status.
+//! `RouteConfiguration`: the routes of a port. Each is a split over clusters or a status, for the requests that it matches.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -6,15 +6,15 @@ use http::{HeaderName, HeaderValue, StatusCode, header};
 use sluice_xds::envoy::config::{
     core::v3::{HeaderValueOption, header_value_option::HeaderAppendAction},
     route::v3::{
-        RetryPolicy as RetryMessage, Route, RouteAction, RouteConfiguration, WeightedCluster,
-        route::Action as MessageAction, route_action::ClusterSpecifier, route_match::PathSpecifier,
+        RetryPolicy as RetryMessage, Route as RouteMessage, RouteAction, RouteConfiguration, WeightedCluster,
+        route::Action as MessageAction, route_action::ClusterSpecifier,
     },
 };
 
-use super::ConfigError;
+use super::{ConfigError, cors, matching, rewrite, tls};
 use crate::{
     metrics::GrpcStatus,
-    snapshot::{HeaderChanges, Policy, RetryOn, RetryPolicy},
+    snapshot::{CorsPolicy, HeaderChanges, Policy, RetryOn, RetryPolicy, RouteMatch},
 };
 
 /// What frames or addresses a message, or concerns one connection of its way, is not for a route to change.
@@ -32,6 +32,16 @@ const NOT_OURS: [HeaderName; 9] = [
 /// Prefix of the headers that proxies of ours say something with.
 const OURS: &str = "x-sluice-";
 
+/// The routes of a port in their order. Not empty.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Routes(pub(super) Vec<Route>);
+
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Route {
+    pub(super) matches: RouteMatch,
+    pub(super) action: Action,
+}
+
 /// What to do with a request, by the names of clusters.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Action {
@@ -42,8 +52,14 @@ pub(super) enum Action {
 /// Names of clusters and their weights. The sum is from 1 to `u32::MAX`; each name occurs once.
 pub(super) type Targets = Vec<(String, u32)>;
 
-impl Action {
+impl Routes {
     pub(super) fn clusters(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().flat_map(|route| route.action.clusters())
+    }
+}
+
+impl Action {
+    fn clusters(&self) -> impl Iterator<Item = &str> {
         let targets = match self {
             Self::Forward { targets, .. } => targets.as_slice(),
             Self::Respond(_) => &[],
@@ -53,7 +69,7 @@ impl Action {
 }
 
 /// `field` is where the message stands: empty, or with a dot at its end.
-pub(super) fn parse(message: &RouteConfiguration, field: &str) -> Result<Action, ConfigError> {
+pub(super) fn parse(message: &RouteConfiguration, field: &str) -> Result<Routes, ConfigError> {
     let [host] = message.virtual_hosts.as_slice() else {
         let found = format!("{} hosts", message.virtual_hosts.len());
         return Err(ConfigError::unsupported(format!("{field}virtual_hosts"), found, "exactly one"));
@@ -63,16 +79,20 @@ pub(super) fn parse(message: &RouteConfiguration, field: &str) -> Result<Action,
         return Err(ConfigError::unsupported(format!("{field}virtual_hosts[0].domains"), found, "*"));
     }
     let field = format!("{field}virtual_hosts[0].routes");
-    let [route] = host.routes.as_slice() else {
-        return Err(ConfigError::unsupported(field, format!("{} routes", host.routes.len()), "exactly one"));
-    };
-    match route.r#match.as_ref().and_then(|rule| rule.path_specifier.as_ref()) {
-        Some(PathSpecifier::Prefix(prefix)) if prefix.is_empty() || prefix == "/" => {}
-        other => {
-            return Err(ConfigError::unsupported(format!("{field}[0].match"), format!("{other:?}"), "the prefix /"));
-        }
+    if host.routes.is_empty() {
+        return Err(ConfigError::missing(field));
     }
-    let at = format!("{field}[0]");
+    let routes = host.routes.iter().enumerate().map(|(at, route)| {
+        let field = format!("{field}[{at}]");
+        let matches = matching::parse(route.r#match.as_ref(), &format!("{field}.match"))?;
+        let action = action(route, &matches, &field)?;
+        Ok(Route { matches, action })
+    });
+    Ok(Routes(routes.collect::<Result<_, _>>()?))
+}
+
+fn action(route: &RouteMessage, matches: &RouteMatch, at: &str) -> Result<Action, ConfigError> {
+    let cors = filters(route, at)?;
     match &route.action {
         Some(MessageAction::Route(action)) => {
             let field = format!("{at}.route");
@@ -80,7 +100,9 @@ pub(super) fn parse(message: &RouteConfiguration, field: &str) -> Result<Action,
             let policy = Policy {
                 timeout: duration(action.timeout.as_ref(), || format!("{field}.timeout"))?,
                 retry: action.retry_policy.as_ref().map(|retry| retries(retry, &field)).transpose()?.flatten(),
-                ..headers(route, &at)?
+                rewrite: rewrite::parse(action, &matches.path, &field)?,
+                cors,
+                ..headers(route, at)?
             };
             Ok(Action::Forward { targets, policy: Arc::new(policy) })
         }
@@ -88,12 +110,28 @@ pub(super) fn parse(message: &RouteConfiguration, field: &str) -> Result<Action,
             let status = u16::try_from(response.status).ok().filter(|status| (200..600).contains(status));
             let status = status.and_then(|status| StatusCode::from_u16(status).ok());
             status.map(Action::Respond).ok_or_else(|| {
-                let field = format!("{field}[0].direct_response.status");
+                let field = format!("{at}.direct_response.status");
                 ConfigError::invalid(field, response.status, "it must be from 200 to 599")
             })
         }
-        None => Err(ConfigError::missing(format!("{field}[0].route"))),
+        None => Err(ConfigError::missing(format!("{at}.route"))),
     }
+}
+
+/// What filters do on this route. The listener names the filters for Envoy's sake; here they are what the route says.
+fn filters(route: &RouteMessage, at: &str) -> Result<Option<CorsPolicy>, ConfigError> {
+    let mut cors = None;
+    for (name, config) in &route.typed_per_filter_config {
+        let field = format!("{at}.typed_per_filter_config");
+        match name.as_str() {
+            "envoy.filters.http.cors" => {
+                let field = format!("{field}[{name}]");
+                cors = cors::parse(&tls::read(config, &field)?, &field)?;
+            }
+            other => return Err(ConfigError::unsupported(field, other, "envoy.filters.http.cors")),
+        }
+    }
+    Ok(cors)
 }
 
 fn forward(action: &RouteAction, field: &str) -> Result<Targets, ConfigError> {
@@ -155,7 +193,7 @@ fn retries(message: &RetryMessage, field: &str) -> Result<Option<RetryPolicy>, C
     Ok((!on.is_empty() && retries > 0).then_some(RetryPolicy { on, retries, per_try_timeout }))
 }
 
-fn headers(route: &Route, field: &str) -> Result<Policy, ConfigError> {
+fn headers(route: &RouteMessage, field: &str) -> Result<Policy, ConfigError> {
     let request = (&route.request_headers_to_remove, &route.request_headers_to_add);
     let response = (&route.response_headers_to_remove, &route.response_headers_to_add);
     Ok(Policy {

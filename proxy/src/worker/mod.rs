@@ -4,11 +4,14 @@
 mod body;
 mod cluster;
 mod connection;
+mod cors;
 mod headers;
 mod http1;
+mod matching;
 mod pool;
 mod request;
 mod retry;
+mod rewrite;
 mod serving;
 mod slot;
 mod stream;
@@ -32,7 +35,7 @@ use tokio::{
 
 use self::{
     cluster::Cluster,
-    serving::{Chain, Clusters, Serving},
+    serving::{Clusters, Serving},
     slot::Slot,
 };
 use crate::{
@@ -168,7 +171,7 @@ impl Worker {
         let current = self.clusters.borrow();
         let mut clusters = Clusters::new();
         for chain in snapshot.listeners.values().flat_map(|listener| &listener.chains) {
-            for (config, _) in Chain::clusters_of(chain) {
+            for (config, _) in chain.protocol.splits().flat_map(|split| &split.targets) {
                 if clusters.contains_key(&config.name) {
                     continue;
                 }

@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, rc::Rc};
 
+use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header, request};
 use http_body::Body;
 use tokio::time::Instant;
@@ -11,10 +12,12 @@ use super::{
     body::{self, Limit, Replay, RequestBody, RequestEnd, ResponseBody, UpstreamBody},
     cluster::Cluster,
     connection::{Connection, Current},
+    cors::{self, Grant, Verdict},
     headers,
     pool::{Lease, SendError, Wire},
     retry::Retries,
-    serving::{Action, Protocol},
+    rewrite,
+    serving::{Action, Protocol, Route},
     stream::Stream,
     tally::Tally,
 };
@@ -32,8 +35,9 @@ pub(super) async fn serve(connection: Rc<Connection>, request: Request<RequestBo
     let version = parts.version;
     let waits_for_100 = parts.headers.contains_key(header::EXPECT);
     let mut tally = Tally::start(connection, &parts, is_grpc(&parts.headers));
-    let answer = forward(&mut tally, parts, &mut unread).await;
-    if matches!(answer, Err(Refusal::Failure(_) | Refusal::NotProcessed))
+    let mut grant = None;
+    let answer = forward(&mut tally, parts, &mut unread, &mut grant).await;
+    if matches!(answer, Err(Refusal::Failure(_) | Refusal::NotProcessed | Refusal::Preflight(_)))
         && version != Version::HTTP_2
         && !waits_for_100
     {
@@ -52,10 +56,21 @@ pub(super) async fn serve(connection: Rc<Connection>, request: Request<RequestBo
             response.headers_mut().insert(NOT_PROCESSED, HeaderValue::from_static("1"));
             response
         }
+        Err(Refusal::Preflight(headers)) => {
+            let now = Instant::now();
+            tally.answered(StatusCode::OK, now);
+            tally.finish(now);
+            let mut response = Response::new(ResponseBody::local(Bytes::new(), tally));
+            *response.headers_mut() = headers;
+            response
+        }
         Err(Refusal::Switched { response, upstream, lease }) => {
             return response.map(|()| ResponseBody::tunnel(upstream, lease, tally));
         }
     };
+    if let Some(grant) = grant {
+        grant.write(response.headers_mut());
+    }
     let draining = response.body().connection().is_draining();
     if draining && version != Version::HTTP_2 {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -91,6 +106,8 @@ enum Refusal {
     Failure(Failure),
     /// The application cannot be reached and has not seen the request; the fleet tries another endpoint.
     NotProcessed,
+    /// What a browser asks before its request is answered here, with these headers.
+    Preflight(HeaderMap),
     /// Both sides have switched: bytes are passed from now on.
     Switched {
         response: Response<()>,
@@ -105,7 +122,13 @@ impl From<Failure> for Refusal {
     }
 }
 
-async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut RequestBody) -> Result<Answer, Refusal> {
+/// `grant` is what any answer tells the browser's script that asked.
+async fn forward(
+    tally: &mut Tally,
+    mut parts: request::Parts,
+    unread: &mut RequestBody,
+    grant: &mut Option<Box<Grant>>,
+) -> Result<Answer, Refusal> {
     let connection = Rc::clone(tally.connection());
     let worker = &connection.slot.worker;
     let chain = match connection.current() {
@@ -116,15 +139,6 @@ async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut Requ
         return Err(Failure::MethodRefused.into());
     }
     headers::check_request(&mut parts)?;
-    let (cluster, policy) = match &chain.protocol {
-        Protocol::Http(Action::Forward { split, policy }) => (split.draw().ok_or(Failure::NoRoute)?, policy),
-        Protocol::Http(Action::Respond(status)) => {
-            return Err(Failure::DirectResponse(*status).into());
-        }
-        Protocol::Tcp(_) => return Err(Failure::NoRoute.into()),
-    };
-    tally.drawn(cluster);
-
     let wire = if parts.version == Version::HTTP_2 { Wire::Http2 } else { Wire::Http1 };
     let has_body = !unread.is_end_stream();
     let upgrade = headers::wants_websocket(&parts, has_body);
@@ -144,10 +158,29 @@ async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut Requ
         }
         parts.version = Version::HTTP_11;
     }
-    headers::change(&mut parts.headers, &policy.request_headers);
     if upgrade {
         headers::keep_websocket(&mut parts.headers);
     }
+
+    let Protocol::Http(routes) = &chain.protocol else {
+        return Err(Failure::NoRoute.into());
+    };
+    let (cluster, policy) = match Route::first(routes, &parts, chain.tls.is_some()).ok_or(Failure::NoRoute)? {
+        Action::Forward { split, policy } => (split.draw().ok_or(Failure::NoRoute)?, policy),
+        Action::Respond(status) => return Err(Failure::DirectResponse(*status).into()),
+    };
+    if let Some(policy) = &policy.cors {
+        match cors::judge(policy, &parts) {
+            Verdict::Nothing => {}
+            Verdict::Grant(of) => *grant = Some(of),
+            Verdict::Preflight(headers) => return Err(Refusal::Preflight(headers)),
+        }
+    }
+    headers::change(&mut parts.headers, &policy.request_headers);
+    if let Some(rewrite) = &policy.rewrite {
+        rewrite::apply(rewrite, &mut parts)?;
+    }
+    tally.drawn(cluster);
 
     let mut body = std::mem::replace(unread, RequestBody::Empty);
     // Both sides of a WebSocket talk for as long as they like.

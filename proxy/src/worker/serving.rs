@@ -2,12 +2,12 @@
 
 use std::{collections::HashMap, rc::Rc, sync::Arc};
 
-use http::StatusCode;
+use http::{StatusCode, request};
 use rustls::ServerConfig;
 
-use super::{Shared, cluster::Cluster};
+use super::{Shared, cluster::Cluster, matching};
 use crate::{
-    snapshot::{self, FilterChain, Listener, Policy, ServerTls},
+    snapshot::{self, FilterChain, Listener, Policy, RouteMatch, ServerTls},
     tls::{ALPN_H2, ALPN_HTTP1},
 };
 
@@ -26,12 +26,22 @@ pub(super) struct Chain {
 }
 
 pub(super) enum Protocol {
-    Http(Action),
+    Http(Vec<Route>),
     Tcp(Split),
 }
 
+pub(super) struct Route {
+    /// `None` is for every request: most ports have one such route, which then costs nothing.
+    matches: Option<Box<RouteMatch>>,
+    action: Action,
+}
+
 pub(super) enum Action {
-    Forward { split: Split, policy: Arc<Policy> },
+    /// The policy is this thread's own, with its expressions (`Pattern`).
+    Forward {
+        split: Split,
+        policy: Box<Policy>,
+    },
     Respond(StatusCode),
 }
 
@@ -78,29 +88,33 @@ impl Serving {
 impl Chain {
     fn new(config: &FilterChain, clusters: &Clusters, worker: &Shared) -> Self {
         let (protocol, alpn): (_, &[&[u8]]) = match &config.protocol {
-            snapshot::Protocol::Http(action) => {
-                let action = match action {
-                    snapshot::Action::Forward { split, policy } => {
-                        Action::Forward { split: Split::new(split, clusters), policy: Arc::clone(policy) }
-                    }
-                    snapshot::Action::Respond(status) => Action::Respond(*status),
-                };
-                (Protocol::Http(action), &[ALPN_H2, ALPN_HTTP1])
+            snapshot::Protocol::Http(routes) => {
+                let routes = routes.iter().map(|route| Route::new(route, clusters)).collect();
+                (Protocol::Http(routes), &[ALPN_H2, ALPN_HTTP1])
             }
             snapshot::Protocol::Tcp(split) => (Protocol::Tcp(Split::new(split, clusters)), &[]),
         };
         let tls = config.tls.as_ref().map(|tls| (tls.clone(), worker.identity.server_config(&tls.client_id, alpn)));
         Self { server_name: config.server_name.clone(), tls, protocol }
     }
+}
 
-    /// The clusters that a snapshot's chain names.
-    pub(super) fn clusters_of(config: &FilterChain) -> &[(Arc<snapshot::Cluster>, u32)] {
-        match &config.protocol {
-            snapshot::Protocol::Http(snapshot::Action::Forward { split, .. }) | snapshot::Protocol::Tcp(split) => {
-                &split.targets
+impl Route {
+    fn new(config: &snapshot::Route, clusters: &Clusters) -> Self {
+        let action = match &config.action {
+            snapshot::Action::Forward { split, policy } => {
+                Action::Forward { split: Split::new(split, clusters), policy: Box::new(Policy::clone(policy)) }
             }
-            snapshot::Protocol::Http(snapshot::Action::Respond(_)) => &[],
-        }
+            snapshot::Action::Respond(status) => Action::Respond(*status),
+        };
+        let matches = (!config.matches.is_all()).then(|| Box::new(config.matches.clone()));
+        Self { matches, action }
+    }
+
+    /// What the first route that matches does.
+    pub(super) fn first<'a>(routes: &'a [Self], request: &request::Parts, tls: bool) -> Option<&'a Action> {
+        let matches = |route: &&Self| route.matches.as_ref().is_none_or(|rule| matching::takes(rule, request, tls));
+        routes.iter().find(matches).map(|route| &route.action)
     }
 }
 

@@ -169,10 +169,13 @@ fn names(requests: &[DeltaDiscoveryRequest]) -> Vec<(TypeUrl, Vec<&str>)> {
 
 /// The weights of the port, as the workers have them.
 fn served(snapshot: &Snapshot) -> Vec<(&str, u32)> {
-    let Protocol::Http(Action::Forward { split, .. }) = &snapshot.listeners[WEB].chains[0].protocol else {
-        panic!("{snapshot:?}");
-    };
-    split.targets.iter().map(|(cluster, weight)| (cluster.name.as_str(), *weight)).collect()
+    let split = snapshot.listeners[WEB].chains[0].protocol.splits().next();
+    split
+        .unwrap_or_else(|| panic!("{snapshot:?}"))
+        .targets
+        .iter()
+        .map(|(cluster, weight)| (cluster.name.as_str(), *weight))
+        .collect()
 }
 
 #[tokio::test]
@@ -218,7 +221,7 @@ async fn a_bad_resource_is_rejected_alone_and_its_last_good_version_serves() {
     assert_eq!(name, CANARY);
     assert!(reason.contains("endpoints[0].lb_endpoints[0]") && reason.contains("not-an-ip"), "{reason}");
 
-    let Protocol::Http(Action::Forward { split, .. }) = &snapshot.listeners[WEB].chains[0].protocol else { panic!() };
+    let split = snapshot.listeners[WEB].chains[0].protocol.splits().next().unwrap();
     let upstream = |index: usize| &split.targets[index].0.upstream;
     assert_eq!(upstream(0), &Upstream::Endpoints(vec!["10.0.0.9:20443".parse().unwrap()]));
     assert_eq!(upstream(1), &Upstream::Endpoints(vec!["10.0.0.1:20443".parse().unwrap()]));
@@ -363,7 +366,8 @@ async fn clusters_that_are_removed_too_early_serve_on() {
     assert!(bench.applied.try_recv().is_err(), "the route still names it");
     stream.acked(TypeUrl::Route, vec![resource(WEB, "r2", &unavailable(WEB))], &[]).await;
     let snapshot = bench.applied().await;
-    assert!(matches!(snapshot.listeners[WEB].chains[0].protocol, Protocol::Http(Action::Respond(_))));
+    let unavailable = Protocol::http(Action::Respond(http::StatusCode::SERVICE_UNAVAILABLE));
+    assert_eq!(snapshot.listeners[WEB].chains[0].protocol, unavailable);
 }
 
 #[tokio::test]

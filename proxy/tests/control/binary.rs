@@ -247,7 +247,7 @@ async fn a_request_goes_through_fleet_and_sidecar_to_the_application_until_both_
     }
     let (_, dump) = get(fleet.admin, "/config_dump", Version::HTTP_11).await.unwrap();
     let dump: serde_json::Value = serde_json::from_str(&dump).unwrap();
-    assert_eq!(dump["serving"][WEB]["chains"][0]["protocol"]["http"][0]["weight"], 100, "{dump}");
+    assert_eq!(dump["serving"][WEB]["chains"][0]["protocol"]["http"][0]["split"][0]["weight"], 100, "{dump}");
     assert!(get(fleet.health, "/config_dump", Version::HTTP_11).await.unwrap().0 == StatusCode::NOT_FOUND);
 
     let mut open = Kept::open(&ca, inbound_port).await;

@@ -11,5 +11,6 @@ mod identity;
 mod outcomes;
 mod pki;
 mod resources;
+mod routes;
 mod server;
 mod snapshots;

@@ -5,7 +5,7 @@ use prost::Message;
 use sluice_proxy::{
     config::{Change, Resources},
     metrics::GrpcStatus,
-    snapshot::{Action, ClientTls, MetricLabels, Protocol, RetryOn, ServerTls, Snapshot, Upstream},
+    snapshot::{Action, ClientTls, MetricLabels, Policy, Protocol, RetryOn, ServerTls, Snapshot, Upstream},
 };
 use sluice_xds::{
     TypeUrl,
@@ -29,19 +29,19 @@ use crate::{
     },
 };
 
-const A: &str = "shop/web:80/aaaaaaaaaa";
+pub(crate) const A: &str = "shop/web:80/aaaaaaaaaa";
 const B: &str = "shop/web:80/bbbbbbbbbb";
-const WEB: &str = "shop/web:80";
+pub(crate) const WEB: &str = "shop/web:80";
 
 /// Takes resources that must all be good.
-fn accept(resources: &mut Resources, kind: TypeUrl, these: &[Resource]) -> Arc<Snapshot> {
+pub(crate) fn accept(resources: &mut Resources, kind: TypeUrl, these: &[Resource]) -> Arc<Snapshot> {
     let rejected = resources.update(Change { kind, resources: these, removed: &[] });
     assert!(rejected.is_empty(), "{rejected:?}");
     resources.build()
 }
 
 /// Why this resource is rejected.
-fn reason(kind: TypeUrl, resource: Resource) -> String {
+pub(crate) fn reason(kind: TypeUrl, resource: Resource) -> String {
     let mut resources = Resources::default();
     let rejected = resources.update(Change { kind, resources: &[resource], removed: &[] });
     let [rejected] = rejected.as_slice() else { panic!("it was accepted") };
@@ -49,7 +49,14 @@ fn reason(kind: TypeUrl, resource: Resource) -> String {
     rejected.error.to_string()
 }
 
-fn fleet() -> Resources {
+/// How the first route of the port forwards.
+pub(crate) fn policy(snapshot: &Snapshot) -> &Policy {
+    let Protocol::Http(routes) = &snapshot.listeners[WEB].chains[0].protocol else { panic!("{snapshot:?}") };
+    let Action::Forward { policy, .. } = &routes[0].action else { panic!("{snapshot:?}") };
+    policy
+}
+
+pub(crate) fn fleet() -> Resources {
     let mut resources = Resources::default();
     accept(
         &mut resources,
@@ -76,7 +83,7 @@ fn the_fleet_view_becomes_a_weighted_split_over_revisions() {
     assert_eq!(listener.address, "127.0.0.1:20001".parse().unwrap());
     let [chain] = listener.chains.as_slice() else { panic!() };
     assert_eq!((&chain.server_name, &chain.tls), (&None, &None));
-    let Protocol::Http(Action::Forward { split, .. }) = &chain.protocol else { panic!() };
+    let split = chain.protocol.splits().next().unwrap();
     let [(a, 95), (b, 5)] = split.targets.as_slice() else { panic!("{split:?}") };
     assert_eq!(
         a.upstream,
@@ -107,7 +114,7 @@ fn the_sidecar_view_becomes_a_chain_for_each_application_port() {
     for (chain, (port, name)) in chains.iter().zip(names) {
         assert_eq!(chain.server_name.as_deref(), Some(name));
         assert_eq!(chain.tls, Some(ServerTls { client_id: FLEET.to_owned() }));
-        let Protocol::Http(Action::Forward { split, .. }) = &chain.protocol else { panic!() };
+        let split = chain.protocol.splits().next().unwrap();
         assert_eq!(split.targets[0].0.upstream, Upstream::OriginalDst { port });
         assert_eq!(split.targets[0].0.labels, None);
     }
@@ -126,7 +133,7 @@ fn an_opaque_port_and_a_port_without_back_ends_are_served_too() {
     );
     let snapshot = accept(&mut resources, TypeUrl::Route, &[resource(WEB, "2", &unavailable(WEB))]);
     let protocol = &snapshot.listeners[WEB].chains[0].protocol;
-    assert_eq!(protocol, &Protocol::Http(Action::Respond(http::StatusCode::SERVICE_UNAVAILABLE)));
+    assert_eq!(protocol, &Protocol::http(Action::Respond(http::StatusCode::SERVICE_UNAVAILABLE)));
 }
 
 #[test]
@@ -137,10 +144,7 @@ fn a_routes_timeout_is_served_and_zero_is_none() {
     {
         let timed = timed(route(WEB, &[(A, 100)]), seconds, nanos);
         let snapshot = accept(&mut resources, TypeUrl::Route, &[resource(WEB, version, &timed)]);
-        let Protocol::Http(Action::Forward { policy, .. }) = &snapshot.listeners[WEB].chains[0].protocol else {
-            panic!()
-        };
-        assert_eq!(policy.timeout, expected);
+        assert_eq!(policy(&snapshot).timeout, expected);
     }
     let negative = resource(WEB, "4", &timed(route(WEB, &[(A, 100)]), -1, 0));
     let reason = reason(TypeUrl::Route, negative);
@@ -173,7 +177,7 @@ fn retries_and_changes_of_headers_are_served_or_refused_by_field() {
         route.response_headers_to_remove = vec!["Server".to_owned()];
     });
     let snapshot = accept(&mut resources, TypeUrl::Route, &[resource(WEB, "2", &good)]);
-    let Protocol::Http(Action::Forward { policy, .. }) = &snapshot.listeners[WEB].chains[0].protocol else { panic!() };
+    let policy = policy(&snapshot);
     let retry = policy.retry.as_ref().unwrap();
     assert_eq!(retry.on, [RetryOn::GatewayError, RetryOn::Grpc(GrpcStatus::parse(b"14"))]);
     assert_eq!(retry.retries, 2);
@@ -218,9 +222,8 @@ fn what_did_not_change_is_the_same_arc() {
     let after = accept(&mut resources, TypeUrl::Route, &[resource(WEB, "2", &route(WEB, &[(A, 90), (B, 10)]))]);
     assert!(Arc::ptr_eq(&before.listeners["shop/db:5432"], &after.listeners["shop/db:5432"]));
     assert!(!Arc::ptr_eq(&before.listeners[WEB], &after.listeners[WEB]));
-    let cluster = |snapshot: &Snapshot, index: usize| match &snapshot.listeners[WEB].chains[0].protocol {
-        Protocol::Http(Action::Forward { split, .. }) => split.targets[index].0.clone(),
-        Protocol::Http(Action::Respond(_)) | Protocol::Tcp(_) => panic!(),
+    let cluster = |snapshot: &Snapshot, index: usize| {
+        snapshot.listeners[WEB].chains[0].protocol.splits().next().unwrap().targets[index].0.clone()
     };
     assert!(Arc::ptr_eq(&cluster(&before, 0), &cluster(&after, 0)));
     // The same content in a new version changes nothing either.
@@ -396,12 +399,10 @@ proptest! {
             for listener in snapshot.listeners.values() {
                 prop_assert!(!listener.chains.is_empty() && listener.address.port() != 0);
                 for chain in &listener.chains {
-                    let split = match &chain.protocol {
-                        Protocol::Http(Action::Forward { split, .. }) | Protocol::Tcp(split) => split,
-                        Protocol::Http(Action::Respond(_)) => continue,
-                    };
-                    let sum: u64 = split.targets.iter().map(|(_, weight)| u64::from(*weight)).sum();
-                    prop_assert!(sum > 0 && sum <= u64::from(u32::MAX));
+                    for split in chain.protocol.splits() {
+                        let sum: u64 = split.targets.iter().map(|(_, weight)| u64::from(*weight)).sum();
+                        prop_assert!(sum > 0 && sum <= u64::from(u32::MAX));
+                    }
                 }
             }
             // What is reported is what serves: the same calls on a second holder give the same.

@@ -130,7 +130,7 @@ async fn local_errors_have_status_flag_and_grpc_form() {
         (http_to([(cluster("a", &[]), 100)]), 503, "UH", "14"),
         (http_to([(cluster("a", &[gone]), 100)]), 503, "UF", "14"),
         (http_to([]), 404, "NR", "12"),
-        (Protocol::Http(Action::Respond(StatusCode::SERVICE_UNAVAILABLE)), 503, "DR", "14"),
+        (Protocol::http(Action::Respond(StatusCode::SERVICE_UNAVAILABLE)), 503, "DR", "14"),
     ];
     for (protocol, status, flag, grpc) in table {
         proxy.serve(protocol).await;

@@ -7,6 +7,7 @@ mod drain;
 mod http;
 mod policies;
 mod retries;
+mod routing;
 mod support;
 mod tcp;
 mod timeouts;

@@ -23,7 +23,7 @@ use crate::support::*;
 const RETRIED: &str = "sluice_retries_total{listener=\"shop/cart:80\",reason=\"policy\"}";
 
 fn with(policy: Policy, endpoints: &[SocketAddr]) -> Protocol {
-    Protocol::Http(Action::Forward { split: split([(cluster("a", endpoints), 100)]), policy: Arc::new(policy) })
+    Protocol::http(Action::Forward { split: split([(cluster("a", endpoints), 100)]), policy: Arc::new(policy) })
 }
 
 fn retrying(on: &[RetryOn], retries: u32) -> Policy {

@@ -215,7 +215,7 @@ pub(crate) fn split(targets: impl IntoIterator<Item = (Cluster, u32)>) -> Split 
 }
 
 pub(crate) fn http_to(targets: impl IntoIterator<Item = (Cluster, u32)>) -> Protocol {
-    Protocol::Http(Action::Forward { split: split(targets), policy: Arc::default() })
+    Protocol::http(Action::Forward { split: split(targets), policy: Arc::default() })
 }
 
 /// A sidecar beside an application at `ip`:8080, and the cluster by which a fleet reaches it.
@@ -235,7 +235,7 @@ pub(crate) async fn sidecar(ca: &Ca, ip: IpAddr, tcp: bool) -> Proxy {
     let protocol = if tcp {
         Protocol::Tcp(local)
     } else {
-        Protocol::Http(Action::Forward { split: local, policy: Arc::default() })
+        Protocol::http(Action::Forward { split: local, policy: Arc::default() })
     };
     let chains = vec![FilterChain {
         server_name: Some("p8080.abc".into()),

@@ -19,7 +19,7 @@ const TIMEOUT: Duration = Duration::from_millis(150);
 
 fn limited(app: SocketAddr) -> Protocol {
     let policy = Policy { timeout: Some(TIMEOUT), ..Policy::default() };
-    Protocol::Http(Action::Forward { split: split([(cluster("a", &[app]), 100)]), policy: Arc::new(policy) })
+    Protocol::http(Action::Forward { split: split([(cluster("a", &[app]), 100)]), policy: Arc::new(policy) })
 }
 
 /// `/never` is not answered, `/stuck` has an answer without an end, and anything else is echoed.

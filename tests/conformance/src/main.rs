@@ -115,7 +115,7 @@ fn listener((address, upstream): (SocketAddr, SocketAddr), tls: Option<ServerTls
     let chain = FilterChain {
         server_name: None,
         tls,
-        protocol: Protocol::Http(Action::Forward { split, policy: Arc::default() }),
+        protocol: Protocol::http(Action::Forward { split, policy: Arc::default() }),
     };
     Listener { name, address, chains: vec![chain] }
 }
