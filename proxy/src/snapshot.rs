@@ -67,6 +67,26 @@ pub struct Policy {
     pub request_headers: HeaderChanges,
     /// Of answers of an upstream, not of our own.
     pub response_headers: HeaderChanges,
+    /// Who asks draws the cluster, in place of chance, as far as the request says who it is. Empty is chance.
+    pub affinity: Vec<HashPolicy>,
+}
+
+/// What says whose request it is (`RouteAction.HashPolicy`).
+#[derive(Debug, Clone, PartialEq)]
+pub struct HashPolicy {
+    pub by: HashedBy,
+    /// If the user is known by now, what follows is not looked at.
+    pub terminal: bool,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum HashedBy {
+    Header(HeaderName),
+    Cookie {
+        name: String,
+        /// A client without the cookie is given one. This is what follows its value in `Set-Cookie`.
+        given: Option<String>,
+    },
 }
 
 /// Which requests are sent again, although they may have been processed.

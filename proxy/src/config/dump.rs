@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use sluice_xds::TypeUrl;
 
 use super::{Resources, resources::Staged};
-use crate::snapshot::{Action, Cluster, HeaderChanges, Listener, Policy, Protocol, Split, Upstream};
+use crate::snapshot::{Action, Cluster, HashedBy, HeaderChanges, Listener, Policy, Protocol, Split, Upstream};
 
 impl Resources {
     /// The versions of all resources, what was refused and why, and the snapshot that serves.
@@ -83,6 +83,10 @@ fn policy(it: &Policy) -> Value {
             "retries": retry.retries,
             "perTryTimeoutMs": retry.per_try_timeout.map(|timeout| timeout.as_millis()),
         })),
+        "affinity": it.affinity.iter().map(|policy| match &policy.by {
+            HashedBy::Header(name) => json!({ "header": name.as_str(), "terminal": policy.terminal }),
+            HashedBy::Cookie { name, given } => json!({ "cookie": name, "given": given, "terminal": policy.terminal }),
+        }).collect::<Vec<_>>(),
         "requestHeaders": changes(&it.request_headers),
         "responseHeaders": changes(&it.response_headers),
     })

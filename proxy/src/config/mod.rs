@@ -7,6 +7,7 @@
 //! What a field that we know must not hold is rejected; fields that we do not know are ignored (gRFC A46). Timeouts and
 //! retry policies of routes are in the second group: both are built into the data path.
 
+mod affinity;
 mod cluster;
 mod dump;
 mod endpoints;

@@ -11,7 +11,7 @@ use sluice_xds::envoy::config::{
     },
 };
 
-use super::ConfigError;
+use super::{ConfigError, affinity};
 use crate::{
     metrics::GrpcStatus,
     snapshot::{HeaderChanges, Policy, RetryOn, RetryPolicy},
@@ -80,6 +80,7 @@ pub(super) fn parse(message: &RouteConfiguration, field: &str) -> Result<Action,
             let policy = Policy {
                 timeout: duration(action.timeout.as_ref(), || format!("{field}.timeout"))?,
                 retry: action.retry_policy.as_ref().map(|retry| retries(retry, &field)).transpose()?.flatten(),
+                affinity: affinity::parse(action, &field)?,
                 ..headers(route, &at)?
             };
             Ok(Action::Forward { targets, policy: Arc::new(policy) })

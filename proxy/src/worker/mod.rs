@@ -1,6 +1,7 @@
 //! One worker thread of the data path: it owns its sockets, pools and counters and shares nothing on the way of a
 //! request. A new snapshot is applied between two polls, so that each request sees one configuration, whole.
 
+mod affinity;
 mod body;
 mod cluster;
 mod connection;

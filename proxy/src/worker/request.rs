@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use super::{
     Role,
+    affinity::User,
     body::{self, Limit, Replay, RequestBody, RequestEnd, ResponseBody, UpstreamBody},
     cluster::Cluster,
     connection::{Connection, Current},
@@ -116,13 +117,15 @@ async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut Requ
         return Err(Failure::MethodRefused.into());
     }
     headers::check_request(&mut parts)?;
-    let (cluster, policy) = match &chain.protocol {
-        Protocol::Http(Action::Forward { split, policy }) => (split.draw().ok_or(Failure::NoRoute)?, policy),
+    let (split, policy) = match &chain.protocol {
+        Protocol::Http(Action::Forward { split, policy }) => (split, policy),
         Protocol::Http(Action::Respond(status)) => {
             return Err(Failure::DirectResponse(*status).into());
         }
         Protocol::Tcp(_) => return Err(Failure::NoRoute.into()),
     };
+    let user = User::of(&policy.affinity, &parts.headers);
+    let cluster = user.hash.map_or_else(|| split.draw(), |hash| split.drawn_by(hash)).ok_or(Failure::NoRoute)?;
     tally.drawn(cluster);
 
     let wire = if parts.version == Version::HTTP_2 { Wire::Http2 } else { Wire::Http1 };
@@ -178,6 +181,7 @@ async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut Requ
     {
         tally.set_grpc_status(GrpcStatus::parse(status.as_bytes()));
     }
+    user.give_cookies(response.headers_mut());
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         return Err(if upgrade { switched(tally, response, lease) } else { Failure::UpstreamProtocol.into() });
     }

@@ -130,10 +130,18 @@ impl Split {
         match self.targets.as_slice() {
             [] => None,
             [(_, only)] => Some(only),
-            targets => {
-                let point = fastrand::u32(..self.total);
-                targets.iter().find(|(upto, _)| point < *upto).map(|(_, cluster)| cluster)
-            }
+            [_, _, ..] => self.at(fastrand::u32(..self.total)),
         }
+    }
+
+    /// The cluster of whoever has this hash. While the weights stay it stays, and where their sum does and only the last weight
+    /// rises, users come to that cluster and none leaves it.
+    pub(super) fn drawn_by(&self, hash: u64) -> Option<&Rc<Cluster>> {
+        let point = hash.checked_rem(self.total.into())?;
+        self.at(u32::try_from(point).ok()?)
+    }
+
+    fn at(&self, point: u32) -> Option<&Rc<Cluster>> {
+        self.targets.iter().find(|(upto, _)| point < *upto).map(|(_, cluster)| cluster)
     }
 }

@@ -29,19 +29,19 @@ use crate::{
     },
 };
 
-const A: &str = "shop/web:80/aaaaaaaaaa";
-const B: &str = "shop/web:80/bbbbbbbbbb";
-const WEB: &str = "shop/web:80";
+pub(crate) const A: &str = "shop/web:80/aaaaaaaaaa";
+pub(crate) const B: &str = "shop/web:80/bbbbbbbbbb";
+pub(crate) const WEB: &str = "shop/web:80";
 
 /// Takes resources that must all be good.
-fn accept(resources: &mut Resources, kind: TypeUrl, these: &[Resource]) -> Arc<Snapshot> {
+pub(crate) fn accept(resources: &mut Resources, kind: TypeUrl, these: &[Resource]) -> Arc<Snapshot> {
     let rejected = resources.update(Change { kind, resources: these, removed: &[] });
     assert!(rejected.is_empty(), "{rejected:?}");
     resources.build()
 }
 
 /// Why this resource is rejected.
-fn reason(kind: TypeUrl, resource: Resource) -> String {
+pub(crate) fn reason(kind: TypeUrl, resource: Resource) -> String {
     let mut resources = Resources::default();
     let rejected = resources.update(Change { kind, resources: &[resource], removed: &[] });
     let [rejected] = rejected.as_slice() else { panic!("it was accepted") };
@@ -49,7 +49,7 @@ fn reason(kind: TypeUrl, resource: Resource) -> String {
     rejected.error.to_string()
 }
 
-fn fleet() -> Resources {
+pub(crate) fn fleet() -> Resources {
     let mut resources = Resources::default();
     accept(
         &mut resources,
