@@ -127,6 +127,40 @@ pub struct HeaderChanges {
 #[derive(Debug, PartialEq)]
 pub struct Split {
     pub targets: Vec<(Arc<Cluster>, u32)>,
+    /// Who gets copies of requests besides. Nobody does of the bytes of TCP.
+    pub mirrors: Vec<Mirror<Arc<Cluster>>>,
+}
+
+impl Split {
+    /// All that it names.
+    pub fn clusters(&self) -> impl Iterator<Item = &Arc<Cluster>> {
+        let targets = self.targets.iter().map(|(cluster, _)| cluster);
+        targets.chain(self.mirrors.iter().map(|mirror| &mirror.cluster))
+    }
+}
+
+/// Copies of requests, whose answers nobody sees (`RouteAction.RequestMirrorPolicy`).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Mirror<C> {
+    pub cluster: C,
+    pub share: Share,
+    /// Whether the host that a copy is for ends in `-shadow`, as Envoy has it.
+    pub marks_host: bool,
+}
+
+/// A part of all requests, in millionths.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Share(pub u32);
+
+impl Share {
+    pub const ALL: Self = Self(1_000_000);
+    pub const NONE: Self = Self(0);
+
+    /// Whether one request is of this part, by chance.
+    #[must_use]
+    pub fn draw(self) -> bool {
+        self.0 > 0 && fastrand::u32(..Self::ALL.0) < self.0
+    }
 }
 
 #[derive(Debug, PartialEq)]

@@ -350,13 +350,11 @@ fn check(listener: &Listener) -> Result<(), String> {
 }
 
 fn clusters(chain: &FilterChain) -> impl Iterator<Item = &snapshot::Cluster> {
-    let targets = match &chain.protocol {
-        snapshot::Protocol::Http(Action::Forward { split, .. }) | snapshot::Protocol::Tcp(split) => {
-            split.targets.as_slice()
-        }
-        snapshot::Protocol::Http(Action::Respond(_)) => &[],
+    let split = match &chain.protocol {
+        snapshot::Protocol::Http(Action::Forward { split, .. }) | snapshot::Protocol::Tcp(split) => Some(split),
+        snapshot::Protocol::Http(Action::Respond(_)) => None,
     };
-    targets.iter().map(|(cluster, _)| &**cluster)
+    split.into_iter().flat_map(snapshot::Split::clusters).map(|cluster| &**cluster)
 }
 
 /// A listening socket that shares its port with those of the other threads.

@@ -1,10 +1,12 @@
 //! What this proxy holds, for people. There is nothing secret in it: keys never come over xDS.
 
+use std::sync::Arc;
+
 use serde_json::{Value, json};
 use sluice_xds::TypeUrl;
 
 use super::{Resources, resources::Staged};
-use crate::snapshot::{Action, Cluster, HashedBy, HeaderChanges, Listener, Policy, Protocol, Split, Upstream};
+use crate::snapshot::{Action, Cluster, HashedBy, HeaderChanges, Listener, Mirror, Policy, Protocol, Split, Upstream};
 
 impl Resources {
     /// The versions of all resources, what was refused and why, and the snapshot that serves.
@@ -58,7 +60,7 @@ fn listener(it: &Listener) -> Value {
             "clientId": chain.tls.as_ref().map(|tls| &tls.client_id),
             "protocol": match &chain.protocol {
                 Protocol::Http(Action::Forward { split: of, policy: how }) => {
-                    json!({ "http": split(of), "policy": policy(how) })
+                    json!({ "http": split(of), "mirrors": mirrors(of), "policy": policy(how) })
                 }
                 Protocol::Http(Action::Respond(status)) => json!({ "http": { "status": status.as_u16() } }),
                 Protocol::Tcp(of) => json!({ "tcp": split(of) }),
@@ -94,6 +96,11 @@ fn policy(it: &Policy) -> Value {
 
 fn split(it: &Split) -> Value {
     it.targets.iter().map(|(of, weight)| json!({ "weight": weight, "cluster": cluster(of) })).collect()
+}
+
+fn mirrors(it: &Split) -> Value {
+    let one = |it: &Mirror<Arc<Cluster>>| json!({ "millionths": it.share.0, "cluster": cluster(&it.cluster) });
+    it.mirrors.iter().map(one).collect()
 }
 
 fn cluster(it: &Cluster) -> Value {

@@ -13,8 +13,10 @@ mod dump;
 mod endpoints;
 mod error;
 mod listener;
+mod mirror;
 mod resources;
 mod route;
+mod share;
 mod tls;
 
 pub use dump::short_name;

@@ -11,10 +11,10 @@ use sluice_xds::envoy::config::{
     },
 };
 
-use super::{ConfigError, affinity};
+use super::{ConfigError, affinity, mirror};
 use crate::{
     metrics::GrpcStatus,
-    snapshot::{HeaderChanges, Policy, RetryOn, RetryPolicy},
+    snapshot::{HeaderChanges, Mirror, Policy, RetryOn, RetryPolicy},
 };
 
 /// What frames or addresses a message, or concerns one connection of its way, is not for a route to change.
@@ -35,7 +35,7 @@ const OURS: &str = "x-sluice-";
 /// What to do with a request, by the names of clusters.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Action {
-    Forward { targets: Targets, policy: Arc<Policy> },
+    Forward { targets: Targets, mirrors: Vec<Mirror<String>>, policy: Arc<Policy> },
     Respond(StatusCode),
 }
 
@@ -44,11 +44,12 @@ pub(super) type Targets = Vec<(String, u32)>;
 
 impl Action {
     pub(super) fn clusters(&self) -> impl Iterator<Item = &str> {
-        let targets = match self {
-            Self::Forward { targets, .. } => targets.as_slice(),
-            Self::Respond(_) => &[],
+        let (targets, mirrors) = match self {
+            Self::Forward { targets, mirrors, policy: _ } => (targets.as_slice(), mirrors.as_slice()),
+            Self::Respond(_) => Default::default(),
         };
-        targets.iter().map(|(name, _)| name.as_str())
+        let targets = targets.iter().map(|(name, _)| name.as_str());
+        targets.chain(mirrors.iter().map(|mirror| mirror.cluster.as_str()))
     }
 }
 
@@ -83,7 +84,7 @@ pub(super) fn parse(message: &RouteConfiguration, field: &str) -> Result<Action,
                 affinity: affinity::parse(action, &field)?,
                 ..headers(route, &at)?
             };
-            Ok(Action::Forward { targets, policy: Arc::new(policy) })
+            Ok(Action::Forward { targets, mirrors: mirror::parse(action, &field)?, policy: Arc::new(policy) })
         }
         Some(MessageAction::DirectResponse(response)) => {
             let status = u16::try_from(response.status).ok().filter(|status| (200..600).contains(status));

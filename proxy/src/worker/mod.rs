@@ -7,6 +7,7 @@ mod cluster;
 mod connection;
 mod headers;
 mod http1;
+mod mirror;
 mod pool;
 mod request;
 mod retry;
@@ -39,7 +40,7 @@ use self::{
 use crate::{
     access_log::AccessLog,
     metrics::Metrics,
-    snapshot::Snapshot,
+    snapshot::{self, Snapshot},
     tls::IdentityHandle,
     workers::{Role, Timing},
 };
@@ -166,18 +167,26 @@ impl Worker {
     }
 
     fn clusters_for(&self, snapshot: &Snapshot) -> Clusters {
+        type Named = HashMap<String, Rc<Cluster>>;
+        let add = |clusters: &mut Named, current: &Named, config: &Arc<snapshot::Cluster>| {
+            if clusters.contains_key(&config.name) {
+                return;
+            }
+            let cluster = match current.get(&config.name) {
+                Some(same) if Arc::ptr_eq(&same.config, config) || same.config == *config => Rc::clone(same),
+                previous => Rc::new(Cluster::new(Arc::clone(config), previous.map(Rc::as_ref), &self.shared)),
+            };
+            clusters.insert(config.name.clone(), cluster);
+        };
         let current = self.clusters.borrow();
-        let mut clusters = Clusters::new();
-        for chain in snapshot.listeners.values().flat_map(|listener| &listener.chains) {
-            for (config, _) in Chain::clusters_of(chain) {
-                if clusters.contains_key(&config.name) {
-                    continue;
-                }
-                let cluster = match current.get(&config.name) {
-                    Some(same) if Arc::ptr_eq(&same.config, config) || same.config == *config => Rc::clone(same),
-                    previous => Rc::new(Cluster::new(Arc::clone(config), previous.map(Rc::as_ref), &self.shared)),
-                };
-                clusters.insert(config.name.clone(), cluster);
+        let mut clusters = Clusters::default();
+        let chains = snapshot.listeners.values().flat_map(|listener| &listener.chains);
+        for split in chains.filter_map(Chain::split_of) {
+            for (config, _) in &split.targets {
+                add(&mut clusters.drawn, &current.drawn, config);
+            }
+            for mirror in &split.mirrors {
+                add(&mut clusters.mirrors, &current.mirrors, &mirror.cluster);
             }
         }
         clusters
@@ -186,12 +195,12 @@ impl Worker {
     /// Takes the clusters into use, and lets go of connections to endpoints that are configured no more.
     fn switch_clusters(&self, clusters: Clusters) {
         let mut used = HashSet::new();
-        for cluster in clusters.values() {
+        for cluster in clusters.all() {
             cluster.each_endpoint(|endpoint| {
                 used.insert(Rc::as_ptr(endpoint));
             });
         }
-        for cluster in self.clusters.replace(clusters).values() {
+        for cluster in self.clusters.replace(clusters).all() {
             cluster.each_endpoint(|endpoint| {
                 if !used.contains(&Rc::as_ptr(endpoint)) {
                     endpoint.retire();
@@ -219,7 +228,7 @@ async fn sweep(worker: Rc<Worker>) {
     loop {
         ticks.tick().await;
         let now = Instant::now();
-        for cluster in worker.clusters.borrow().values() {
+        for cluster in worker.clusters.borrow().all() {
             cluster.each_endpoint(|endpoint| endpoint.sweep(&cluster.connector, now));
         }
         worker.removed.borrow_mut().retain(|slot| !slot.is_over());

@@ -12,7 +12,7 @@ use super::{
     body::{self, Limit, Replay, RequestBody, RequestEnd, ResponseBody, UpstreamBody},
     cluster::Cluster,
     connection::{Connection, Current},
-    headers,
+    headers, mirror,
     pool::{Lease, SendError, Wire},
     retry::Retries,
     serving::{Action, Protocol},
@@ -153,6 +153,9 @@ async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut Requ
     }
 
     let mut body = std::mem::replace(unread, RequestBody::Empty);
+    if !split.mirrors.is_empty() && !upgrade {
+        body = mirror::copy(&split.mirrors, &parts, body, wire, policy.timeout, connection.local);
+    }
     // Both sides of a WebSocket talk for as long as they like.
     let retry = policy.retry.as_ref().filter(|_| !upgrade);
     let mut end = RequestEnd::Reached;
@@ -235,7 +238,10 @@ impl Outgoing {
                 let body = replay.attempt().map_or(RequestBody::Empty, RequestBody::Replayable);
                 (body, Some(replay))
             }
-            body @ (RequestBody::Empty | RequestBody::Once(_) | RequestBody::Replayable(_)) => (body, None),
+            body
+            @ (RequestBody::Empty | RequestBody::Once(_) | RequestBody::Replayable(_) | RequestBody::Copied(_)) => {
+                (body, None)
+            }
         };
         Self { next: Some(Request::from_parts(parts, body)), copy, replay }
     }

@@ -5,14 +5,24 @@ use std::{collections::HashMap, rc::Rc, sync::Arc};
 use http::StatusCode;
 use rustls::ServerConfig;
 
-use super::{Shared, cluster::Cluster};
+use super::{Shared, cluster::Cluster, mirror::Mirror};
 use crate::{
     snapshot::{self, FilterChain, Listener, Policy, ServerTls},
     tls::{ALPN_H2, ALPN_HTTP1},
 };
 
-/// The clusters of a snapshot, by name.
-pub(super) type Clusters = HashMap<String, Rc<Cluster>>;
+/// The clusters of a snapshot, by name: those that are drawn, and those that copies are sent to, which share nothing with them.
+#[derive(Default)]
+pub(super) struct Clusters {
+    pub(super) drawn: HashMap<String, Rc<Cluster>>,
+    pub(super) mirrors: HashMap<String, Rc<Cluster>>,
+}
+
+impl Clusters {
+    pub(super) fn all(&self) -> impl Iterator<Item = &Rc<Cluster>> {
+        self.drawn.values().chain(self.mirrors.values())
+    }
+}
 
 pub(super) struct Serving {
     pub(super) listener: Arc<Listener>,
@@ -40,6 +50,8 @@ pub(super) enum Action {
 pub(super) struct Split {
     targets: Vec<(u32, Rc<Cluster>)>,
     total: u32,
+    /// Who gets copies of requests.
+    pub(super) mirrors: Vec<Rc<Mirror>>,
     /// Drawn or not, a configured cluster is kept: its series exist, and its connections wait for its weight to rise.
     _configured: Vec<Rc<Cluster>>,
 }
@@ -81,36 +93,36 @@ impl Chain {
             snapshot::Protocol::Http(action) => {
                 let action = match action {
                     snapshot::Action::Forward { split, policy } => {
-                        Action::Forward { split: Split::new(split, clusters), policy: Arc::clone(policy) }
+                        Action::Forward { split: Split::new(split, clusters, worker), policy: Arc::clone(policy) }
                     }
                     snapshot::Action::Respond(status) => Action::Respond(*status),
                 };
                 (Protocol::Http(action), &[ALPN_H2, ALPN_HTTP1])
             }
-            snapshot::Protocol::Tcp(split) => (Protocol::Tcp(Split::new(split, clusters)), &[]),
+            snapshot::Protocol::Tcp(split) => (Protocol::Tcp(Split::new(split, clusters, worker)), &[]),
         };
         let tls = config.tls.as_ref().map(|tls| (tls.clone(), worker.identity.server_config(&tls.client_id, alpn)));
         Self { server_name: config.server_name.clone(), tls, protocol }
     }
 
-    /// The clusters that a snapshot's chain names.
-    pub(super) fn clusters_of(config: &FilterChain) -> &[(Arc<snapshot::Cluster>, u32)] {
+    /// The split of a snapshot's chain, which names its clusters.
+    pub(super) fn split_of(config: &FilterChain) -> Option<&snapshot::Split> {
         match &config.protocol {
             snapshot::Protocol::Http(snapshot::Action::Forward { split, .. }) | snapshot::Protocol::Tcp(split) => {
-                &split.targets
+                Some(split)
             }
-            snapshot::Protocol::Http(snapshot::Action::Respond(_)) => &[],
+            snapshot::Protocol::Http(snapshot::Action::Respond(_)) => None,
         }
     }
 }
 
 impl Split {
-    fn new(config: &snapshot::Split, clusters: &Clusters) -> Self {
+    fn new(config: &snapshot::Split, clusters: &Clusters, worker: &Shared) -> Self {
         let mut total: u32 = 0;
         let mut targets = Vec::with_capacity(config.targets.len());
         let mut configured = Vec::with_capacity(config.targets.len());
         for (cluster, weight) in &config.targets {
-            let Some(cluster) = clusters.get(&cluster.name) else {
+            let Some(cluster) = clusters.drawn.get(&cluster.name) else {
                 continue;
             };
             configured.push(Rc::clone(cluster));
@@ -121,7 +133,11 @@ impl Split {
             }
             total = upto;
         }
-        Self { targets, total, _configured: configured }
+        let mirrors = config.mirrors.iter().filter_map(|mirror| {
+            let cluster = Rc::clone(clusters.mirrors.get(&mirror.cluster.name)?);
+            Some(Rc::new(Mirror::new(mirror, cluster, worker)))
+        });
+        Self { targets, total, mirrors: mirrors.collect(), _configured: configured }
     }
 
     /// One random draw, to be held for the life of the request or connection. A side without endpoints keeps its

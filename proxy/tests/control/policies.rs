@@ -1,23 +1,32 @@
-//! What a route says beside its split: whose requests are drawn together.
+//! What a route says beside its split: whose requests are drawn together, and who gets copies.
 
 use std::sync::Arc;
 
-use sluice_proxy::snapshot::{Action, HashPolicy, HashedBy, Policy, Protocol, Snapshot};
+use sluice_proxy::{
+    config::Resources,
+    snapshot::{Action, HashPolicy, HashedBy, Policy, Protocol, Share, Snapshot, Split},
+};
 use sluice_xds::{
     TypeUrl,
-    envoy::config::route::v3::{
-        RouteAction, RouteConfiguration,
-        route::Action as MessageAction,
-        route_action::{
-            ClusterSpecifier, HashPolicy as HashMessage,
-            hash_policy::{Cookie, CookieAttribute, Header, PolicySpecifier},
+    envoy::{
+        config::{
+            core::v3::RuntimeFractionalPercent,
+            route::v3::{
+                RouteAction, RouteConfiguration,
+                route::Action as MessageAction,
+                route_action::{
+                    ClusterSpecifier, HashPolicy as HashMessage, RequestMirrorPolicy,
+                    hash_policy::{Cookie, CookieAttribute, Header, PolicySpecifier},
+                },
+                weighted_cluster::RandomValueSpecifier,
+            },
         },
-        weighted_cluster::RandomValueSpecifier,
+        r#type::v3::FractionalPercent,
     },
 };
 
 use crate::{
-    resources::{resource, route},
+    resources::{endpoints, plain_cluster, resource, route},
     snapshots::{A, B, WEB, accept, fleet, reason},
 };
 
@@ -30,9 +39,9 @@ fn with(change: impl FnOnce(&mut RouteAction)) -> RouteConfiguration {
     configuration
 }
 
-fn served(snapshot: &Snapshot) -> &Policy {
+fn served(snapshot: &Snapshot) -> (&Split, &Policy) {
     match &snapshot.listeners[WEB].chains[0].protocol {
-        Protocol::Http(Action::Forward { policy, .. }) => policy,
+        Protocol::Http(Action::Forward { split, policy }) => (split, policy),
         Protocol::Http(Action::Respond(_)) | Protocol::Tcp(_) => panic!(),
     }
 }
@@ -43,6 +52,10 @@ fn serve(configuration: &RouteConfiguration) -> Arc<Snapshot> {
 
 fn refused(configuration: &RouteConfiguration) -> String {
     reason(TypeUrl::Route, resource(WEB, "2", configuration))
+}
+
+fn percent(numerator: u32) -> FractionalPercent {
+    FractionalPercent { numerator, denominator: 0 }
 }
 
 fn hashing(used: bool, policies: Vec<PolicySpecifier>) -> RouteConfiguration {
@@ -89,7 +102,7 @@ fn users_are_split_by_a_header_or_a_cookie() {
         terminal: true,
     };
     assert_eq!(
-        served(&snapshot).affinity,
+        served(&snapshot).1.affinity,
         [
             HashPolicy { by: HashedBy::Header(http::HeaderName::from_static("x-user")), terminal: true },
             by_cookie(Some("; Max-Age=3600; Path=/; SameSite=Lax; Secure; HttpOnly")),
@@ -97,7 +110,7 @@ fn users_are_split_by_a_header_or_a_cookie() {
             by_cookie(None),
         ]
     );
-    assert_eq!(served(&serve(&hashing(false, vec![header("x-user")]))).affinity, []);
+    assert_eq!(served(&serve(&hashing(false, vec![header("x-user")]))).1.affinity, []);
 
     let bad = [
         (header("a b"), "hash_policy[0].header.header_name is 'a b'"),
@@ -118,4 +131,58 @@ fn users_are_split_by_a_header_or_a_cookie() {
         action.hash_policy[0].policy_specifier = None;
     }
     assert!(refused(&unknown).contains("hash_policy[0].header or "));
+}
+
+#[test]
+fn copies_go_to_a_cluster_that_is_waited_for_and_kept_like_those_that_are_drawn() {
+    let mirror = "shop/web:80/cccccccccc";
+    let mirroring = |fraction: Option<RuntimeFractionalPercent>, plain: bool| {
+        with(|action| {
+            action.request_mirror_policies = vec![RequestMirrorPolicy {
+                cluster: mirror.to_owned(),
+                runtime_fraction: fraction,
+                disable_shadow_host_suffix_append: plain,
+            }];
+        })
+    };
+    let mut resources: Resources = fleet();
+    let before = resources.build();
+    let waiting = accept(&mut resources, TypeUrl::Route, &[resource(WEB, "2", &mirroring(None, false))]);
+    assert!(Arc::ptr_eq(&before, &waiting));
+    assert_eq!(resources.missing_cluster(TypeUrl::Route, WEB), Some(mirror));
+    accept(&mut resources, TypeUrl::Cluster, &[resource(mirror, "1", &plain_cluster(mirror))]);
+    let there = resource(mirror, "1", &endpoints(mirror, &[("10.0.0.3", 80)]));
+    let snapshot = accept(&mut resources, TypeUrl::Endpoints, &[there]);
+    let [it] = served(&snapshot).0.mirrors.as_slice() else { panic!() };
+    assert_eq!((it.cluster.name.as_str(), it.share, it.marks_host), (mirror, Share::ALL, true));
+    // Removed while it serves, it serves on.
+    let removed = [mirror.to_owned()];
+    resources.update(sluice_proxy::config::Change { kind: TypeUrl::Cluster, resources: &[], removed: &removed });
+    let rebuilt = resources.build();
+    let [kept] = served(&rebuilt).0.mirrors.as_slice() else { panic!() };
+    assert!(Arc::ptr_eq(&kept.cluster, &it.cluster));
+    assert!(resources.dump().to_string().contains("\"mirrors\":[{"));
+
+    let fraction = |value| Some(RuntimeFractionalPercent { default_value: value });
+    accept(&mut resources, TypeUrl::Cluster, &[resource(mirror, "1", &plain_cluster(mirror))]);
+    accept(&mut resources, TypeUrl::Endpoints, &[resource(mirror, "1", &endpoints(mirror, &[("10.0.0.3", 80)]))]);
+    let third = mirroring(fraction(Some(percent(25))), true);
+    let snapshot = accept(&mut resources, TypeUrl::Route, &[resource(WEB, "3", &third)]);
+    let it = &served(&snapshot).0.mirrors[0];
+    assert_eq!((it.share, it.marks_host), (Share(250_000), false));
+    let bad = [
+        (mirroring(fraction(None), false), "request_mirror_policies[0].runtime_fraction.default_value is missing"),
+        (
+            mirroring(fraction(Some(FractionalPercent { numerator: 1, denominator: 7 })), false),
+            "request_mirror_policies[0].runtime_fraction.default_value.denominator is '7'",
+        ),
+        (
+            with(|action| action.request_mirror_policies = vec![RequestMirrorPolicy::default()]),
+            "request_mirror_policies[0].cluster is missing",
+        ),
+    ];
+    for (configuration, expected) in bad {
+        let reason = refused(&configuration);
+        assert!(reason.contains(expected), "{reason}");
+    }
 }

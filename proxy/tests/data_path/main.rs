@@ -6,6 +6,7 @@ mod configuration;
 mod downstream_http1;
 mod drain;
 mod http;
+mod mirror;
 mod policies;
 mod retries;
 mod support;
