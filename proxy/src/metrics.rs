@@ -80,6 +80,12 @@ impl GrpcStatus {
     pub const UNKNOWN: Self = Self(2);
     pub const UNAVAILABLE: Self = Self(14);
 
+    /// `None` if it is not a canonical code.
+    #[must_use]
+    pub fn of_code(code: u32) -> Option<Self> {
+        u8::try_from(code).ok().filter(|code| *code <= 16).map(Self)
+    }
+
     /// The value of `grpc-status`; what is no canonical code is UNKNOWN.
     #[must_use]
     pub fn parse(value: &[u8]) -> Self {
@@ -282,6 +288,7 @@ struct ListenerShard {
     tls_failures: Cell,
     aborts: Cell,
     upgrades: Cell,
+    delays: Cell,
     local_errors: [Cell; Flag::ALL.len()],
     retries: [Cell; Retry::ALL.len()],
 }
@@ -330,6 +337,10 @@ impl ListenerMetrics {
 
     pub fn upgraded(&self) {
         self.shard().upgrades.add(1);
+    }
+
+    pub fn delay_injected(&self) {
+        self.shard().delays.add(1);
     }
 
     pub fn local_error(&self, flag: Flag) {
@@ -500,6 +511,7 @@ impl Metrics {
         });
         family("sluice_client_aborts_total", "counter", "Requests that their client gave up.", |s| &s.aborts);
         family("sluice_upgrades_total", "counter", "Requests that became a tunnel.", |s| &s.upgrades);
+        family("sluice_injected_delays_total", "counter", "Requests that a fault on purpose held up.", |s| &s.delays);
 
         head(&mut out, "sluice_local_errors_total", "counter", "Requests that this proxy failed, by response flag.");
         for (labels, series) in &listeners {

@@ -69,6 +69,22 @@ pub struct Policy {
     pub response_headers: HeaderChanges,
     /// Who asks draws the cluster, in place of chance, as far as the request says who it is. Empty is chance.
     pub affinity: Vec<HashPolicy>,
+    pub fault: Option<Fault>,
+}
+
+/// What goes wrong on purpose, to rehearse it (`HTTPFault`), each with its share of the requests: first the delay, then the answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Fault {
+    pub delay: Option<(Duration, Share)>,
+    pub abort: Option<(Abort, Share)>,
+}
+
+/// An answer in place of an upstream's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Abort {
+    Http(StatusCode),
+    /// A client that does not speak gRPC sees 200, as from Envoy.
+    Grpc(GrpcStatus),
 }
 
 /// What says whose request it is (`RouteAction.HashPolicy`).

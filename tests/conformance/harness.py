@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 HERE = pathlib.Path(__file__).parent
 # Longer than anything takes here; whoever waits for it has failed.
 PATIENCE = float(os.environ.get("PATIENCE", "15"))
-# A name in routes.
-OTHER = "$other"
+# Names in routes.
+FAULT, OTHER = "envoy.filters.http.fault", "$other"
 # An address of this process's own, so that fixed ports meet nobody's.
 IP = f"127.{os.getpid() % 250 + 1}.{os.getpid() // 250 % 250 + 1}.1"
 
@@ -193,6 +193,13 @@ def envoy_resources(plain, routes=None, logs=None):
             action["cluster"] = f"c{index}"
         return {"match": {"prefix": "/"}, **own, "route": action}
 
+    def http_filters(index):
+        router = {"@type": f"{kind}filters.http.router.v3.Router", "suppress_envoy_headers": True}
+        filters = [{"name": "envoy.filters.http.router", "typed_config": router}]
+        if routes and FAULT in routes[index].get("typed_per_filter_config", {}):
+            filters.insert(0, {"name": FAULT, "typed_config": {"@type": f"{kind}filters.http.fault.v3.HTTPFault"}})
+        return filters
+
     def listener(index, lane):
         manager = {
             "@type": f"{kind}filters.network.http_connection_manager.v3.HttpConnectionManager",
@@ -205,12 +212,7 @@ def envoy_resources(plain, routes=None, logs=None):
             "http2_protocol_options": {"override_stream_error_on_invalid_http_message": True},
             "upgrade_configs": [{"upgrade_type": "websocket"}],
             "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route(index)]}]},
-            "http_filters": [
-                {
-                    "name": "envoy.filters.http.router",
-                    "typed_config": {"@type": f"{kind}filters.http.router.v3.Router", "suppress_envoy_headers": True},
-                }
-            ],
+            "http_filters": http_filters(index),
         }
         if logs:
             log = {"@type": f"{kind}access_loggers.file.v3.FileAccessLog", "path": f"{logs}/access{index}"}

@@ -85,6 +85,10 @@ fn policy(it: &Policy) -> Value {
             "retries": retry.retries,
             "perTryTimeoutMs": retry.per_try_timeout.map(|timeout| timeout.as_millis()),
         })),
+        "fault": it.fault.as_ref().map(|fault| json!({
+            "delay": fault.delay.map(|(delay, share)| json!({ "ms": delay.as_millis(), "millionths": share.0 })),
+            "abort": fault.abort.map(|(abort, share)| json!({ "with": format!("{abort:?}"), "millionths": share.0 })),
+        })),
         "affinity": it.affinity.iter().map(|policy| match &policy.by {
             HashedBy::Header(name) => json!({ "header": name.as_str(), "terminal": policy.terminal }),
             HashedBy::Cookie { name, given } => json!({ "cookie": name, "given": given, "terminal": policy.terminal }),

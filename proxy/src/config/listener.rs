@@ -11,7 +11,7 @@ use sluice_xds::{
             listener_filter::ConfigType as ListenerFilterConfig,
         },
         extensions::filters::{
-            http::router::v3::Router,
+            http::{fault::v3::HttpFault, router::v3::Router},
             listener::{http_inspector::v3::HttpInspector, tls_inspector::v3::TlsInspector},
             network::{
                 http_connection_manager::v3::{
@@ -26,7 +26,7 @@ use sluice_xds::{
 };
 
 use super::{
-    ConfigError, cluster, endpoints,
+    ConfigError, cluster, endpoints, fault,
     route::{self, Action, Targets},
     tls,
 };
@@ -211,10 +211,16 @@ fn http(manager: &HttpConnectionManager, field: &str) -> Result<Protocol, Config
             None => "",
         };
         router = is_type(found, &Router::full_name());
+        if let Some(HttpFilterConfig::TypedConfig(any)) = &filter.config_type
+            && is_type(found, &HttpFault::full_name())
+        {
+            fault::of_listener(any, &format!("{field}.http_filters[{at}].typed_config"))?;
+            continue;
+        }
         // gRFC A39: a filter may be left out only if it says so itself.
         if !router && !filter.is_optional && !filter.disabled {
             let field = format!("{field}.http_filters[{at}].typed_config");
-            return Err(ConfigError::unsupported(field, found, "Router"));
+            return Err(ConfigError::unsupported(field, found, "HTTPFault and Router"));
         }
     }
     if !router {

@@ -12,6 +12,7 @@ mod cluster;
 mod dump;
 mod endpoints;
 mod error;
+mod fault;
 mod listener;
 mod mirror;
 mod resources;

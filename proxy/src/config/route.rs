@@ -11,7 +11,7 @@ use sluice_xds::envoy::config::{
     },
 };
 
-use super::{ConfigError, affinity, mirror};
+use super::{ConfigError, affinity, fault, mirror};
 use crate::{
     metrics::GrpcStatus,
     snapshot::{HeaderChanges, Mirror, Policy, RetryOn, RetryPolicy},
@@ -82,6 +82,7 @@ pub(super) fn parse(message: &RouteConfiguration, field: &str) -> Result<Action,
                 timeout: duration(action.timeout.as_ref(), || format!("{field}.timeout"))?,
                 retry: action.retry_policy.as_ref().map(|retry| retries(retry, &field)).transpose()?.flatten(),
                 affinity: affinity::parse(action, &field)?,
+                fault: fault::of_route(route, &at)?,
                 ..headers(route, &at)?
             };
             Ok(Action::Forward { targets, mirrors: mirror::parse(action, &field)?, policy: Arc::new(policy) })
@@ -112,7 +113,7 @@ fn forward(action: &RouteAction, field: &str) -> Result<Targets, ConfigError> {
 }
 
 /// 0 is none. Unlike Envoy's route timeout, one that is not said is none, too: the controller always says it.
-fn duration(
+pub(super) fn duration(
     said: Option<&prost_types::Duration>,
     field: impl FnOnce() -> String,
 ) -> Result<Option<Duration>, ConfigError> {

@@ -5,6 +5,7 @@ mod affinity;
 mod body;
 mod cluster;
 mod connection;
+mod fault;
 mod headers;
 mod http1;
 mod mirror;

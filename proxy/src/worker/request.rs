@@ -12,10 +12,10 @@ use super::{
     body::{self, Limit, Replay, RequestBody, RequestEnd, ResponseBody, UpstreamBody},
     cluster::Cluster,
     connection::{Connection, Current},
-    headers, mirror,
+    fault, headers, mirror,
     pool::{Lease, SendError, Wire},
     retry::Retries,
-    serving::{Action, Protocol},
+    serving::{Action, Chain, Protocol},
     stream::Stream,
     tally::Tally,
 };
@@ -109,14 +109,17 @@ impl From<Failure> for Refusal {
 async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut RequestBody) -> Result<Answer, Refusal> {
     let connection = Rc::clone(tally.connection());
     let worker = &connection.slot.worker;
-    let chain = match connection.current() {
-        Current::Chain(chain) => chain,
-        Current::Revoked => return Err(Failure::Unauthorized.into()),
-    };
+    let mut chain = current(&connection)?;
     if parts.method == Method::CONNECT {
         return Err(Failure::MethodRefused.into());
     }
     headers::check_request(&mut parts)?;
+    if let Protocol::Http(Action::Forward { policy, .. }) = &chain.protocol
+        && let Some(fault) = &policy.fault
+        && fault::inject(fault, tally).await?
+    {
+        chain = current(&connection)?;
+    }
     let (split, policy) = match &chain.protocol {
         Protocol::Http(Action::Forward { split, policy }) => (split, policy),
         Protocol::Http(Action::Respond(status)) => {
@@ -192,6 +195,13 @@ async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut Requ
     headers::change(response.headers_mut(), &policy.response_headers);
     *response.version_mut() = response_version(wire);
     Ok(Answer { response, lease, limit })
+}
+
+fn current(connection: &Connection) -> Result<Rc<Chain>, Failure> {
+    match connection.current() {
+        Current::Chain(chain) => Ok(chain),
+        Current::Revoked => Err(Failure::Unauthorized),
+    }
 }
 
 fn response_version(wire: Wire) -> Version {

@@ -1,10 +1,13 @@
-//! What a route says beside its split: whose requests are drawn together, and who gets copies.
+//! What a route says beside its split: whose requests are drawn together, who gets copies, and what goes wrong on purpose.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
+use http::StatusCode;
+use prost_types::Any;
 use sluice_proxy::{
     config::Resources,
-    snapshot::{Action, HashPolicy, HashedBy, Policy, Protocol, Share, Snapshot, Split},
+    metrics::GrpcStatus,
+    snapshot::{Abort, Action, Fault, HashPolicy, HashedBy, Policy, Protocol, Share, Snapshot, Split},
 };
 use sluice_xds::{
     TypeUrl,
@@ -12,7 +15,7 @@ use sluice_xds::{
         config::{
             core::v3::RuntimeFractionalPercent,
             route::v3::{
-                RouteAction, RouteConfiguration,
+                HeaderMatcher, RouteAction, RouteConfiguration,
                 route::Action as MessageAction,
                 route_action::{
                     ClusterSpecifier, HashPolicy as HashMessage, RequestMirrorPolicy,
@@ -21,12 +24,20 @@ use sluice_xds::{
                 weighted_cluster::RandomValueSpecifier,
             },
         },
+        extensions::filters::{
+            common::fault::v3::{FaultDelay, fault_delay::FaultDelaySecifier},
+            http::fault::v3::{FaultAbort, HttpFault, fault_abort::ErrorType},
+            network::http_connection_manager::v3::{
+                HttpConnectionManager, HttpFilter, http_filter::ConfigType as HttpFilterConfig,
+            },
+        },
         r#type::v3::FractionalPercent,
     },
+    pack,
 };
 
 use crate::{
-    resources::{endpoints, plain_cluster, resource, route},
+    resources::{endpoints, listener, plain_cluster, resource, route},
     snapshots::{A, B, WEB, accept, fleet, reason},
 };
 
@@ -36,6 +47,13 @@ fn with(change: impl FnOnce(&mut RouteAction)) -> RouteConfiguration {
     if let Some(MessageAction::Route(action)) = &mut configuration.virtual_hosts[0].routes[0].action {
         change(action);
     }
+    configuration
+}
+
+fn faulty(fault: &HttpFault) -> RouteConfiguration {
+    let mut configuration = route(WEB, &[(A, 100)]);
+    let configs = &mut configuration.virtual_hosts[0].routes[0].typed_per_filter_config;
+    configs.insert("envoy.filters.http.fault".to_owned(), pack(fault));
     configuration
 }
 
@@ -185,4 +203,82 @@ fn copies_go_to_a_cluster_that_is_waited_for_and_kept_like_those_that_are_drawn(
         let reason = refused(&configuration);
         assert!(reason.contains(expected), "{reason}");
     }
+}
+
+fn delay(seconds: i64, percentage: Option<FractionalPercent>) -> FaultDelay {
+    let delay = FaultDelaySecifier::FixedDelay(prost_types::Duration { seconds, nanos: 0 });
+    FaultDelay { fault_delay_secifier: Some(delay), percentage }
+}
+
+fn abort(error: ErrorType, numerator: u32) -> FaultAbort {
+    FaultAbort { error_type: Some(error), percentage: Some(percent(numerator)) }
+}
+
+#[test]
+fn faults_of_a_route_are_served_or_refused_by_field() {
+    let fault = |delay, abort| HttpFault { delay, abort, headers: Vec::new() };
+    let good = [
+        (
+            fault(Some(delay(2, Some(percent(50)))), Some(abort(ErrorType::HttpStatus(503), 100))),
+            Some(Fault {
+                delay: Some((Duration::from_secs(2), Share(500_000))),
+                abort: Some((Abort::Http(StatusCode::SERVICE_UNAVAILABLE), Share::ALL)),
+            }),
+        ),
+        (
+            fault(None, Some(abort(ErrorType::GrpcStatus(14), 1))),
+            Some(Fault { delay: None, abort: Some((Abort::Grpc(GrpcStatus::UNAVAILABLE), Share(10_000))) }),
+        ),
+        // Without a percentage, none.
+        (fault(Some(delay(2, None)), None), None),
+        (fault(None, None), None),
+    ];
+    for (message, expected) in good {
+        assert_eq!(served(&serve(&faulty(&message))).1.fault, expected);
+    }
+    let by_header = HttpFault { headers: vec![HeaderMatcher::default()], ..fault(None, None) };
+    let bad = [
+        (by_header, "headers is '1 matchers'"),
+        (fault(Some(delay(0, None)), None), "delay.fixed_delay is '0 s'"),
+        (fault(Some(delay(-1, None)), None), "delay.fixed_delay is '-1 s"),
+        (fault(Some(FaultDelay::default()), None), "delay.fixed_delay is missing"),
+        (fault(None, Some(abort(ErrorType::HttpStatus(199), 1))), "abort.http_status is '199'"),
+        (fault(None, Some(abort(ErrorType::HttpStatus(600), 1))), "abort.http_status is '600'"),
+        (fault(None, Some(abort(ErrorType::GrpcStatus(17), 1))), "abort.grpc_status is '17'"),
+        (fault(None, Some(FaultAbort::default())), "is missing"),
+    ];
+    for (message, expected) in bad {
+        let reason = refused(&faulty(&message));
+        assert!(reason.contains(expected), "{reason}");
+    }
+    let mut other = faulty(&fault(None, None));
+    let configs = &mut other.virtual_hosts[0].routes[0].typed_per_filter_config;
+    configs.insert("envoy.filters.http.fault".to_owned(), Any::default());
+    assert!(refused(&other).contains("expected a envoy.extensions.filters.http.fault.v3.HTTPFault"));
+}
+
+#[test]
+fn the_filter_for_faults_stands_before_the_router_and_says_nothing_itself() {
+    let filtered = |fault: &HttpFault, first: bool| {
+        let mut message = listener(WEB, 20001);
+        let filter = &mut message.filter_chains[0].filters[0];
+        use sluice_xds::envoy::config::listener::v3::filter::ConfigType;
+        let Some(ConfigType::TypedConfig(any)) = &mut filter.config_type else { panic!() };
+        let mut manager: HttpConnectionManager = sluice_xds::unpack(any).unwrap();
+        let fault = HttpFilter {
+            name: "envoy.filters.http.fault".to_owned(),
+            config_type: Some(HttpFilterConfig::TypedConfig(pack(fault))),
+            ..HttpFilter::default()
+        };
+        manager.http_filters.insert(if first { 0 } else { 1 }, fault);
+        *any = pack(&manager);
+        message
+    };
+    let good = filtered(&HttpFault::default(), true);
+    accept(&mut fleet(), TypeUrl::Listener, &[resource(WEB, "2", &good)]);
+    let last = filtered(&HttpFault::default(), false);
+    assert!(reason(TypeUrl::Listener, resource(WEB, "2", &last)).contains("(Router, at the end)"));
+    let own = HttpFault { abort: Some(abort(ErrorType::HttpStatus(503), 100)), ..HttpFault::default() };
+    let reason = reason(TypeUrl::Listener, resource(WEB, "2", &filtered(&own, true)));
+    assert!(reason.contains("http_filters[0].typed_config is 'a fault'"), "{reason}");
 }

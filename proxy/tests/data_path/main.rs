@@ -5,6 +5,7 @@ mod affinity;
 mod configuration;
 mod downstream_http1;
 mod drain;
+mod fault;
 mod http;
 mod mirror;
 mod policies;
