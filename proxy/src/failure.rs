@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 
-use crate::metrics::GrpcStatus;
+use crate::{metrics::GrpcStatus, snapshot::Abort};
 
 /// On every answer of our own but to CORS preflights, so that users can tell it from one of the application.
 pub const FLAG_HEADER: HeaderName = HeaderName::from_static("x-sluice-response-flag");
@@ -40,6 +40,9 @@ pub enum Failure {
     /// Configured so, e.g. 503 where no revision serves yet.
     #[error("nothing serves here at the moment")]
     DirectResponse(StatusCode),
+    /// Configured so, to rehearse it.
+    #[error("this fault was injected on purpose")]
+    FaultInjected(Abort),
     /// The client went away or broke its own request; nobody reads the answer.
     #[error("the client ended its request early")]
     ClientGone,
@@ -59,10 +62,12 @@ pub enum Flag {
     Unauthorized,
     DirectResponse,
     DownstreamTermination,
+    FaultInjected,
+    DelayInjected,
 }
 
 impl Flag {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::NoHealthyUpstream,
         Self::UpstreamConnectionFailure,
         Self::UpstreamConnectionTermination,
@@ -73,6 +78,8 @@ impl Flag {
         Self::Unauthorized,
         Self::DirectResponse,
         Self::DownstreamTermination,
+        Self::FaultInjected,
+        Self::DelayInjected,
     ];
 
     #[must_use]
@@ -89,6 +96,8 @@ impl Flag {
             // Not one of Envoy's: there a direct response has only details.
             Self::DirectResponse => "DR",
             Self::DownstreamTermination => "DC",
+            Self::FaultInjected => "FI",
+            Self::DelayInjected => "DI",
         }
     }
 }
@@ -111,6 +120,8 @@ impl Failure {
             Self::MethodRefused => (StatusCode::METHOD_NOT_ALLOWED, Flag::DownstreamProtocolError),
             Self::Unauthorized => (StatusCode::FORBIDDEN, Flag::Unauthorized),
             Self::DirectResponse(status) => (*status, Flag::DirectResponse),
+            Self::FaultInjected(Abort::Http(status)) => (*status, Flag::FaultInjected),
+            Self::FaultInjected(Abort::Grpc(code)) => return (StatusCode::OK, Flag::FaultInjected, *code),
             // 499 is nginx's for this; it is only ever logged.
             Self::ClientGone => {
                 (StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST), Flag::DownstreamTermination)
@@ -135,6 +146,7 @@ impl Failure {
             | Self::NoRoute
             | Self::Unauthorized
             | Self::DirectResponse(_)
+            | Self::FaultInjected(_)
             | Self::ClientGone => false,
         }
     }
@@ -201,6 +213,8 @@ mod tests {
             (Failure::MethodRefused, 405, "DPE", "2"),
             (Failure::Unauthorized, 403, "UAEX", "7"),
             (Failure::DirectResponse(StatusCode::SERVICE_UNAVAILABLE), 503, "DR", "14"),
+            (Failure::FaultInjected(Abort::Http(StatusCode::BAD_GATEWAY)), 502, "FI", "14"),
+            (Failure::FaultInjected(Abort::Grpc(GrpcStatus::parse(b"8"))), 200, "FI", "8"),
         ];
         for (failure, status, flag, grpc) in table {
             let plain = failure.response(false);

@@ -80,6 +80,12 @@ impl GrpcStatus {
     pub const UNKNOWN: Self = Self(2);
     pub const UNAVAILABLE: Self = Self(14);
 
+    /// `None` if it is not a canonical code.
+    #[must_use]
+    pub fn of_code(code: u32) -> Option<Self> {
+        u8::try_from(code).ok().filter(|code| *code <= 16).map(Self)
+    }
+
     /// The value of `grpc-status`; what is no canonical code is UNKNOWN.
     #[must_use]
     pub fn parse(value: &[u8]) -> Self {
@@ -176,19 +182,78 @@ impl RevisionMetrics {
         first_byte: Option<Duration>,
     ) {
         let shard = &self.series.shards[self.thread];
-        // A final 1xx does not exist; one that is none of the four classes (999) is an error of the upstream.
-        let class = match status.as_u16() {
-            ..300 => 0,
-            300..400 => 1,
-            400..500 => 2,
-            500.. => 3,
-        };
+        let class = class(status);
         let grpc = grpc.map_or(0, |status| usize::from(status.0) + 1);
         shard.requests[class][grpc].add(1);
         shard.duration.observe(duration);
         if let Some(first_byte) = first_byte {
             shard.first_byte.observe(first_byte);
         }
+    }
+}
+
+/// The index in [`CLASSES`]. A final 1xx does not exist; one that is none of the four classes (999) is an error of the upstream.
+fn class(status: StatusCode) -> usize {
+    match status.as_u16() {
+        ..300 => 0,
+        300..400 => 1,
+        400..500 => 2,
+        500.. => 3,
+    }
+}
+
+/// What became of a copy of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mirrored {
+    Answered(StatusCode),
+    /// No endpoint was reached, or the answer broke off.
+    Failed,
+    /// The answer took longer than is allowed.
+    TimedOut,
+    /// More of the request would have waited to be sent than is kept. Such a copy is not begun, or broken off.
+    TooLarge,
+    /// Too many were under way already.
+    Busy,
+    /// The request itself ended early.
+    Cancelled,
+}
+
+impl Mirrored {
+    const OUTCOMES: [&'static str; CLASSES.len() + 5] =
+        ["2xx", "3xx", "4xx", "5xx", "failed", "timeout", "too_large", "busy", "cancelled"];
+
+    fn index(self) -> usize {
+        match self {
+            Self::Answered(status) => class(status),
+            Self::Failed => 4,
+            Self::TimedOut => 5,
+            Self::TooLarge => 6,
+            Self::Busy => 7,
+            Self::Cancelled => 8,
+        }
+    }
+}
+
+/// Cells of the copies for one revision on one thread.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct MirrorShard([Cell; Mirrored::OUTCOMES.len()]);
+
+#[derive(Debug)]
+struct MirrorSeries {
+    shards: Box<[MirrorShard]>,
+}
+
+/// One thread's way to the series of the copies for one revision. Gates and the guard see none of it.
+#[derive(Debug, Clone)]
+pub struct MirrorMetrics {
+    series: Arc<MirrorSeries>,
+    thread: usize,
+}
+
+impl MirrorMetrics {
+    pub fn record(&self, outcome: Mirrored) {
+        self.series.shards[self.thread].0[outcome.index()].add(1);
     }
 }
 
@@ -223,6 +288,7 @@ struct ListenerShard {
     tls_failures: Cell,
     aborts: Cell,
     upgrades: Cell,
+    delays: Cell,
     local_errors: [Cell; Flag::ALL.len()],
     retries: [Cell; Retry::ALL.len()],
 }
@@ -273,6 +339,10 @@ impl ListenerMetrics {
         self.shard().upgrades.add(1);
     }
 
+    pub fn delay_injected(&self) {
+        self.shard().delays.add(1);
+    }
+
     pub fn local_error(&self, flag: Flag) {
         self.shard().local_errors[flag as usize].add(1);
     }
@@ -296,6 +366,7 @@ pub struct Metrics {
 #[derive(Debug, Default)]
 struct Families {
     revisions: BTreeMap<MetricLabels, Weak<RevisionSeries>>,
+    mirrors: BTreeMap<MetricLabels, Weak<MirrorSeries>>,
     listeners: BTreeMap<String, Weak<ListenerSeries>>,
 }
 
@@ -326,6 +397,18 @@ impl Metrics {
             series
         });
         RevisionMetrics { series, thread }
+    }
+
+    /// The series of the copies for a revision, for the thread with this index.
+    pub fn mirror(&self, labels: &MetricLabels, thread: usize) -> MirrorMetrics {
+        let mut families = self.families.lock().unwrap_or_else(PoisonError::into_inner);
+        let series = families.mirrors.get(labels).and_then(Weak::upgrade).unwrap_or_else(|| {
+            let shards = (0..self.threads).map(|_| MirrorShard::default()).collect();
+            let series = Arc::new(MirrorSeries { shards });
+            families.mirrors.insert(labels.clone(), Arc::downgrade(&series));
+            series
+        });
+        MirrorMetrics { series, thread }
     }
 
     /// How the requests of a revision have ended so far; 0 while it is not configured. A request is slow that lasted longer than
@@ -365,18 +448,21 @@ impl Metrics {
     /// The Prometheus text exposition format, version 0.0.4.
     #[must_use]
     pub fn render(&self) -> String {
-        let (revisions, listeners) = {
+        let (revisions, mirrors, listeners) = {
             let mut families = self.families.lock().unwrap_or_else(PoisonError::into_inner);
             families.revisions.retain(|_, series| series.strong_count() > 0);
+            families.mirrors.retain(|_, series| series.strong_count() > 0);
             families.listeners.retain(|_, series| series.strong_count() > 0);
             let revisions: Vec<_> =
                 families.revisions.iter().filter_map(|(key, s)| Some((revision_labels(key), s.upgrade()?))).collect();
+            let mirrors: Vec<_> =
+                families.mirrors.iter().filter_map(|(key, s)| Some((revision_labels(key), s.upgrade()?))).collect();
             let listeners: Vec<_> = families
                 .listeners
                 .iter()
                 .filter_map(|(name, s)| Some((format!("listener=\"{}\"", escape(name)), s.upgrade()?)))
                 .collect();
-            (revisions, listeners)
+            (revisions, mirrors, listeners)
         };
         let mut out = String::with_capacity(4096 + revisions.len() * 8192 + listeners.len() * 2048);
 
@@ -425,6 +511,7 @@ impl Metrics {
         });
         family("sluice_client_aborts_total", "counter", "Requests that their client gave up.", |s| &s.aborts);
         family("sluice_upgrades_total", "counter", "Requests that became a tunnel.", |s| &s.upgrades);
+        family("sluice_injected_delays_total", "counter", "Requests that a fault on purpose held up.", |s| &s.delays);
 
         head(&mut out, "sluice_local_errors_total", "counter", "Requests that this proxy failed, by response flag.");
         for (labels, series) in &listeners {
@@ -439,6 +526,14 @@ impl Metrics {
             for (why, name) in Retry::ALL {
                 let count = series.shards.iter().map(|shard| shard.retries[why as usize].get()).sum();
                 line(&mut out, "sluice_retries_total", &format!("{labels},reason=\"{name}\""), count);
+            }
+        }
+        let help = "Copies of requests for a revision, by their answer or why there was none.";
+        head(&mut out, "sluice_mirrored_requests_total", "counter", help);
+        for (labels, series) in &mirrors {
+            for (index, outcome) in Mirrored::OUTCOMES.iter().enumerate() {
+                let count = series.shards.iter().map(|shard| shard.0[index].get()).sum();
+                line(&mut out, "sluice_mirrored_requests_total", &format!("{labels},outcome=\"{outcome}\""), count);
             }
         }
         head(&mut out, "sluice_access_log_dropped_total", "counter", "Lines that the access log could not take.");

@@ -184,6 +184,42 @@ pub struct Policy {
     /// Takes place after the changes of headers.
     pub rewrite: Option<Rewrite>,
     pub cors: Option<CorsPolicy>,
+    /// Who asks draws the cluster, in place of chance, as far as the request says who it is. Empty is chance.
+    pub affinity: Vec<HashPolicy>,
+    pub fault: Option<Fault>,
+}
+
+/// What goes wrong on purpose, to rehearse it (`HTTPFault`), each with its share of the requests: first the delay, then the answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Fault {
+    pub delay: Option<(Duration, Share)>,
+    pub abort: Option<(Abort, Share)>,
+}
+
+/// An answer in place of an upstream's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Abort {
+    Http(StatusCode),
+    /// A client that does not speak gRPC sees 200, as from Envoy.
+    Grpc(GrpcStatus),
+}
+
+/// What says whose request it is (`RouteAction.HashPolicy`).
+#[derive(Debug, Clone, PartialEq)]
+pub struct HashPolicy {
+    pub by: HashedBy,
+    /// If the user is known by now, what follows is not looked at.
+    pub terminal: bool,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum HashedBy {
+    Header(HeaderName),
+    Cookie {
+        name: String,
+        /// A client without the cookie is given one. This is what follows its value in `Set-Cookie`.
+        given: Option<String>,
+    },
 }
 
 /// Which requests are sent again, although they may have been processed.
@@ -279,6 +315,40 @@ pub enum Asked {
 #[derive(Debug, PartialEq)]
 pub struct Split {
     pub targets: Vec<(Arc<Cluster>, u32)>,
+    /// Who gets copies of requests besides. Nobody does of the bytes of TCP.
+    pub mirrors: Vec<Mirror<Arc<Cluster>>>,
+}
+
+impl Split {
+    /// All that it names.
+    pub fn clusters(&self) -> impl Iterator<Item = &Arc<Cluster>> {
+        let targets = self.targets.iter().map(|(cluster, _)| cluster);
+        targets.chain(self.mirrors.iter().map(|mirror| &mirror.cluster))
+    }
+}
+
+/// Copies of requests, whose answers nobody sees (`RouteAction.RequestMirrorPolicy`).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Mirror<C> {
+    pub cluster: C,
+    pub share: Share,
+    /// Whether the host that a copy is for ends in `-shadow`, as Envoy has it.
+    pub marks_host: bool,
+}
+
+/// A part of all requests, in millionths.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Share(pub u32);
+
+impl Share {
+    pub const ALL: Self = Self(1_000_000);
+    pub const NONE: Self = Self(0);
+
+    /// Whether one request is of this part, by chance.
+    #[must_use]
+    pub fn draw(self) -> bool {
+        self.0 > 0 && fastrand::u32(..Self::ALL.0) < self.0
+    }
 }
 
 #[derive(Debug, PartialEq)]

@@ -350,7 +350,7 @@ fn check(listener: &Listener) -> Result<(), String> {
 }
 
 fn clusters(chain: &FilterChain) -> impl Iterator<Item = &snapshot::Cluster> {
-    chain.protocol.splits().flat_map(|split| &split.targets).map(|(cluster, _)| &**cluster)
+    chain.protocol.splits().flat_map(snapshot::Split::clusters).map(|cluster| &**cluster)
 }
 
 /// A listening socket that shares its port with those of the other threads.

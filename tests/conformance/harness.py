@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 HERE = pathlib.Path(__file__).parent
 # Longer than anything takes here; whoever waits for it has failed.
 PATIENCE = float(os.environ.get("PATIENCE", "15"))
+# Names in routes.
+FAULT, OTHER = "envoy.filters.http.fault", "$other"
 # An address of this process's own, so that fixed ports meet nobody's.
 IP = f"127.{os.getpid() % 250 + 1}.{os.getpid() // 250 % 250 + 1}.1"
 
@@ -56,6 +58,11 @@ class Lane:
 
     listen: tuple
     upstream: tuple
+
+    @property
+    def other(self):
+        """A second upstream, for routes that name `$other`."""
+        return self.upstream[0], self.upstream[1] + 5000
 
     def __str__(self):
         return "{}:{}={}:{}".format(*self.listen, *self.upstream)
@@ -181,8 +188,23 @@ def envoy_resources(plain, routes=None, logs=None):
         return {"socket_address": {"address": of[0], "port_value": of[1]}}
 
     def route(index, own):
-        answer = {} if "direct_response" in own else {"route": {"cluster": f"c{index}", "timeout": "0s", **own.get("route", {})}}
-        return {"match": {"prefix": "/"}, **own, **answer}
+        own = named(own, index)
+        if "direct_response" in own:
+            return {"match": {"prefix": "/"}, **own}
+        action = {"timeout": "0s", **own.get("route", {})}
+        if "weighted_clusters" not in action:
+            action["cluster"] = f"c{index}"
+        return {"match": {"prefix": "/"}, **own, "route": action}
+
+    def http_filters(index):
+        router = {"@type": f"{kind}filters.http.router.v3.Router", "suppress_envoy_headers": True}
+        filters = [
+            {"name": "envoy.filters.http.cors", "typed_config": {"@type": f"{kind}filters.http.cors.v3.Cors"}},
+            {"name": "envoy.filters.http.router", "typed_config": router},
+        ]
+        if any(FAULT in own.get("typed_per_filter_config", {}) for own in routes[index]):
+            filters.insert(1, {"name": FAULT, "typed_config": {"@type": f"{kind}filters.http.fault.v3.HTTPFault"}})
+        return filters
 
     def listener(index, lane):
         manager = {
@@ -196,13 +218,7 @@ def envoy_resources(plain, routes=None, logs=None):
             "http2_protocol_options": {"override_stream_error_on_invalid_http_message": True},
             "upgrade_configs": [{"upgrade_type": "websocket"}],
             "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route(index, own) for own in routes[index]]}]},
-            "http_filters": [
-                {"name": "envoy.filters.http.cors", "typed_config": {"@type": f"{kind}filters.http.cors.v3.Cors"}},
-                {
-                    "name": "envoy.filters.http.router",
-                    "typed_config": {"@type": f"{kind}filters.http.router.v3.Router", "suppress_envoy_headers": True},
-                }
-            ],
+            "http_filters": http_filters(index),
         }
         if logs:
             log = {"@type": f"{kind}access_loggers.file.v3.FileAccessLog", "path": f"{logs}/access{index}"}
@@ -211,12 +227,15 @@ def envoy_resources(plain, routes=None, logs=None):
         filters = [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]
         return {"name": f"l{index}", "address": address(lane.listen), "filter_chains": [{"filters": filters}]}
 
-    def cluster(index, lane):
+    def cluster(name, upstream, index):
         options = f"{kind}upstreams.http.v3.HttpProtocolOptions"
         same = {"http_protocol_options": {}, "http2_protocol_options": {}}
-        endpoint = {"endpoint": {"address": address(lane.upstream)}}
+        endpoint = {"endpoint": {"address": address(upstream)}}
+        # Envoy gives a user a cookie only where an endpoint is chosen by it.
+        hashed = any("hash_policy" in own.get("route", {}) for own in routes[index])
         return {
-            "name": f"c{index}",
+            "name": name,
+            "lb_policy": "RING_HASH" if hashed else "LEAST_REQUEST",
             "type": "STATIC",
             "connect_timeout": "1s",
             "typed_extension_protocol_options": {
@@ -225,10 +244,17 @@ def envoy_resources(plain, routes=None, logs=None):
                     "use_downstream_protocol_config": same,
                 }
             },
-            "load_assignment": {"cluster_name": f"c{index}", "endpoints": [{"lb_endpoints": [endpoint]}]},
+            "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [endpoint]}]},
         }
 
-    return [listener(*one) for one in enumerate(plain)], [cluster(*one) for one in enumerate(plain)]
+    clusters = [cluster(f"c{index}", lane.upstream, index) for index, lane in enumerate(plain)]
+    clusters += [cluster(f"d{index}", lane.other, index) for index, lane in enumerate(plain) if OTHER in json.dumps(routes[index])]
+    return [listener(*one) for one in enumerate(plain)], clusters
+
+
+def named(route, index):
+    """A route with its clusters by name, for `$upstream` and `$other`."""
+    return json.loads(json.dumps(route).replace("$upstream", f"c{index}").replace(OTHER, f"d{index}"))
 
 
 def expanded(text):

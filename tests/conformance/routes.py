@@ -1,6 +1,6 @@
 """What a route asks for, beside Envoy: the same resources, in Envoy's own messages, to both (corpus/routes.toml).
 
-Each case has a listener and an upstream of its own, which answers by a script. What is looked at: the answer, how often the upstream was
+Each case has a listener and an upstream of its own (`$upstream`), which answers by a script, and another one (`$other`). What is looked at: the answer, how often the upstream was
 asked and what it got, and why a proxy answered itself (response flags).
 """
 
@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import tomllib
@@ -16,6 +17,7 @@ from google.protobuf import json_format
 from envoy.config.cluster.v3 import cluster_pb2
 from envoy.config.listener.v3 import listener_pb2
 from envoy.extensions.filters.http.cors.v3 import cors_pb2  # noqa: F401 known to the parser of JSON from here on
+from envoy.extensions.filters.http.fault.v3 import fault_pb2  # noqa: F401
 from envoy.extensions.filters.http.router.v3 import router_pb2  # noqa: F401
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2  # noqa: F401
 from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2  # noqa: F401
@@ -24,6 +26,7 @@ from envoy.service.discovery.v3 import discovery_pb2
 from harness import HERE, PATIENCE, Envoy, Ours, Recorder, Report, envoy_resources, expanded, lanes, main
 
 KEYS = {"name", "source", "route", "routes", "send", "script", "status", "flags", "upstream", "with", "without", "answer_with", "answer_without", "envoy"}
+KEYS |= {"answer_like", "other", "other_script", "other_with"}
 FLAG = "x-sluice-response-flag"
 
 
@@ -77,6 +80,8 @@ def ours_xds(folder, plain, routes):
         manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
         for field in ("http_protocol_options", "http2_protocol_options", "use_remote_address"):
             del manager[field]
+    for cluster in clusters:
+        cluster["lb_policy"] = "LEAST_REQUEST"
     for kind, module, messages in (("Cluster", cluster_pb2, clusters), ("Listener", listener_pb2, listeners)):
         response = discovery_pb2.DeltaDiscoveryResponse()
         for message in messages:
@@ -86,25 +91,35 @@ def ours_xds(folder, plain, routes):
 
 
 async def asked(lane, case):
-    """The answer of the proxy, and what its upstream has seen."""
-    upstream = Scripted(case.get("script", [200]))
+    """The answer of the proxy, and what its upstreams have seen."""
+    upstream, other = Scripted(case.get("script", [200])), Scripted(case.get("other_script", [200]))
     await upstream.start(lane.upstream)
+    await other.start(lane.other)
     reader, writer = await asyncio.open_connection(*lane.listen)
     writer.write(expanded(case["send"]).encode("latin-1"))
     await writer.drain()
     async with asyncio.timeout(PATIENCE):
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
     writer.close()
+    try:
+        async with asyncio.timeout(PATIENCE):
+            # A copy may come after the answer.
+            while len(other.requests) < len(case.get("other", [])):
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        pass
     upstream.over.set()
+    other.over.set()
     first, *lines = head.strip().split("\r\n")
     fields = dict((name.lower(), value.strip()) for name, _, value in (line.partition(":") for line in lines))
-    return int(first.split(" ")[1]), fields, upstream
+    return int(first.split(" ")[1]), fields, upstream, other
 
 
-def problems(case, wants, status, fields, flags, upstream):
+def problems(case, wants, status, fields, flags, upstream, other):
     found = []
     got = {"status": status, "upstream": [str(request) for request in upstream.requests], "flags": flags}
-    for key, default in (("status", 200), ("upstream", []), ("flags", "-")):
+    got["other"] = [str(request) for request in other.requests]
+    for key, default in (("status", 200), ("upstream", []), ("other", []), ("flags", "-")):
         if got[key] != wants.get(key, default):
             found.append(f"{key} is {got[key]}, not {wants.get(key, default)}")
     seen = upstream.requests[-1].fields if upstream.requests else []
@@ -117,10 +132,17 @@ def problems(case, wants, status, fields, flags, upstream):
     for name, value in case.get("answer_with", {}).items():
         if fields.get(name) != value:
             found.append(f"the answer has {name}: {fields.get(name)}, not {value}")
+    for name, pattern in case.get("answer_like", {}).items():
+        if not re.fullmatch(pattern, fields.get(name, "")):
+            found.append(f"the answer has {name}: {fields.get(name)}, not like {pattern}")
+    copied = dict(other.requests[-1].fields) if other.requests else {}
+    for name, value in case.get("other_with", {}).items():
+        if copied.get(name) != value:
+            found.append(f"the other upstream got {name}: {copied.get(name)}, not {value}")
     for name in case.get("answer_without", []):
         if name in fields:
             found.append(f"the answer has {name}: {fields[name]}")
-    found += [f"passed on: {fault}" for fault in upstream.faults]
+    found += [f"passed on: {fault}" for fault in upstream.faults + other.faults]
     return found
 
 
@@ -144,17 +166,17 @@ async def suite():
     with tempfile.TemporaryDirectory(prefix="sluice-conformance-") as folder:
         ours_xds(folder, ours, routes)
         async with Ours(arguments=["--xds", folder]):
-            for case, (status, fields, upstream) in zip(chosen, await several(map(asked, ours, chosen))):
+            for case, (status, fields, *upstreams) in zip(chosen, await several(map(asked, ours, chosen))):
                 flags = fields.get(FLAG, "-")
-                report.case(f"{case['name']} ({case['source']})", problems(case, case, status, fields, flags, upstream))
+                report.case(f"{case['name']} ({case['source']})", problems(case, case, status, fields, flags, *upstreams))
     if not os.environ.get("ENVOY"):
         beside.skip("no stock Envoy could be installed")
         return report.end()
     async with Envoy(theirs, routes) as envoy:
-        for index, (case, (status, fields, upstream)) in enumerate(zip(chosen, await several(map(asked, theirs, chosen)))):
+        for index, (case, (status, fields, *upstreams)) in enumerate(zip(chosen, await several(map(asked, theirs, chosen)))):
             flags = await envoy.flags(index)
-            found = problems(case, case | case.get("envoy", {}), status, fields, flags, upstream)
-            if "envoy" in case and not problems(case, case, status, fields, flags, upstream):
+            found = problems(case, case | case.get("envoy", {}), status, fields, flags, *upstreams)
+            if "envoy" in case and not problems(case, case, status, fields, flags, *upstreams):
                 found.append("does not differ: take its `envoy` out")
             beside.case(case["name"], found)
     return all([report.end(), beside.end()])

@@ -188,8 +188,8 @@ async fn a_lease_that_was_deleted_is_made_again_with_a_higher_epoch() {
 #[tokio::test]
 async fn replicas_end_when_the_lease_says_what_it_said_long_before() {
     let Some((client, _)) = server::client().await else { return };
-    for renewed_before in [false, true] {
-        let namespace = server::namespace(&client, "lease-restored").await;
+    for (namespace, renewed_before) in [("lease-epoch-restored", false), ("lease-time-restored", true)] {
+        let namespace = server::namespace(&client, namespace).await;
         let api: Api<Lease> = Api::namespaced(client.clone(), &namespace);
         let leader = Replica::start(&client, &namespace, "leader");
         leader.leads(|_| true).await;

@@ -1,10 +1,14 @@
 //! What this proxy holds, for people. There is nothing secret in it: keys never come over xDS.
 
+use std::sync::Arc;
+
 use serde_json::{Value, json};
 use sluice_xds::TypeUrl;
 
 use super::{Resources, resources::Staged};
-use crate::snapshot::{Action, Cluster, HeaderChanges, Listener, Policy, Protocol, Route, Split, Upstream};
+use crate::snapshot::{
+    Action, Cluster, HashedBy, HeaderChanges, Listener, Mirror, Policy, Protocol, Route, Split, Upstream,
+};
 
 impl Resources {
     /// The versions of all resources, what was refused and why, and the snapshot that serves.
@@ -69,7 +73,7 @@ fn route(it: &Route) -> Value {
     let matches = (!it.matches.is_all()).then(|| format!("{:?}", it.matches));
     match &it.action {
         Action::Forward { split: of, policy: how } => {
-            json!({ "match": matches, "split": split(of), "policy": policy(how) })
+            json!({ "match": matches, "split": split(of), "mirrors": mirrors(of), "policy": policy(how) })
         }
         Action::Respond(status) => json!({ "match": matches, "status": status.as_u16() }),
     }
@@ -90,6 +94,14 @@ fn policy(it: &Policy) -> Value {
             "retries": retry.retries,
             "perTryTimeoutMs": retry.per_try_timeout.map(|timeout| timeout.as_millis()),
         })),
+        "fault": it.fault.as_ref().map(|fault| json!({
+            "delay": fault.delay.map(|(delay, share)| json!({ "ms": delay.as_millis(), "millionths": share.0 })),
+            "abort": fault.abort.map(|(abort, share)| json!({ "with": format!("{abort:?}"), "millionths": share.0 })),
+        })),
+        "affinity": it.affinity.iter().map(|policy| match &policy.by {
+            HashedBy::Header(name) => json!({ "header": name.as_str(), "terminal": policy.terminal }),
+            HashedBy::Cookie { name, given } => json!({ "cookie": name, "given": given, "terminal": policy.terminal }),
+        }).collect::<Vec<_>>(),
         "requestHeaders": changes(&it.request_headers),
         "responseHeaders": changes(&it.response_headers),
         "rewrite": it.rewrite.as_ref().map(|rewrite| format!("{rewrite:?}")),
@@ -99,6 +111,11 @@ fn policy(it: &Policy) -> Value {
 
 fn split(it: &Split) -> Value {
     it.targets.iter().map(|(of, weight)| json!({ "weight": weight, "cluster": cluster(of) })).collect()
+}
+
+fn mirrors(it: &Split) -> Value {
+    let one = |it: &Mirror<Arc<Cluster>>| json!({ "millionths": it.share.0, "cluster": cluster(&it.cluster) });
+    it.mirrors.iter().map(one).collect()
 }
 
 fn cluster(it: &Cluster) -> Value {

@@ -11,7 +11,7 @@ use sluice_xds::{
             listener_filter::ConfigType as ListenerFilterConfig,
         },
         extensions::filters::{
-            http::{cors::v3::Cors, router::v3::Router},
+            http::{cors::v3::Cors, fault::v3::HttpFault, router::v3::Router},
             listener::{http_inspector::v3::HttpInspector, tls_inspector::v3::TlsInspector},
             network::{
                 http_connection_manager::v3::{
@@ -26,7 +26,7 @@ use sluice_xds::{
 };
 
 use super::{
-    ConfigError, cluster, endpoints,
+    ConfigError, cluster, endpoints, fault,
     route::{self, Routes, Targets},
     tls,
 };
@@ -211,12 +211,18 @@ fn http(manager: &HttpConnectionManager, field: &str) -> Result<Protocol, Config
             None => "",
         };
         router = is_type(found, &Router::full_name());
+        if let Some(HttpFilterConfig::TypedConfig(any)) = &filter.config_type
+            && is_type(found, &HttpFault::full_name())
+        {
+            fault::of_listener(any, &format!("{field}.http_filters[{at}].typed_config"))?;
+            continue;
+        }
         // It does what a route says. By itself it says nothing.
         let by_route = is_type(found, &Cors::full_name());
         // gRFC A39: a filter may be left out only if it says so itself.
         if !router && !by_route && !filter.is_optional && !filter.disabled {
             let field = format!("{field}.http_filters[{at}].typed_config");
-            return Err(ConfigError::unsupported(field, found, "Router and Cors"));
+            return Err(ConfigError::unsupported(field, found, "Router, Cors and HTTPFault"));
         }
     }
     if !router {

@@ -7,16 +7,20 @@
 //! What a field that we know must not hold is rejected; fields that we do not know are ignored (gRFC A46). Timeouts and
 //! retry policies of routes are in the second group: both are built into the data path.
 
+mod affinity;
 mod cluster;
 mod cors;
 mod dump;
 mod endpoints;
 mod error;
+mod fault;
 mod listener;
 mod matching;
+mod mirror;
 mod resources;
 mod rewrite;
 mod route;
+mod share;
 mod tls;
 
 pub use dump::short_name;

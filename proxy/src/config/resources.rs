@@ -24,7 +24,7 @@ use super::{
     listener::{self, Protocol as ListenerProtocol},
     route::{self, Action as RouteAction, Routes, Targets},
 };
-use crate::snapshot::{Action, Cluster, FilterChain, Listener, Protocol, Route, Snapshot, Split, Upstream};
+use crate::snapshot::{Action, Cluster, FilterChain, Listener, Mirror, Protocol, Route, Snapshot, Split, Upstream};
 
 /// A resource in the version that the server gave it.
 #[derive(Debug, Clone)]
@@ -430,8 +430,12 @@ impl Resources {
 
     fn resolve_action(&self, action: &RouteAction) -> Option<Action> {
         match action {
-            RouteAction::Forward { targets, policy } => {
-                let split = self.resolve_split(targets)?;
+            RouteAction::Forward { targets, mirrors, policy } => {
+                let mirrors = mirrors.iter().map(|mirror| {
+                    let cluster = Arc::clone(self.cluster(&mirror.cluster)?);
+                    Some(Mirror { cluster, share: mirror.share, marks_host: mirror.marks_host })
+                });
+                let split = Split { mirrors: mirrors.collect::<Option<_>>()?, ..self.resolve_split(targets)? };
                 Some(Action::Forward { split, policy: Arc::clone(policy) })
             }
             RouteAction::Respond(status) => Some(Action::Respond(*status)),
@@ -440,7 +444,7 @@ impl Resources {
 
     fn resolve_split(&self, targets: &Targets) -> Option<Split> {
         let targets = targets.iter().map(|(name, weight)| Some((self.cluster(name)?.clone(), *weight)));
-        Some(Split { targets: targets.collect::<Option<_>>()? })
+        Some(Split { targets: targets.collect::<Option<_>>()?, mirrors: Vec::new() })
     }
 }
 

@@ -11,10 +11,10 @@ use sluice_xds::envoy::config::{
     },
 };
 
-use super::{ConfigError, cors, matching, rewrite, tls};
+use super::{ConfigError, affinity, cors, fault, matching, mirror, rewrite, tls};
 use crate::{
     metrics::GrpcStatus,
-    snapshot::{CorsPolicy, HeaderChanges, Policy, RetryOn, RetryPolicy, RouteMatch},
+    snapshot::{CorsPolicy, Fault, HeaderChanges, Mirror, Policy, RetryOn, RetryPolicy, RouteMatch},
 };
 
 /// What frames or addresses a message, or concerns one connection of its way, is not for a route to change.
@@ -45,7 +45,7 @@ pub(super) struct Route {
 /// What to do with a request, by the names of clusters.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Action {
-    Forward { targets: Targets, policy: Arc<Policy> },
+    Forward { targets: Targets, mirrors: Vec<Mirror<String>>, policy: Arc<Policy> },
     Respond(StatusCode),
 }
 
@@ -60,11 +60,12 @@ impl Routes {
 
 impl Action {
     fn clusters(&self) -> impl Iterator<Item = &str> {
-        let targets = match self {
-            Self::Forward { targets, .. } => targets.as_slice(),
-            Self::Respond(_) => &[],
+        let (targets, mirrors) = match self {
+            Self::Forward { targets, mirrors, policy: _ } => (targets.as_slice(), mirrors.as_slice()),
+            Self::Respond(_) => Default::default(),
         };
-        targets.iter().map(|(name, _)| name.as_str())
+        let targets = targets.iter().map(|(name, _)| name.as_str());
+        targets.chain(mirrors.iter().map(|mirror| mirror.cluster.as_str()))
     }
 }
 
@@ -92,7 +93,7 @@ pub(super) fn parse(message: &RouteConfiguration, field: &str) -> Result<Routes,
 }
 
 fn action(route: &RouteMessage, matches: &RouteMatch, at: &str) -> Result<Action, ConfigError> {
-    let cors = filters(route, at)?;
+    let (cors, fault) = filters(route, at)?;
     match &route.action {
         Some(MessageAction::Route(action)) => {
             let field = format!("{at}.route");
@@ -100,11 +101,13 @@ fn action(route: &RouteMessage, matches: &RouteMatch, at: &str) -> Result<Action
             let policy = Policy {
                 timeout: duration(action.timeout.as_ref(), || format!("{field}.timeout"))?,
                 retry: action.retry_policy.as_ref().map(|retry| retries(retry, &field)).transpose()?.flatten(),
+                affinity: affinity::parse(action, &field)?,
+                fault,
                 rewrite: rewrite::parse(action, &matches.path, &field)?,
                 cors,
                 ..headers(route, at)?
             };
-            Ok(Action::Forward { targets, policy: Arc::new(policy) })
+            Ok(Action::Forward { targets, mirrors: mirror::parse(action, &field)?, policy: Arc::new(policy) })
         }
         Some(MessageAction::DirectResponse(response)) => {
             let status = u16::try_from(response.status).ok().filter(|status| (200..600).contains(status));
@@ -119,19 +122,24 @@ fn action(route: &RouteMessage, matches: &RouteMatch, at: &str) -> Result<Action
 }
 
 /// What filters do on this route. The listener names the filters for Envoy's sake; here they are what the route says.
-fn filters(route: &RouteMessage, at: &str) -> Result<Option<CorsPolicy>, ConfigError> {
-    let mut cors = None;
+fn filters(route: &RouteMessage, at: &str) -> Result<(Option<CorsPolicy>, Option<Fault>), ConfigError> {
+    let (mut cors, mut fault) = (None, None);
     for (name, config) in &route.typed_per_filter_config {
-        let field = format!("{at}.typed_per_filter_config");
+        let field = format!("{at}.typed_per_filter_config[{name}]");
         match name.as_str() {
-            "envoy.filters.http.cors" => {
-                let field = format!("{field}[{name}]");
-                cors = cors::parse(&tls::read(config, &field)?, &field)?;
+            "envoy.filters.http.cors" => cors = cors::parse(&tls::read(config, &field)?, &field)?,
+            "envoy.filters.http.fault" => fault = fault::parse(&tls::read(config, &field)?, &field)?,
+            _ => {
+                let field = format!("{at}.typed_per_filter_config");
+                return Err(ConfigError::unsupported(
+                    field,
+                    name,
+                    "envoy.filters.http.cors and envoy.filters.http.fault",
+                ));
             }
-            other => return Err(ConfigError::unsupported(field, other, "envoy.filters.http.cors")),
         }
     }
-    Ok(cors)
+    Ok((cors, fault))
 }
 
 fn forward(action: &RouteAction, field: &str) -> Result<Targets, ConfigError> {
@@ -148,7 +156,7 @@ fn forward(action: &RouteAction, field: &str) -> Result<Targets, ConfigError> {
 }
 
 /// 0 is none. Unlike Envoy's route timeout, one that is not said is none, too: the controller always says it.
-fn duration(
+pub(super) fn duration(
     said: Option<&prost_types::Duration>,
     field: impl FnOnce() -> String,
 ) -> Result<Option<Duration>, ConfigError> {

@@ -19,6 +19,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::{
     connection::Connection,
     http1::{self, client::AnswerBody, server},
+    mirror,
     pool::{Lease, UpstreamError},
     stream::Stream,
     tally::Tally,
@@ -26,7 +27,7 @@ use super::{
 use crate::{failure::Failure, metrics::GrpcStatus};
 
 /// How much of a request's body is kept to send it again, in bytes.
-const MAX_REPLAY: usize = 64 * 1024;
+pub(super) const MAX_REPLAY: usize = 64 * 1024;
 /// How much of a body that nobody wants is read, in bytes, and for how long.
 const MAX_DISCARD: usize = 256 * 1024;
 const MAX_DISCARD_TIME: Duration = Duration::from_secs(1);
@@ -41,6 +42,8 @@ pub(super) enum BodyError {
     TimedOut,
     #[error("the request is being sent again on another connection")]
     Superseded,
+    #[error("this copy of a request was given up")]
+    CopyGivenUp,
 }
 
 impl BodyError {
@@ -51,7 +54,8 @@ impl BodyError {
             Self::Client(ClientError::Http1(_) | ClientError::Http2(_))
             | Self::Upstream(_)
             | Self::TimedOut
-            | Self::Superseded => Failure::ClientGone,
+            | Self::Superseded
+            | Self::CopyGivenUp => Failure::ClientGone,
         }
     }
 }
@@ -70,6 +74,13 @@ pub(super) enum ClientBody {
     Http1(server::RequestBody),
     Http2(Incoming),
     Watched(Box<Watched>),
+    Mirrored(Box<Mirrored>),
+}
+
+/// A body that copies of a request read along.
+pub(super) struct Mirrored {
+    pub(super) body: ClientBody,
+    pub(super) copies: Vec<mirror::Feed>,
 }
 
 /// A body whose end, or the end of whoever reads it, is told by dropping `read`.
@@ -97,7 +108,10 @@ impl RequestEnd {
                 let body = ClientBody::Watched(Box::new(Watched { body, read: Some(read) }));
                 (RequestBody::Once(body), Self::Awaited(end.shared()))
             }
-            body @ (RequestBody::Empty | RequestBody::Once(_) | RequestBody::Replayable(_)) => (body, Self::Reached),
+            body
+            @ (RequestBody::Empty | RequestBody::Once(_) | RequestBody::Replayable(_) | RequestBody::Copied(_)) => {
+                (body, Self::Reached)
+            }
         }
     }
 
@@ -131,6 +145,12 @@ impl Body for ClientBody {
                 }
                 return Poll::Ready(frame);
             }
+            Self::Mirrored(mirrored) => {
+                let frame = ready!(Pin::new(&mut mirrored.body).poll_frame(cx));
+                let ended = mirrored.body.is_end_stream();
+                mirrored.copies.retain_mut(|copy| copy.pass_on(frame.as_ref(), ended));
+                return Poll::Ready(frame);
+            }
         };
         frame.map_err(BodyError::Client)
     }
@@ -140,6 +160,7 @@ impl Body for ClientBody {
             Self::Http1(body) => body.is_end_stream(),
             Self::Http2(body) => body.is_end_stream(),
             Self::Watched(watched) => watched.body.is_end_stream(),
+            Self::Mirrored(mirrored) => mirrored.body.is_end_stream(),
         }
     }
 
@@ -148,6 +169,7 @@ impl Body for ClientBody {
             Self::Http1(body) => body.size_hint(),
             Self::Http2(body) => body.size_hint(),
             Self::Watched(watched) => watched.body.size_hint(),
+            Self::Mirrored(mirrored) => mirrored.body.size_hint(),
         }
     }
 }
@@ -158,6 +180,8 @@ pub(super) enum RequestBody {
     /// Cannot be sent again once it was begun.
     Once(ClientBody),
     Replayable(Attempt),
+    /// Of a copy of a request.
+    Copied(mirror::CopiedBody),
 }
 
 impl RequestBody {
@@ -174,6 +198,19 @@ pub(super) async fn read_out(mut body: UpstreamBody, lease: Lease) {
     if discard(&mut body).await && body.is_request_sent() {
         lease.release(body, Instant::now());
     }
+}
+
+/// Reads an answer that is for nobody, however long it is. Returns whether it had an end.
+pub(super) async fn read_whole(mut body: UpstreamBody, lease: Lease) -> bool {
+    while let Some(frame) = body.frame().await {
+        if frame.is_err() {
+            return false;
+        }
+    }
+    if body.is_request_sent() {
+        lease.release(body, Instant::now());
+    }
+    true
 }
 
 /// A response's body as it comes from an upstream.
@@ -405,6 +442,7 @@ impl Body for RequestBody {
             Self::Empty => Poll::Ready(None),
             Self::Once(body) => Pin::new(body).poll_frame(cx),
             Self::Replayable(body) => Pin::new(body).poll_frame(cx),
+            Self::Copied(body) => Pin::new(body).poll_frame(cx),
         }
     }
 
@@ -413,6 +451,7 @@ impl Body for RequestBody {
             Self::Empty => true,
             Self::Once(body) => body.is_end_stream(),
             Self::Replayable(body) => body.is_end_stream(),
+            Self::Copied(body) => body.is_end_stream(),
         }
     }
 
@@ -421,6 +460,7 @@ impl Body for RequestBody {
             Self::Empty => SizeHint::with_exact(0),
             Self::Once(body) => body.size_hint(),
             Self::Replayable(body) => body.size_hint(),
+            Self::Copied(body) => body.size_hint(),
         }
     }
 }

@@ -23,6 +23,8 @@ pub(super) struct Cluster {
     /// For the budget of retries; counted where a route has a policy for them.
     pub(super) active: Cell<u32>,
     pub(super) retrying: Cell<u32>,
+    /// Copies of requests that are under way to a mirror.
+    pub(super) copies: Rc<Cell<u32>>,
     endpoints: Endpoints,
 }
 
@@ -40,6 +42,7 @@ impl Cluster {
     pub(super) fn new(config: Arc<snapshot::Cluster>, previous: Option<&Self>, worker: &Shared) -> Self {
         let metrics = config.labels.as_ref().map(|labels| worker.metrics.revision(labels, worker.thread));
         let connector = Rc::new(Connector::new(&config, worker));
+        let copies = previous.map(|previous| Rc::clone(&previous.copies)).unwrap_or_default();
         // Connections made under another TLS identity are not those that were asked for.
         let previous = previous.filter(|previous| previous.config.tls == config.tls);
         let endpoints = match &config.upstream {
@@ -59,7 +62,7 @@ impl Cluster {
                 Endpoints::OriginalDst { port: *port, known }
             }
         };
-        Self { config, metrics, connector, active: Cell::default(), retrying: Cell::default(), endpoints }
+        Self { config, metrics, connector, active: Cell::default(), retrying: Cell::default(), copies, endpoints }
     }
 
     /// Whether another endpoint could be tried after one has failed.

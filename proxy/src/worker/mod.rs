@@ -1,13 +1,16 @@
 //! One worker thread of the data path: it owns its sockets, pools and counters and shares nothing on the way of a
 //! request. A new snapshot is applied between two polls, so that each request sees one configuration, whole.
 
+mod affinity;
 mod body;
 mod cluster;
 mod connection;
 mod cors;
+mod fault;
 mod headers;
 mod http1;
 mod matching;
+mod mirror;
 mod pool;
 mod request;
 mod retry;
@@ -41,7 +44,7 @@ use self::{
 use crate::{
     access_log::AccessLog,
     metrics::Metrics,
-    snapshot::Snapshot,
+    snapshot::{self, Snapshot},
     tls::IdentityHandle,
     workers::{Role, Timing},
 };
@@ -168,18 +171,26 @@ impl Worker {
     }
 
     fn clusters_for(&self, snapshot: &Snapshot) -> Clusters {
+        type Named = HashMap<String, Rc<Cluster>>;
+        let add = |clusters: &mut Named, current: &Named, config: &Arc<snapshot::Cluster>| {
+            if clusters.contains_key(&config.name) {
+                return;
+            }
+            let cluster = match current.get(&config.name) {
+                Some(same) if Arc::ptr_eq(&same.config, config) || same.config == *config => Rc::clone(same),
+                previous => Rc::new(Cluster::new(Arc::clone(config), previous.map(Rc::as_ref), &self.shared)),
+            };
+            clusters.insert(config.name.clone(), cluster);
+        };
         let current = self.clusters.borrow();
-        let mut clusters = Clusters::new();
-        for chain in snapshot.listeners.values().flat_map(|listener| &listener.chains) {
-            for (config, _) in chain.protocol.splits().flat_map(|split| &split.targets) {
-                if clusters.contains_key(&config.name) {
-                    continue;
-                }
-                let cluster = match current.get(&config.name) {
-                    Some(same) if Arc::ptr_eq(&same.config, config) || same.config == *config => Rc::clone(same),
-                    previous => Rc::new(Cluster::new(Arc::clone(config), previous.map(Rc::as_ref), &self.shared)),
-                };
-                clusters.insert(config.name.clone(), cluster);
+        let mut clusters = Clusters::default();
+        let chains = snapshot.listeners.values().flat_map(|listener| &listener.chains);
+        for split in chains.flat_map(|chain| chain.protocol.splits()) {
+            for (config, _) in &split.targets {
+                add(&mut clusters.drawn, &current.drawn, config);
+            }
+            for mirror in &split.mirrors {
+                add(&mut clusters.mirrors, &current.mirrors, &mirror.cluster);
             }
         }
         clusters
@@ -188,12 +199,12 @@ impl Worker {
     /// Takes the clusters into use, and lets go of connections to endpoints that are configured no more.
     fn switch_clusters(&self, clusters: Clusters) {
         let mut used = HashSet::new();
-        for cluster in clusters.values() {
+        for cluster in clusters.all() {
             cluster.each_endpoint(|endpoint| {
                 used.insert(Rc::as_ptr(endpoint));
             });
         }
-        for cluster in self.clusters.replace(clusters).values() {
+        for cluster in self.clusters.replace(clusters).all() {
             cluster.each_endpoint(|endpoint| {
                 if !used.contains(&Rc::as_ptr(endpoint)) {
                     endpoint.retire();
@@ -221,7 +232,7 @@ async fn sweep(worker: Rc<Worker>) {
     loop {
         ticks.tick().await;
         let now = Instant::now();
-        for cluster in worker.clusters.borrow().values() {
+        for cluster in worker.clusters.borrow().all() {
             cluster.each_endpoint(|endpoint| endpoint.sweep(&cluster.connector, now));
         }
         worker.removed.borrow_mut().retain(|slot| !slot.is_over());

@@ -9,15 +9,16 @@ use tokio::time::Instant;
 
 use super::{
     Role,
+    affinity::User,
     body::{self, Limit, Replay, RequestBody, RequestEnd, ResponseBody, UpstreamBody},
     cluster::Cluster,
     connection::{Connection, Current},
     cors::{self, Grant, Verdict},
-    headers,
+    fault, headers, mirror,
     pool::{Lease, SendError, Wire},
     retry::Retries,
     rewrite,
-    serving::{Action, Protocol, Route},
+    serving::{Action, Chain, Route},
     stream::Stream,
     tally::Tally,
 };
@@ -131,10 +132,7 @@ async fn forward(
 ) -> Result<Answer, Refusal> {
     let connection = Rc::clone(tally.connection());
     let worker = &connection.slot.worker;
-    let chain = match connection.current() {
-        Current::Chain(chain) => chain,
-        Current::Revoked => return Err(Failure::Unauthorized.into()),
-    };
+    let chain = current(&connection)?;
     if parts.method == Method::CONNECT {
         return Err(Failure::MethodRefused.into());
     }
@@ -162,20 +160,29 @@ async fn forward(
         headers::keep_websocket(&mut parts.headers);
     }
 
-    let Protocol::Http(routes) = &chain.protocol else {
-        return Err(Failure::NoRoute.into());
-    };
-    let (cluster, policy) = match Route::first(routes, &parts, chain.tls.is_some()).ok_or(Failure::NoRoute)? {
-        Action::Forward { split, policy } => (split.draw().ok_or(Failure::NoRoute)?, policy),
-        Action::Respond(status) => return Err(Failure::DirectResponse(*status).into()),
-    };
-    if let Some(policy) = &policy.cors {
-        match cors::judge(policy, &parts) {
-            Verdict::Nothing => {}
-            Verdict::Grant(of) => *grant = Some(of),
-            Verdict::Preflight(headers) => return Err(Refusal::Preflight(headers)),
+    let mut action = Route::first(&chain, &parts)?;
+    let after_delay;
+    if let Action::Forward { policy, .. } = action {
+        if let Some(policy) = &policy.cors {
+            match cors::judge(policy, &parts) {
+                Verdict::Nothing => {}
+                Verdict::Grant(of) => *grant = Some(of),
+                Verdict::Preflight(headers) => return Err(Refusal::Preflight(headers)),
+            }
+        }
+        if let Some(fault) = &policy.fault
+            && fault::inject(fault, tally).await?
+        {
+            after_delay = current(&connection)?;
+            action = Route::first(&after_delay, &parts)?;
         }
     }
+    let (split, policy) = match action {
+        Action::Forward { split, policy } => (split, policy),
+        Action::Respond(status) => return Err(Failure::DirectResponse(*status).into()),
+    };
+    let user = User::of(&policy.affinity, &parts.headers);
+    let cluster = user.hash.map_or_else(|| split.draw(), |hash| split.drawn_by(hash)).ok_or(Failure::NoRoute)?;
     headers::change(&mut parts.headers, &policy.request_headers);
     if let Some(rewrite) = &policy.rewrite {
         rewrite::apply(rewrite, &mut parts)?;
@@ -183,6 +190,9 @@ async fn forward(
     tally.drawn(cluster);
 
     let mut body = std::mem::replace(unread, RequestBody::Empty);
+    if !split.mirrors.is_empty() && !upgrade {
+        body = mirror::copy(&split.mirrors, &parts, body, wire, policy.timeout, connection.local);
+    }
     // Both sides of a WebSocket talk for as long as they like.
     let retry = policy.retry.as_ref().filter(|_| !upgrade);
     let mut end = RequestEnd::Reached;
@@ -211,6 +221,7 @@ async fn forward(
     {
         tally.set_grpc_status(GrpcStatus::parse(status.as_bytes()));
     }
+    user.give_cookies(response.headers_mut());
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         return Err(if upgrade { switched(tally, response, lease) } else { Failure::UpstreamProtocol.into() });
     }
@@ -218,6 +229,13 @@ async fn forward(
     headers::change(response.headers_mut(), &policy.response_headers);
     *response.version_mut() = response_version(wire);
     Ok(Answer { response, lease, limit })
+}
+
+fn current(connection: &Connection) -> Result<Rc<Chain>, Failure> {
+    match connection.current() {
+        Current::Chain(chain) => Ok(chain),
+        Current::Revoked => Err(Failure::Unauthorized),
+    }
 }
 
 fn response_version(wire: Wire) -> Version {
@@ -264,7 +282,10 @@ impl Outgoing {
                 let body = replay.attempt().map_or(RequestBody::Empty, RequestBody::Replayable);
                 (body, Some(replay))
             }
-            body @ (RequestBody::Empty | RequestBody::Once(_) | RequestBody::Replayable(_)) => (body, None),
+            body
+            @ (RequestBody::Empty | RequestBody::Once(_) | RequestBody::Replayable(_) | RequestBody::Copied(_)) => {
+                (body, None)
+            }
         };
         Self { next: Some(Request::from_parts(parts, body)), copy, replay }
     }

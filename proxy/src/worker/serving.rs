@@ -5,14 +5,25 @@ use std::{collections::HashMap, rc::Rc, sync::Arc};
 use http::{StatusCode, request};
 use rustls::ServerConfig;
 
-use super::{Shared, cluster::Cluster, matching};
+use super::{Shared, cluster::Cluster, matching, mirror::Mirror};
 use crate::{
+    failure::Failure,
     snapshot::{self, FilterChain, Listener, Policy, RouteMatch, ServerTls},
     tls::{ALPN_H2, ALPN_HTTP1},
 };
 
-/// The clusters of a snapshot, by name.
-pub(super) type Clusters = HashMap<String, Rc<Cluster>>;
+/// The clusters of a snapshot, by name: those that are drawn, and those that copies are sent to, which share nothing with them.
+#[derive(Default)]
+pub(super) struct Clusters {
+    pub(super) drawn: HashMap<String, Rc<Cluster>>,
+    pub(super) mirrors: HashMap<String, Rc<Cluster>>,
+}
+
+impl Clusters {
+    pub(super) fn all(&self) -> impl Iterator<Item = &Rc<Cluster>> {
+        self.drawn.values().chain(self.mirrors.values())
+    }
+}
 
 pub(super) struct Serving {
     pub(super) listener: Arc<Listener>,
@@ -50,6 +61,8 @@ pub(super) enum Action {
 pub(super) struct Split {
     targets: Vec<(u32, Rc<Cluster>)>,
     total: u32,
+    /// Who gets copies of requests.
+    pub(super) mirrors: Vec<Rc<Mirror>>,
     /// Drawn or not, a configured cluster is kept: its series exist, and its connections wait for its weight to rise.
     _configured: Vec<Rc<Cluster>>,
 }
@@ -89,10 +102,10 @@ impl Chain {
     fn new(config: &FilterChain, clusters: &Clusters, worker: &Shared) -> Self {
         let (protocol, alpn): (_, &[&[u8]]) = match &config.protocol {
             snapshot::Protocol::Http(routes) => {
-                let routes = routes.iter().map(|route| Route::new(route, clusters)).collect();
+                let routes = routes.iter().map(|route| Route::new(route, clusters, worker)).collect();
                 (Protocol::Http(routes), &[ALPN_H2, ALPN_HTTP1])
             }
-            snapshot::Protocol::Tcp(split) => (Protocol::Tcp(Split::new(split, clusters)), &[]),
+            snapshot::Protocol::Tcp(split) => (Protocol::Tcp(Split::new(split, clusters, worker)), &[]),
         };
         let tls = config.tls.as_ref().map(|tls| (tls.clone(), worker.identity.server_config(&tls.client_id, alpn)));
         Self { server_name: config.server_name.clone(), tls, protocol }
@@ -100,10 +113,10 @@ impl Chain {
 }
 
 impl Route {
-    fn new(config: &snapshot::Route, clusters: &Clusters) -> Self {
+    fn new(config: &snapshot::Route, clusters: &Clusters, worker: &Shared) -> Self {
         let action = match &config.action {
             snapshot::Action::Forward { split, policy } => {
-                Action::Forward { split: Split::new(split, clusters), policy: Box::new(Policy::clone(policy)) }
+                Action::Forward { split: Split::new(split, clusters, worker), policy: Box::new(Policy::clone(policy)) }
             }
             snapshot::Action::Respond(status) => Action::Respond(*status),
         };
@@ -112,19 +125,21 @@ impl Route {
     }
 
     /// What the first route that matches does.
-    pub(super) fn first<'a>(routes: &'a [Self], request: &request::Parts, tls: bool) -> Option<&'a Action> {
+    pub(super) fn first<'a>(chain: &'a Chain, request: &request::Parts) -> Result<&'a Action, Failure> {
+        let Protocol::Http(routes) = &chain.protocol else { return Err(Failure::NoRoute) };
+        let tls = chain.tls.is_some();
         let matches = |route: &&Self| route.matches.as_ref().is_none_or(|rule| matching::takes(rule, request, tls));
-        routes.iter().find(matches).map(|route| &route.action)
+        routes.iter().find(matches).map(|route| &route.action).ok_or(Failure::NoRoute)
     }
 }
 
 impl Split {
-    fn new(config: &snapshot::Split, clusters: &Clusters) -> Self {
+    fn new(config: &snapshot::Split, clusters: &Clusters, worker: &Shared) -> Self {
         let mut total: u32 = 0;
         let mut targets = Vec::with_capacity(config.targets.len());
         let mut configured = Vec::with_capacity(config.targets.len());
         for (cluster, weight) in &config.targets {
-            let Some(cluster) = clusters.get(&cluster.name) else {
+            let Some(cluster) = clusters.drawn.get(&cluster.name) else {
                 continue;
             };
             configured.push(Rc::clone(cluster));
@@ -135,7 +150,11 @@ impl Split {
             }
             total = upto;
         }
-        Self { targets, total, _configured: configured }
+        let mirrors = config.mirrors.iter().filter_map(|mirror| {
+            let cluster = Rc::clone(clusters.mirrors.get(&mirror.cluster.name)?);
+            Some(Rc::new(Mirror::new(mirror, cluster, worker)))
+        });
+        Self { targets, total, mirrors: mirrors.collect(), _configured: configured }
     }
 
     /// One random draw, to be held for the life of the request or connection. A side without endpoints keeps its
@@ -144,10 +163,18 @@ impl Split {
         match self.targets.as_slice() {
             [] => None,
             [(_, only)] => Some(only),
-            targets => {
-                let point = fastrand::u32(..self.total);
-                targets.iter().find(|(upto, _)| point < *upto).map(|(_, cluster)| cluster)
-            }
+            [_, _, ..] => self.at(fastrand::u32(..self.total)),
         }
+    }
+
+    /// The cluster of whoever has this hash. While the weights stay it stays, and where their sum does and only the last weight
+    /// rises, users come to that cluster and none leaves it.
+    pub(super) fn drawn_by(&self, hash: u64) -> Option<&Rc<Cluster>> {
+        let point = hash.checked_rem(self.total.into())?;
+        self.at(u32::try_from(point).ok()?)
+    }
+
+    fn at(&self, point: u32) -> Option<&Rc<Cluster>> {
+        self.targets.iter().find(|(upto, _)| point < *upto).map(|(_, cluster)| cluster)
     }
 }

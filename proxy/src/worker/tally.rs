@@ -1,6 +1,6 @@
 //! One request's account: what is counted and logged of it, exactly once, whichever way it ends.
 
-use std::{net::SocketAddr, rc::Rc};
+use std::{net::SocketAddr, rc::Rc, time::Duration};
 
 use http::{StatusCode, Version, header, request};
 use jiff::Timestamp;
@@ -40,6 +40,8 @@ struct Logged {
     path: String,
     user_agent: String,
     upstream: Option<SocketAddr>,
+    /// For how long a fault held it up. What is counted is without it.
+    delayed: Duration,
 }
 
 impl Tally {
@@ -84,6 +86,20 @@ impl Tally {
 
     pub(super) fn is_grpc(&self) -> bool {
         self.grpc
+    }
+
+    /// A fault that is injected holds the request up.
+    pub(super) fn delay_begins(&mut self) {
+        self.connection.slot.metrics.delay_injected();
+        self.flag = Some(Flag::DelayInjected);
+    }
+
+    /// What is measured begins now.
+    pub(super) fn delay_ends(&mut self) {
+        let before = std::mem::replace(&mut self.started, Instant::now());
+        if let Some(log) = &mut self.log {
+            log.delayed = self.started.duration_since(before);
+        }
     }
 
     /// A revision was drawn: from now on the request is its.
@@ -171,7 +187,7 @@ impl Tally {
         let (Some(logged), Some(log)) = (&self.log, &self.connection.slot.worker.access_log) else {
             return;
         };
-        let milliseconds = |at: Instant| at.duration_since(self.started).as_secs_f64() * 1e3;
+        let milliseconds = |at: Instant| (at.duration_since(self.started) + logged.delayed).as_secs_f64() * 1e3;
         log.write(&Entry {
             time: logged.time.to_string(),
             listener: &self.connection.slot.name,
@@ -198,9 +214,11 @@ impl Drop for Tally {
     fn drop(&mut self) {
         if !self.finished {
             self.connection.slot.metrics.client_aborted();
+            // Patience with a fault of ours is not expected.
+            let delayed = self.flag == Some(Flag::DelayInjected);
             self.flag = Some(Flag::DownstreamTermination);
             self.write_log(Instant::now());
-            if self.first_byte.is_none() {
+            if self.first_byte.is_none() && !delayed {
                 self.connection.given_up_unanswered(self.started);
             }
         }
@@ -228,6 +246,7 @@ impl Logged {
             path: parts.uri.path_and_query().map_or_else(String::new, ToString::to_string),
             user_agent: text(header::USER_AGENT),
             upstream: None,
+            delayed: Duration::ZERO,
         }
     }
 }

@@ -10,6 +10,7 @@ mod binary;
 mod identity;
 mod outcomes;
 mod pki;
+mod policies;
 mod resources;
 mod routes;
 mod server;

@@ -30,7 +30,7 @@ use crate::{
 };
 
 pub(crate) const A: &str = "shop/web:80/aaaaaaaaaa";
-const B: &str = "shop/web:80/bbbbbbbbbb";
+pub(crate) const B: &str = "shop/web:80/bbbbbbbbbb";
 pub(crate) const WEB: &str = "shop/web:80";
 
 /// Takes resources that must all be good.

@@ -1,10 +1,13 @@
 //! The data path with real sockets, servers and certificates.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod affinity;
 mod configuration;
 mod downstream_http1;
 mod drain;
+mod fault;
 mod http;
+mod mirror;
 mod policies;
 mod retries;
 mod routing;

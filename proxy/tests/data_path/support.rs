@@ -211,7 +211,8 @@ pub(crate) fn cluster(revision: &str, endpoints: &[SocketAddr]) -> Cluster {
 }
 
 pub(crate) fn split(targets: impl IntoIterator<Item = (Cluster, u32)>) -> Split {
-    Split { targets: targets.into_iter().map(|(cluster, weight)| (Arc::new(cluster), weight)).collect() }
+    let targets = targets.into_iter().map(|(cluster, weight)| (Arc::new(cluster), weight));
+    Split { targets: targets.collect(), mirrors: Vec::new() }
 }
 
 pub(crate) fn http_to(targets: impl IntoIterator<Item = (Cluster, u32)>) -> Protocol {

@@ -99,7 +99,10 @@ impl Proxy {
         let chain = FilterChain {
             server_name: self.tls.is_some().then(|| SERVER_NAME.to_owned()),
             tls: self.tls.is_some().then(|| ServerTls { client_id: CLIENT.to_owned() }),
-            protocol: Protocol::Http(Action::Forward { split: Split { targets }, policy: Arc::default() }),
+            protocol: Protocol::http(Action::Forward {
+                split: Split { targets, mirrors: Vec::new() },
+                policy: Arc::default(),
+            }),
         };
         let listener = Listener { name: "bench".to_owned(), address: self.listen, chains: vec![chain] };
         let snapshot = Snapshot { listeners: BTreeMap::from([("bench".to_owned(), Arc::new(listener))]) };

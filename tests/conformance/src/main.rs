@@ -111,7 +111,7 @@ fn listener((address, upstream): (SocketAddr, SocketAddr), tls: Option<ServerTls
         tls: None,
         connect_timeout: Duration::from_secs(1),
     };
-    let split = Split { targets: vec![(Arc::new(cluster), 100)] };
+    let split = Split { targets: vec![(Arc::new(cluster), 100)], mirrors: Vec::new() };
     let chain = FilterChain {
         server_name: None,
         tls,

@@ -76,6 +76,7 @@ fn proxy() -> String {
         revision: "revision".into(),
     };
     let _revision = metrics.revision(&labels, 0);
+    let _mirror = metrics.mirror(&labels, 0);
     let _listener = metrics.listener("shop/cart:80", 0);
     let mut text = metrics.render();
     ads::State::default().render(&mut text);

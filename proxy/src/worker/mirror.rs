@@ -1,0 +1,363 @@
+//! Copies of requests for other clusters, sent beside and forgotten. Whatever becomes of a copy, its request neither waits for it
+//! nor fails by it, and the connections, load counters and ejections of the clusters that requests are drawn to see none of it.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::VecDeque,
+    net::SocketAddr,
+    pin::Pin,
+    rc::Rc,
+    sync::Arc,
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::channel::oneshot;
+use http::{
+    HeaderMap, HeaderValue, Request, Uri, header, request,
+    uri::{Authority, Parts},
+};
+use http_body::{Body, Frame, SizeHint};
+use tokio::time::{Instant, sleep};
+
+use super::{
+    Shared,
+    body::{self, BodyError, ClientBody, MAX_REPLAY, RequestBody},
+    cluster::Cluster,
+    pool::{SendError, Wire},
+};
+use crate::{
+    failure::NOT_PROCESSED,
+    metrics::{MirrorMetrics, Mirrored},
+    snapshot::{self, Share},
+};
+
+/// Copies that may be under way to a cluster on each thread. Of requests that come meanwhile there are none.
+const MOST_COPIES: u32 = 128;
+/// How far a copy may be behind its request, in bytes. Of a body that is known to be longer there is none.
+const MOST_BEHIND: usize = MAX_REPLAY;
+/// From the end of a copy to that of its answer, where the route has no time-out: Envoy's default of `RouteAction.timeout`.
+const TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Where copies go.
+pub(super) struct Mirror {
+    /// Of the mirrors alone.
+    cluster: Rc<Cluster>,
+    share: Share,
+    marks_host: bool,
+    metrics: Option<MirrorMetrics>,
+}
+
+/// Begins the copies of a request. Returns its body, which they read along.
+pub(super) fn copy(
+    mirrors: &[Rc<Mirror>],
+    parts: &request::Parts,
+    body: RequestBody,
+    wire: Wire,
+    timeout: Option<Duration>,
+    local: SocketAddr,
+) -> RequestBody {
+    let mut copies = Vec::new();
+    for mirror in mirrors.iter().filter(|mirror| mirror.share.draw()) {
+        let length = body.size_hint().exact();
+        if length.is_some_and(|length| length > MOST_BEHIND as u64) {
+            mirror.count(Mirrored::TooLarge);
+            continue;
+        }
+        let Some(under_way) = UnderWay::begin(&mirror.cluster.copies) else {
+            mirror.count(Mirrored::Busy);
+            continue;
+        };
+        let (copied, ended) = if body.is_end_stream() {
+            (RequestBody::Empty, None)
+        } else {
+            let (feed, copied, ended) = Feed::new(length);
+            copies.push(feed);
+            (RequestBody::Copied(copied), Some(ended))
+        };
+        let mut request = Request::new(copied);
+        *request.method_mut() = parts.method.clone();
+        *request.uri_mut() = parts.uri.clone();
+        *request.version_mut() = parts.version;
+        *request.headers_mut() = parts.headers.clone();
+        if mirror.marks_host {
+            mark_host(&mut request);
+        }
+        let mirror = Rc::clone(mirror);
+        // Not joined: it ends at the latest with its time-out after the end of the request.
+        tokio::task::spawn_local(async move {
+            let outcome = tokio::select! {
+                // A copy that was given up fails, too, and that is not the reason.
+                biased;
+                outcome = over(ended, timeout.unwrap_or(TIMEOUT)) => outcome,
+                outcome = mirror.exchange(request, wire, local) => outcome,
+            };
+            mirror.count(outcome);
+            drop(under_way);
+        });
+    }
+    match body {
+        RequestBody::Once(body) if !copies.is_empty() => {
+            RequestBody::Once(ClientBody::Mirrored(Box::new(body::Mirrored { body, copies })))
+        }
+        body @ (RequestBody::Empty | RequestBody::Once(_) | RequestBody::Replayable(_) | RequestBody::Copied(_)) => {
+            body
+        }
+    }
+}
+
+/// When a copy ends that has no answer by then, and why.
+async fn over(ended: Option<oneshot::Receiver<Mirrored>>, allowed: Duration) -> Mirrored {
+    if let Some(ended) = ended
+        && let Ok(given_up) = ended.await
+    {
+        return given_up;
+    }
+    sleep(allowed).await;
+    Mirrored::TimedOut
+}
+
+impl Mirror {
+    /// `cluster` is one of the mirrors' own.
+    pub(super) fn new(
+        config: &snapshot::Mirror<Arc<snapshot::Cluster>>,
+        cluster: Rc<Cluster>,
+        worker: &Shared,
+    ) -> Self {
+        let labels = config.cluster.labels.as_ref();
+        let metrics = labels.map(|labels| worker.metrics.mirror(labels, worker.thread));
+        Self { cluster, share: config.share, marks_host: config.marks_host, metrics }
+    }
+
+    fn count(&self, outcome: Mirrored) {
+        if let Some(metrics) = &self.metrics {
+            metrics.record(outcome);
+        }
+    }
+
+    /// One try, but for a kept connection that turns out to be closed.
+    async fn exchange(&self, mut request: Request<RequestBody>, wire: Wire, local: SocketAddr) -> Mirrored {
+        for fresh in [false, true] {
+            let Some(endpoint) = self.cluster.pick(&[], local) else { break };
+            let sent = endpoint.send(&self.cluster.connector, wire, request, fresh, Instant::now()).await;
+            let error = match sent {
+                Ok((response, lease)) => {
+                    endpoint.reached();
+                    let status = response.status();
+                    let not_processed =
+                        self.cluster.config.tls.is_some() && response.headers().contains_key(NOT_PROCESSED);
+                    let whole = body::read_whole(response.into_body(), lease).await;
+                    return if whole && !not_processed { Mirrored::Answered(status) } else { Mirrored::Failed };
+                }
+                Err(SendError::Stale { request: unsent }) => {
+                    request = *unsent;
+                    continue;
+                }
+                Err(SendError::Connect { error, .. }) => {
+                    endpoint.unreachable(Instant::now());
+                    error.to_string()
+                }
+                Err(SendError::Refused { error } | SendError::Lost { error }) => error.to_string(),
+            };
+            tracing::debug!(cluster = self.cluster.config.name, endpoint = %endpoint.address, error, "copy not answered");
+            break;
+        }
+        Mirrored::Failed
+    }
+}
+
+/// One of the copies under way, as long as this lives.
+struct UnderWay(Rc<Cell<u32>>);
+
+impl UnderWay {
+    fn begin(count: &Rc<Cell<u32>>) -> Option<Self> {
+        if count.get() >= MOST_COPIES {
+            return None;
+        }
+        count.set(count.get() + 1);
+        Some(Self(Rc::clone(count)))
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}
+
+/// As Envoy (`source/common/router/shadow_writer_impl.cc`).
+fn mark_host(request: &mut Request<RequestBody>) {
+    let host = request.headers().get(header::HOST).and_then(|host| marked(host.to_str().ok()?));
+    if let Some(host) = host.and_then(|host| HeaderValue::try_from(host).ok()) {
+        request.headers_mut().insert(header::HOST, host);
+    }
+    let authority = request.uri().authority().and_then(|authority| marked(authority.as_str()));
+    if let Some(authority) = authority.and_then(|authority| Authority::try_from(authority).ok()) {
+        let mut parts: Parts = request.uri().clone().into_parts();
+        parts.authority = Some(authority);
+        if let Ok(uri) = Uri::from_parts(parts) {
+            *request.uri_mut() = uri;
+        }
+    }
+}
+
+/// `None` where nothing can follow the name: there is none, or it is an address in brackets.
+fn marked(host: &str) -> Option<String> {
+    if host.is_empty() || host.starts_with([':', '[']) {
+        return None;
+    }
+    Some(match host.split_once(':') {
+        Some((name, port)) => format!("{name}-shadow:{port}"),
+        None => format!("{host}-shadow"),
+    })
+}
+
+/// What a copy has not taken yet of its request's body.
+struct Queue {
+    frames: VecDeque<Bytes>,
+    bytes: usize,
+    trailers: Option<HeaderMap>,
+    state: State,
+    reader: Option<Waker>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Open,
+    /// Nothing follows.
+    Whole,
+    GivenUp,
+}
+
+/// The end of a [`Queue`] that a request's body is passed on to. Dropped before its end, the copy is given up.
+pub(super) struct Feed {
+    queue: Rc<RefCell<Queue>>,
+    /// Told why the copy is given up; dropped when its body is whole.
+    ended: Option<oneshot::Sender<Mirrored>>,
+}
+
+impl Feed {
+    fn new(length: Option<u64>) -> (Self, CopiedBody, oneshot::Receiver<Mirrored>) {
+        let queue = Rc::new(RefCell::new(Queue {
+            frames: VecDeque::new(),
+            bytes: 0,
+            trailers: None,
+            state: State::Open,
+            reader: None,
+        }));
+        let (ended, end) = oneshot::channel();
+        (Self { queue: Rc::clone(&queue), ended: Some(ended) }, CopiedBody { queue, left: length }, end)
+    }
+
+    /// Takes what was read of the body, which has `ended` with it. Returns whether the copy wants more.
+    pub(super) fn pass_on(&mut self, read: Option<&Result<Frame<Bytes>, BodyError>>, mut ended: bool) -> bool {
+        if self.ended.as_ref().is_none_or(oneshot::Sender::is_canceled) {
+            return false;
+        }
+        let mut queue = self.queue.borrow_mut();
+        match read {
+            Some(Ok(frame)) => {
+                if let Some(data) = frame.data_ref().filter(|data| !data.is_empty()) {
+                    queue.bytes += data.len();
+                    if queue.bytes > MOST_BEHIND {
+                        drop(queue);
+                        self.give_up(Mirrored::TooLarge);
+                        return false;
+                    }
+                    queue.frames.push_back(data.clone());
+                } else if let Some(trailers) = frame.trailers_ref() {
+                    queue.trailers = Some(trailers.clone());
+                    ended = true;
+                }
+            }
+            Some(Err(_)) => return false,
+            None => ended = true,
+        }
+        if ended {
+            queue.state = State::Whole;
+            self.ended = None;
+        }
+        if let Some(reader) = queue.reader.take() {
+            reader.wake();
+        }
+        !ended
+    }
+
+    fn give_up(&mut self, why: Mirrored) {
+        let Some(ended) = self.ended.take() else { return };
+        let mut queue = self.queue.borrow_mut();
+        queue.frames.clear();
+        queue.state = State::GivenUp;
+        if let Some(reader) = queue.reader.take() {
+            reader.wake();
+        }
+        // Nobody hears it if the copy is over already.
+        let _ = ended.send(why);
+    }
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        self.give_up(Mirrored::Cancelled);
+    }
+}
+
+/// The body of a copy.
+pub(super) struct CopiedBody {
+    queue: Rc<RefCell<Queue>>,
+    /// What is left of a body of known length.
+    left: Option<u64>,
+}
+
+impl Body for CopiedBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = &mut *self;
+        let mut queue = this.queue.borrow_mut();
+        if let Some(data) = queue.frames.pop_front() {
+            queue.bytes -= data.len();
+            this.left = this.left.map(|left| left.saturating_sub(data.len() as u64));
+            return Poll::Ready(Some(Ok(Frame::data(data))));
+        }
+        match queue.state {
+            State::Open => {
+                queue.reader = Some(cx.waker().clone());
+                Poll::Pending
+            }
+            State::Whole => Poll::Ready(queue.trailers.take().map(|trailers| Ok(Frame::trailers(trailers)))),
+            State::GivenUp => Poll::Ready(Some(Err(BodyError::CopyGivenUp))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        let queue = self.queue.borrow();
+        queue.state == State::Whole && queue.frames.is_empty() && queue.trailers.is_none()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.left.map_or_else(SizeHint::default, SizeHint::with_exact)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_marked_before_its_port() {
+        let table = [
+            ("shop.example", Some("shop.example-shadow")),
+            ("shop:8080", Some("shop-shadow:8080")),
+            ("10.0.0.1:80", Some("10.0.0.1-shadow:80")),
+            ("[::1]:80", None),
+            ("", None),
+            (":80", None),
+        ];
+        for (host, expected) in table {
+            assert_eq!(marked(host).as_deref(), expected, "{host}");
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! Faults on purpose: they are seen as such, and no revision is blamed.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use http::{Request, StatusCode};
+use sluice_proxy::{
+    metrics::GrpcStatus,
+    snapshot::{Abort, Action, Fault, MetricLabels, Policy, Protocol, Share},
+    workers::Role,
+};
+use sluice_xds::sluice::guard::v1::Outcomes;
+
+use crate::support::*;
+
+const INJECTED: &str = "sluice_local_errors_total{listener=\"shop/cart:80\",flag=\"FI\"}";
+const DELAYED: &str = "sluice_injected_delays_total{listener=\"shop/cart:80\"}";
+
+fn with(fault: Fault, app: &App) -> Protocol {
+    let policy = Policy { fault: Some(fault), ..Policy::default() };
+    Protocol::http(Action::Forward { split: split([(cluster("a", &[app.address]), 100)]), policy: Arc::new(policy) })
+}
+
+fn abort(abort: Abort, share: Share) -> Fault {
+    Fault { delay: None, abort: Some((abort, share)) }
+}
+
+fn delay(by: Duration) -> Fault {
+    Fault { delay: Some((by, Share::ALL)), abort: None }
+}
+
+fn outcomes(proxy: &Proxy) -> Outcomes {
+    let labels =
+        MetricLabels { destination_namespace: "shop".into(), destination_service: "cart".into(), revision: "a".into() };
+    proxy.metrics.outcomes(&labels, Duration::from_millis(1))
+}
+
+#[tokio::test]
+async fn an_injected_answer_says_that_it_is_one_and_counts_against_nobody() {
+    let app = App::named("a").await;
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(with(abort(Abort::Http(StatusCode::BAD_GATEWAY), Share::ALL), &app)).await;
+    let (mut http1, mut http2) = (Http1::connect(proxy.address).await, Http2::connect(proxy.address).await);
+    for answer in [
+        http1.send(post("/", "body")).await.unwrap(),
+        http1.get("/").await,
+        http2.send(Request::get("http://cart.shop/").body(full("")).unwrap()).await.unwrap(),
+    ] {
+        assert_eq!((answer.status, answer.header("x-sluice-response-flag")), (StatusCode::BAD_GATEWAY, "FI"));
+    }
+    let called = http2.send(call("/cart.Cart/Get")).await.unwrap();
+    assert_eq!((called.status, called.header("grpc-status")), (StatusCode::OK, "14"));
+
+    proxy.serve(with(abort(Abort::Grpc(GrpcStatus::parse(b"8")), Share::ALL), &app)).await;
+    let called = http2.send(call("/cart.Cart/Get")).await.unwrap();
+    assert_eq!((called.header("grpc-status"), called.header("x-sluice-response-flag")), ("8", "FI"));
+    assert_eq!(http1.get("/").await.status, StatusCode::OK);
+
+    assert_eq!((app.requests(), proxy.metric(INJECTED)), (0, 6));
+    assert_eq!(outcomes(&proxy), Outcomes::default());
+    assert_eq!(proxy.counted("a", "5xx", ""), 0);
+}
+
+#[tokio::test]
+async fn a_fault_hits_its_share_and_the_rest_is_served_and_counted() {
+    let app = App::named("a").await;
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(with(abort(Abort::Http(StatusCode::SERVICE_UNAVAILABLE), Share(250_000)), &app)).await;
+    let mut client = Http1::connect(proxy.address).await;
+    let mut hit = 0;
+    for _ in 0..800 {
+        hit += u64::from(client.get("/").await.status == StatusCode::SERVICE_UNAVAILABLE);
+    }
+    // n = 800, p = 0.25: standard deviation 12.2; 5 of them.
+    assert!((139..=261).contains(&hit), "{hit} of 800");
+    assert_eq!((proxy.metric(INJECTED), proxy.counted("a", "2xx", "")), (hit, 800 - hit));
+    assert_eq!((outcomes(&proxy).requests, outcomes(&proxy).bad), (800 - hit, 0));
+}
+
+#[tokio::test]
+async fn an_injected_delay_is_felt_by_the_client_and_not_measured() {
+    let app = App::named("a").await;
+    let proxy = Proxy::start(Role::Fleet);
+    let by = Duration::from_secs(2);
+    proxy.serve(with(delay(by), &app)).await;
+    let (mut http1, mut http2) = (Http1::connect(proxy.address).await, Http2::connect(proxy.address).await);
+    let begun = Instant::now();
+    let request = Request::get("http://cart.shop/").body(full("")).unwrap();
+    let (one, other) = tokio::join!(http1.get("/"), http2.send(request));
+    assert!(begun.elapsed() >= by);
+    assert_eq!((one.body.as_str(), other.unwrap().body.as_str()), ("a", "a"));
+    let within = |name: &str| {
+        let labels = "destination_namespace=\"shop\",destination_service=\"cart\",revision=\"a\",le=\"1.5\"";
+        proxy.metric(&format!("sluice_request_{name}_seconds_bucket{{{labels}}}"))
+    };
+    assert_eq!((within("duration"), within("first_byte"), proxy.metric(DELAYED)), (2, 2, 2));
+}
+
+#[tokio::test]
+async fn what_was_held_up_goes_where_the_newest_configuration_says() {
+    let (old, new) = (App::named("old").await, App::named("new").await);
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(with(delay(Duration::from_secs(1)), &old)).await;
+    let mut client = Http1::connect(proxy.address).await;
+    let held = tokio::spawn(async move { client.get("/").await });
+    eventually("the delay", || proxy.metric(DELAYED) == 1).await;
+    proxy.serve(http_to([(cluster("b", &[new.address]), 100)])).await;
+    assert_eq!(soon("the answer", held).await.unwrap().body, "new");
+    assert_eq!((old.requests(), proxy.counted("b", "2xx", "")), (0, 1));
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_wait_for_a_delay_is_held_against_nobody() {
+    let app = App::named("a").await;
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(with(delay(Duration::from_secs(600)), &app)).await;
+    let mut client = Http1::connect(proxy.address).await;
+    let waiting = tokio::spawn(async move { client.start(get("/")).await.map(drop) });
+    eventually("the delay", || proxy.metric(DELAYED) == 1).await;
+    waiting.abort();
+    eventually("the abort", || proxy.metric("sluice_client_aborts_total{listener=\"shop/cart:80\"}") == 1).await;
+    assert_eq!((app.requests(), outcomes(&proxy)), (0, Outcomes::default()));
+}
