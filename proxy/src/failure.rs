@@ -17,6 +17,8 @@ pub enum Failure {
     NoHealthyUpstream,
     #[error("no endpoint of the chosen revision could be reached")]
     ConnectFailed,
+    #[error("the chosen revision has as many requests or connections as it may have at once")]
+    Overflow,
     #[error("the upstream closed the connection before it answered; the request may have been processed")]
     UpstreamReset,
     #[error("the upstream did not answer in time; the request may have been processed")]
@@ -51,6 +53,7 @@ pub enum Failure {
 pub enum Flag {
     NoHealthyUpstream,
     UpstreamConnectionFailure,
+    UpstreamOverflow,
     UpstreamConnectionTermination,
     UpstreamRequestTimeout,
     UpstreamProtocolError,
@@ -62,9 +65,10 @@ pub enum Flag {
 }
 
 impl Flag {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::NoHealthyUpstream,
         Self::UpstreamConnectionFailure,
+        Self::UpstreamOverflow,
         Self::UpstreamConnectionTermination,
         Self::UpstreamRequestTimeout,
         Self::UpstreamProtocolError,
@@ -80,6 +84,7 @@ impl Flag {
         match self {
             Self::NoHealthyUpstream => "UH",
             Self::UpstreamConnectionFailure => "UF",
+            Self::UpstreamOverflow => "UO",
             Self::UpstreamConnectionTermination => "UC",
             Self::UpstreamRequestTimeout => "UT",
             Self::UpstreamProtocolError => "UPE",
@@ -100,6 +105,7 @@ impl Failure {
         let (status, flag) = match self {
             Self::NoHealthyUpstream => (StatusCode::SERVICE_UNAVAILABLE, Flag::NoHealthyUpstream),
             Self::ConnectFailed => (StatusCode::SERVICE_UNAVAILABLE, Flag::UpstreamConnectionFailure),
+            Self::Overflow => (StatusCode::SERVICE_UNAVAILABLE, Flag::UpstreamOverflow),
             Self::UpstreamReset => (StatusCode::SERVICE_UNAVAILABLE, Flag::UpstreamConnectionTermination),
             Self::UpstreamTimeout => (StatusCode::GATEWAY_TIMEOUT, Flag::UpstreamRequestTimeout),
             Self::UpstreamProtocol => (StatusCode::BAD_GATEWAY, Flag::UpstreamProtocolError),
@@ -129,6 +135,7 @@ impl Failure {
             }
             Self::NoHealthyUpstream
             | Self::ConnectFailed
+            | Self::Overflow
             | Self::UpstreamReset
             | Self::UpstreamTimeout
             | Self::UpstreamProtocol
@@ -190,6 +197,7 @@ mod tests {
         let table = [
             (Failure::NoHealthyUpstream, 503, "UH", "14"),
             (Failure::ConnectFailed, 503, "UF", "14"),
+            (Failure::Overflow, 503, "UO", "14"),
             (Failure::UpstreamReset, 503, "UC", "14"),
             (Failure::UpstreamTimeout, 504, "UT", "14"),
             (Failure::UpstreamProtocol, 502, "UPE", "14"),

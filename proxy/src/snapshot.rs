@@ -118,6 +118,37 @@ pub struct Cluster {
     /// `None` is plaintext.
     pub tls: Option<ClientTls>,
     pub connect_timeout: Duration,
+    pub traffic: TrafficPolicy,
+}
+
+/// What a cluster's endpoints are asked to bear. By default there are no limits.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct TrafficPolicy {
+    pub limits: Limits,
+    pub connections: ConnectionPolicy,
+}
+
+/// How many of each a cluster may have at once in this process; `None` is any number (`CircuitBreakers.Thresholds`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    pub connections: Option<u32>,
+    /// Requests that wait for an HTTP/1.1 connection, also for one that is being made.
+    pub pending: Option<u32>,
+    /// From the draw to the last byte of the answer.
+    pub requests: Option<u32>,
+    /// Requests that are being tried again because their route says so. `None` is the budget of `worker::retry`.
+    pub retries: Option<u32>,
+}
+
+/// How long a connection to an upstream is used (`HttpProtocolOptions.common_http_protocol_options`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ConnectionPolicy {
+    /// Kept for so long without a request. `None` is what suits the other side (`workers::Timing`).
+    pub idle: Option<Duration>,
+    /// No request begins on a connection that is older.
+    pub age: Option<Duration>,
+    /// Not 0.
+    pub requests: Option<u32>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

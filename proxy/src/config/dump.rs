@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use sluice_xds::TypeUrl;
 
 use super::{Resources, resources::Staged};
-use crate::snapshot::{Action, Cluster, HeaderChanges, Listener, Policy, Protocol, Split, Upstream};
+use crate::snapshot::{Action, Cluster, HeaderChanges, Listener, Policy, Protocol, Split, TrafficPolicy, Upstream};
 
 impl Resources {
     /// The versions of all resources, what was refused and why, and the snapshot that serves.
@@ -99,6 +99,20 @@ fn cluster(it: &Cluster) -> Value {
             Upstream::Endpoints(addresses) => addresses.iter().map(ToString::to_string).collect::<Value>(),
             Upstream::OriginalDst { port } => json!({ "originalDst": { "port": port } }),
         },
+        "traffic": traffic(&it.traffic),
         "tls": it.tls.as_ref().map(|tls| json!({ "sni": tls.sni, "serverId": tls.server_id })),
+    })
+}
+
+fn traffic(it: &TrafficPolicy) -> Value {
+    let TrafficPolicy { limits, connections } = it;
+    json!({
+        "maxConnections": limits.connections,
+        "maxPendingRequests": limits.pending,
+        "maxRequests": limits.requests,
+        "maxRetries": limits.retries,
+        "idleMs": connections.idle.map(|idle| idle.as_millis()),
+        "maxConnectionMs": connections.age.map(|age| age.as_millis()),
+        "maxRequestsPerConnection": connections.requests,
     })
 }

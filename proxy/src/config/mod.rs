@@ -15,6 +15,7 @@ mod listener;
 mod resources;
 mod route;
 mod tls;
+mod traffic;
 
 pub use dump::short_name;
 pub use error::{ConfigError, Rejected};

@@ -1,7 +1,7 @@
 //! One revision's endpoints as a worker thread sees them, and the choice among them.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::RefCell,
     collections::HashMap,
     net::SocketAddr,
     rc::Rc,
@@ -12,17 +12,16 @@ use tokio::time::Instant;
 
 use super::{
     Shared,
+    load::{Admitted, Load},
     pool::{Connector, Endpoint},
 };
-use crate::{metrics::RevisionMetrics, snapshot};
+use crate::{failure::Failure, metrics::RevisionMetrics, snapshot};
 
 pub(super) struct Cluster {
     pub(super) config: Arc<snapshot::Cluster>,
     pub(super) metrics: Option<RevisionMetrics>,
     pub(super) connector: Rc<Connector>,
-    /// For the budget of retries; counted where a route has a policy for them.
-    pub(super) active: Cell<u32>,
-    pub(super) retrying: Cell<u32>,
+    pub(super) load: Rc<Load>,
     endpoints: Endpoints,
 }
 
@@ -40,6 +39,8 @@ impl Cluster {
     pub(super) fn new(config: Arc<snapshot::Cluster>, previous: Option<&Self>, worker: &Shared) -> Self {
         let metrics = config.labels.as_ref().map(|labels| worker.metrics.revision(labels, worker.thread));
         let connector = Rc::new(Connector::new(&config, worker));
+        let load = previous.map_or_else(Rc::default, |previous| Rc::clone(&previous.load));
+        load.limit(config.traffic.limits, worker.metrics.threads());
         // Connections made under another TLS identity are not those that were asked for.
         let previous = previous.filter(|previous| previous.config.tls == config.tls);
         let endpoints = match &config.upstream {
@@ -48,7 +49,7 @@ impl Cluster {
                     Some(Endpoints::Fixed(list)) => list.iter().map(|endpoint| (endpoint.address, endpoint)).collect(),
                     Some(Endpoints::OriginalDst { .. }) | None => HashMap::new(),
                 };
-                let endpoint = |address| known.get(address).map_or_else(|| Endpoint::new(*address), |e| Rc::clone(e));
+                let endpoint = |address| known.get(address).map_or_else(|| Endpoint::new(*address, &load), |e| Rc::clone(e));
                 Endpoints::Fixed(addresses.iter().map(endpoint).collect())
             }
             snapshot::Upstream::OriginalDst { port } => {
@@ -59,7 +60,14 @@ impl Cluster {
                 Endpoints::OriginalDst { port: *port, known }
             }
         };
-        Self { config, metrics, connector, active: Cell::default(), retrying: Cell::default(), endpoints }
+        let cluster = Self { config, metrics, connector, load, endpoints };
+        cluster.each_endpoint(|endpoint| endpoint.limit(cluster.config.traffic.connections));
+        cluster
+    }
+
+    /// A request was drawn for this cluster, which it may be one too many for.
+    pub(super) fn admit(&self) -> Result<Option<Admitted>, Failure> {
+        self.load.request()
     }
 
     /// Whether another endpoint could be tried after one has failed.
@@ -81,7 +89,11 @@ impl Cluster {
                     return None;
                 }
                 let mut known = known.borrow_mut();
-                return Some(Rc::clone(known.entry(address).or_insert_with(|| Endpoint::new(address))));
+                return Some(Rc::clone(known.entry(address).or_insert_with(|| {
+                    let endpoint = Endpoint::new(address, &self.load);
+                    endpoint.limit(self.config.traffic.connections);
+                    endpoint
+                })));
             }
         };
         if excluded.is_empty()

@@ -6,6 +6,7 @@ mod cluster;
 mod connection;
 mod headers;
 mod http1;
+mod load;
 mod pool;
 mod request;
 mod retry;

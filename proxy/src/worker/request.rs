@@ -124,6 +124,7 @@ async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut Requ
         Protocol::Tcp(_) => return Err(Failure::NoRoute.into()),
     };
     tally.drawn(cluster);
+    let admitted = cluster.admit()?;
 
     let wire = if parts.version == Version::HTTP_2 { Wire::Http2 } else { Wire::Http1 };
     let has_body = !unread.is_end_stream();
@@ -172,6 +173,7 @@ async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut Requ
         *unread = request.into_body();
     }
     let (mut response, lease) = sent?;
+    let lease = lease.admitted(admitted);
     tally.answered(response.status(), Instant::now());
     if tally.is_grpc()
         && let Some(status) = response.headers().get("grpc-status")
@@ -339,6 +341,10 @@ async fn send(
                 failed.push(endpoint.address);
                 outgoing.next = Some(*request);
                 Some(Retry::Connect)
+            }
+            Err(SendError::Overflow { request }) => {
+                outgoing.next = Some(*request);
+                return Err(Failure::Overflow.into());
             }
             Err(SendError::Stale { request }) => {
                 fresh = true;

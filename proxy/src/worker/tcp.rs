@@ -50,8 +50,12 @@ async fn connect(connection: &Connection, split: &Split) -> Result<(Stream, Outs
         if !failed.is_empty() {
             connection.slot.metrics.retried(Retry::Connect);
         }
+        if endpoint.connections.are_full() {
+            return Err(Failure::Overflow);
+        }
         let outstanding = Outstanding::on(&endpoint);
-        match cluster.connector.connect(endpoint.address, Wire::Tcp).await {
+        let opened = endpoint.connections.one_more();
+        match cluster.connector.connect(endpoint.address, Wire::Tcp, opened).await {
             Ok(stream) => {
                 endpoint.reached();
                 return Ok((stream, outstanding));
