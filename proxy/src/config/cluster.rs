@@ -42,6 +42,21 @@ pub(super) enum Discovery {
 pub(super) fn parse(message: &Message) -> Result<Cluster, ConfigError> {
     let discovery = discovery(message)?;
     balancing(message, &discovery)?;
+    if let Discovery::OriginalDst { .. } = discovery {
+        let several = [
+            ("outlier_detection", message.outlier_detection.is_some()),
+            ("common_lb_config", message.common_lb_config.is_some()),
+        ];
+        for (field, said) in several {
+            if said {
+                return Err(ConfigError::invalid(
+                    field,
+                    "set",
+                    "a cluster of type ORIGINAL_DST has no choice of endpoints",
+                ));
+            }
+        }
+    }
     let mut connections = ConnectionPolicy::default();
     if let Some(options) = message.typed_extension_protocol_options.get(PROTOCOL_OPTIONS) {
         let field = format!("typed_extension_protocol_options[{PROTOCOL_OPTIONS}]");

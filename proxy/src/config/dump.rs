@@ -105,7 +105,7 @@ fn cluster(it: &Cluster) -> Value {
 }
 
 fn traffic(it: &TrafficPolicy) -> Value {
-    let TrafficPolicy { limits, connections } = it;
+    let TrafficPolicy { limits, connections, outliers } = it;
     json!({
         "maxConnections": limits.connections,
         "maxPendingRequests": limits.pending,
@@ -114,5 +114,13 @@ fn traffic(it: &TrafficPolicy) -> Value {
         "idleMs": connections.idle.map(|idle| idle.as_millis()),
         "maxConnectionMs": connections.age.map(|age| age.as_millis()),
         "maxRequestsPerConnection": connections.requests,
+        "outliers": outliers.map(|outliers| json!({
+            "consecutive5xx": outliers.server_errors,
+            "consecutiveGatewayFailure": outliers.gateway_errors,
+            "consecutiveLocalOriginFailure": outliers.no_answers,
+            "baseEjectionMs": outliers.least.as_millis(),
+            "maxEjectionMs": outliers.most.as_millis(),
+            "maxEjectionPercent": outliers.most_ejected,
+        })),
     })
 }

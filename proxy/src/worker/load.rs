@@ -154,7 +154,9 @@ mod tests {
 
     #[test]
     fn each_thread_has_its_part_of_a_limit_rounded_up() {
-        for (limit, threads, part) in [(Some(5), 2, Some(3)), (Some(1), 4, Some(1)), (Some(0), 4, Some(0)), (None, 4, None)] {
+        for (limit, threads, part) in
+            [(Some(5), 2, Some(3)), (Some(1), 4, Some(1)), (Some(0), 4, Some(0)), (None, 4, None)]
+        {
             let load = Load::default();
             load.limit(Limits { retries: limit, ..Limits::default() }, threads);
             assert_eq!(load.retries(), part);

@@ -5,6 +5,7 @@ mod body;
 mod cluster;
 mod connection;
 mod headers;
+mod health;
 mod http1;
 mod load;
 mod pool;

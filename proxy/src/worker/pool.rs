@@ -30,6 +30,7 @@ use tokio_rustls::TlsConnector;
 use super::{
     Shared,
     body::{RequestBody, UpstreamBody},
+    health::Health,
     http1::{
         self,
         client::{self, NoAnswer},
@@ -185,8 +186,7 @@ impl Connector {
 pub(super) struct Endpoint {
     pub(super) address: SocketAddr,
     outstanding: Cell<u32>,
-    /// Set while no connection can be made to it.
-    ejected: Cell<Option<Ejected>>,
+    pub(super) health: Health,
     /// No longer configured: nothing is kept for it.
     retired: Cell<bool>,
     pub(super) connections: Rc<Connections>,
@@ -195,18 +195,6 @@ pub(super) struct Endpoint {
     shared: RefCell<Vec<Rc<Multiplexed>>>,
     /// The HTTP/2 connection being made, for all who wait for it: a burst of first requests opens one, not hundreds.
     opening: RefCell<Option<Opening>>,
-}
-
-/// An endpoint is left alone for so long after a failed connection, then twice as long, and so on: what is dead or cut off costs
-/// each request that tries it the time of a connection.
-const LEAST_EJECTION: Duration = Duration::from_secs(1);
-const MOST_EJECTION: Duration = Duration::from_secs(30);
-
-#[derive(Clone, Copy)]
-struct Ejected {
-    failures: u32,
-    until: Instant,
-    probing: bool,
 }
 
 type Opening = SharedFuture<oneshot::Receiver<Result<(), Rc<ConnectError>>>>;
@@ -385,7 +373,7 @@ impl Endpoint {
         Rc::new(Self {
             address,
             outstanding: Cell::new(0),
-            ejected: Cell::new(None),
+            health: Health::default(),
             retired: Cell::new(false),
             connections: Connections::of(load),
             policy: Cell::default(),
@@ -398,42 +386,6 @@ impl Endpoint {
     /// How its connections are used from now on.
     pub(super) fn limit(&self, policy: ConnectionPolicy) {
         self.policy.set(policy);
-    }
-
-    /// Whether the last connection to it failed, however long ago.
-    pub(super) fn is_doubtful(&self) -> bool {
-        self.ejected.get().is_some()
-    }
-
-    /// Whether it is not to be chosen while there are others.
-    pub(super) fn is_ejected(&self, now: Instant) -> bool {
-        self.ejected.get().is_some_and(|ejected| now < ejected.until)
-    }
-
-    /// It was chosen after its time: one request finds out how it is, and others wait for what comes of it.
-    pub(super) fn probe(&self, now: Instant) {
-        if let Some(ejected) = self.ejected.get() {
-            self.ejected.set(Some(Ejected { until: now + LEAST_EJECTION, probing: true, ..ejected }));
-        }
-    }
-
-    /// No connection could be made.
-    pub(super) fn unreachable(&self, now: Instant) {
-        let before = self.ejected.get();
-        // Of several that failed together, the first counts.
-        if before.is_some_and(|ejected| now < ejected.until && !ejected.probing) {
-            return;
-        }
-        let failures = before.map_or(0, |ejected| ejected.failures);
-        let time = LEAST_EJECTION.saturating_mul(1 << failures.min(10)).min(MOST_EJECTION);
-        self.ejected.set(Some(Ejected { failures: failures + 1, until: now + time, probing: false }));
-    }
-
-    /// It has answered.
-    pub(super) fn reached(&self) {
-        if self.is_doubtful() {
-            self.ejected.set(None);
-        }
     }
 
     pub(super) fn outstanding(&self) -> u32 {

@@ -12,7 +12,7 @@ use super::{
     cluster::Cluster,
     connection::{Connection, Current},
     headers,
-    pool::{Lease, SendError, Wire},
+    pool::{Endpoint, Lease, SendError, Wire},
     retry::Retries,
     serving::{Action, Protocol},
     stream::Stream,
@@ -169,6 +169,10 @@ async fn forward(tally: &mut Tally, mut parts: request::Parts, unread: &mut Requ
             () = limit => Err(Failure::UpstreamTimeout.into()),
         },
     };
+    // Still awaited: the time of the route is over.
+    if let Some(endpoint) = outgoing.awaited.take() {
+        cluster.unanswered(&endpoint);
+    }
     if let Some(request) = outgoing.next.take() {
         *unread = request.into_body();
     }
@@ -207,6 +211,8 @@ struct Outgoing {
     next: Option<Request<RequestBody>>,
     copy: Option<Box<Copy>>,
     replay: Option<Replay>,
+    /// The endpoint that has it, where its silence counts.
+    awaited: Option<Rc<Endpoint>>,
 }
 
 struct Copy {
@@ -235,7 +241,7 @@ impl Outgoing {
             }
             body @ (RequestBody::Empty | RequestBody::Once(_) | RequestBody::Replayable(_)) => (body, None),
         };
-        Self { next: Some(Request::from_parts(parts, body)), copy, replay }
+        Self { next: Some(Request::from_parts(parts, body)), copy, replay, awaited: None }
     }
 
     /// Makes the request again after it was sent, if all of it is still there.
@@ -296,6 +302,7 @@ async fn send(
         tried = true;
         tally.attempted(endpoint.address);
         certain += 1;
+        outgoing.awaited = cluster.config.traffic.outliers.is_some().then(|| Rc::clone(&endpoint));
         let sending = endpoint.send(&cluster.connector, wire, request, fresh, now);
         let sent = match retries.per_try_timeout() {
             None => Some(sending.await),
@@ -305,7 +312,9 @@ async fn send(
                 () = end.and(allowed) => None,
             },
         };
+        outgoing.awaited = None;
         let Some(sent) = sent else {
+            cluster.unanswered(&endpoint);
             if !(retries.want_after(&Failure::UpstreamTimeout) && retries.take() && outgoing.again()) {
                 return Err(Failure::UpstreamTimeout.into());
             }
@@ -317,7 +326,7 @@ async fn send(
         };
         again = match sent {
             Ok((response, lease)) => {
-                endpoint.reached();
+                cluster.answered(&endpoint, &response, tally.is_grpc());
                 // Only a proxy of ours is believed.
                 if cluster.config.tls.is_none() || !response.headers().contains_key(NOT_PROCESSED) {
                     if retries.want_instead_of(&response) && retries.take() && outgoing.again() {
@@ -336,7 +345,7 @@ async fn send(
                 outgoing.again().then_some(Retry::NotProcessed)
             }
             Err(SendError::Connect { request, error }) => {
-                endpoint.unreachable(Instant::now());
+                cluster.unreachable(&endpoint);
                 tracing::debug!(cluster = cluster.config.name, %error, "endpoint not reached");
                 failed.push(endpoint.address);
                 outgoing.next = Some(*request);
@@ -361,6 +370,9 @@ async fn send(
             Err(SendError::Lost { error }) => {
                 tracing::debug!(cluster = cluster.config.name, endpoint = %endpoint.address, %error, "no answer");
                 let failure = error.failure();
+                if failure != Failure::ClientGone {
+                    cluster.unanswered(&endpoint);
+                }
                 if !(retries.want_after(&failure) && retries.take() && outgoing.again()) {
                     return Err(Refusal::Failure(failure));
                 }

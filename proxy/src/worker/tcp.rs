@@ -2,10 +2,7 @@
 
 use std::{io, net::SocketAddr};
 
-use tokio::{
-    io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes},
-    time::Instant,
-};
+use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
 
 use super::{
     connection::Connection,
@@ -57,11 +54,11 @@ async fn connect(connection: &Connection, split: &Split) -> Result<(Stream, Outs
         let opened = endpoint.connections.one_more();
         match cluster.connector.connect(endpoint.address, Wire::Tcp, opened).await {
             Ok(stream) => {
-                endpoint.reached();
+                cluster.reached(&endpoint);
                 return Ok((stream, outstanding));
             }
             Err(error) => {
-                endpoint.unreachable(Instant::now());
+                cluster.unreachable(&endpoint);
                 tracing::debug!(cluster = cluster.config.name, %error, "endpoint not reached");
                 failed.push(endpoint.address);
             }

@@ -5,6 +5,7 @@ mod configuration;
 mod downstream_http1;
 mod drain;
 mod http;
+mod limits;
 mod policies;
 mod retries;
 mod support;
