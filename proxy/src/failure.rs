@@ -17,6 +17,8 @@ pub enum Failure {
     NoHealthyUpstream,
     #[error("no endpoint of the chosen revision could be reached")]
     ConnectFailed,
+    #[error("the chosen revision has as many requests or connections as it may have at once")]
+    Overflow,
     #[error("the upstream closed the connection before it answered; the request may have been processed")]
     UpstreamReset,
     #[error("the upstream did not answer in time; the request may have been processed")]
@@ -54,6 +56,7 @@ pub enum Failure {
 pub enum Flag {
     NoHealthyUpstream,
     UpstreamConnectionFailure,
+    UpstreamOverflow,
     UpstreamConnectionTermination,
     UpstreamRequestTimeout,
     UpstreamProtocolError,
@@ -67,9 +70,10 @@ pub enum Flag {
 }
 
 impl Flag {
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::NoHealthyUpstream,
         Self::UpstreamConnectionFailure,
+        Self::UpstreamOverflow,
         Self::UpstreamConnectionTermination,
         Self::UpstreamRequestTimeout,
         Self::UpstreamProtocolError,
@@ -87,6 +91,7 @@ impl Flag {
         match self {
             Self::NoHealthyUpstream => "UH",
             Self::UpstreamConnectionFailure => "UF",
+            Self::UpstreamOverflow => "UO",
             Self::UpstreamConnectionTermination => "UC",
             Self::UpstreamRequestTimeout => "UT",
             Self::UpstreamProtocolError => "UPE",
@@ -109,6 +114,7 @@ impl Failure {
         let (status, flag) = match self {
             Self::NoHealthyUpstream => (StatusCode::SERVICE_UNAVAILABLE, Flag::NoHealthyUpstream),
             Self::ConnectFailed => (StatusCode::SERVICE_UNAVAILABLE, Flag::UpstreamConnectionFailure),
+            Self::Overflow => (StatusCode::SERVICE_UNAVAILABLE, Flag::UpstreamOverflow),
             Self::UpstreamReset => (StatusCode::SERVICE_UNAVAILABLE, Flag::UpstreamConnectionTermination),
             Self::UpstreamTimeout => (StatusCode::GATEWAY_TIMEOUT, Flag::UpstreamRequestTimeout),
             Self::UpstreamProtocol => (StatusCode::BAD_GATEWAY, Flag::UpstreamProtocolError),
@@ -140,6 +146,7 @@ impl Failure {
             }
             Self::NoHealthyUpstream
             | Self::ConnectFailed
+            | Self::Overflow
             | Self::UpstreamReset
             | Self::UpstreamTimeout
             | Self::UpstreamProtocol
@@ -202,6 +209,7 @@ mod tests {
         let table = [
             (Failure::NoHealthyUpstream, 503, "UH", "14"),
             (Failure::ConnectFailed, 503, "UF", "14"),
+            (Failure::Overflow, 503, "UO", "14"),
             (Failure::UpstreamReset, 503, "UC", "14"),
             (Failure::UpstreamTimeout, 504, "UT", "14"),
             (Failure::UpstreamProtocol, 502, "UPE", "14"),

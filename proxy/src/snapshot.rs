@@ -360,6 +360,60 @@ pub struct Cluster {
     /// `None` is plaintext.
     pub tls: Option<ClientTls>,
     pub connect_timeout: Duration,
+    pub traffic: TrafficPolicy,
+}
+
+/// What a cluster's endpoints are asked to bear. By default there are no limits.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct TrafficPolicy {
+    pub limits: Limits,
+    pub connections: ConnectionPolicy,
+    /// Which endpoints are left alone for what they answer. Those that cannot be reached are, whatever is said here.
+    pub outliers: Option<Outliers>,
+}
+
+/// How many of each a cluster may have at once in this process; `None` is any number (`CircuitBreakers.Thresholds`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    pub connections: Option<u32>,
+    /// Requests that wait for an HTTP/1.1 connection, also for one that is being made.
+    pub pending: Option<u32>,
+    /// From the draw to the last byte of the answer.
+    pub requests: Option<u32>,
+    /// Requests that are being tried again because their route says so. `None` is the budget of `worker::retry`.
+    pub retries: Option<u32>,
+}
+
+/// How long a connection to an upstream is used (`HttpProtocolOptions.common_http_protocol_options`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ConnectionPolicy {
+    /// Kept for so long without a request. `None` is what suits the other side (`workers::Timing`).
+    pub idle: Option<Duration>,
+    /// No request begins on a connection that is older.
+    pub age: Option<Duration>,
+    /// Not 0.
+    pub requests: Option<u32>,
+}
+
+/// When an endpoint is ejected for its answers, and for how long (`OutlierDetection`). Errors are counted in a row.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Outliers {
+    /// Of any 5xx.
+    pub server_errors: Option<u32>,
+    /// Of 502, 503 and 504.
+    pub gateway_errors: Option<u32>,
+    /// Of requests without an answer, if these are counted apart. If not they are gateway errors.
+    pub no_answers: Option<u32>,
+    pub no_answers_apart: bool,
+    /// After each such time without an ejection the next one is shorter by `least`.
+    pub interval: Duration,
+    /// The first ejection. The next is twice as long, and so on.
+    pub least: Duration,
+    pub most: Duration,
+    /// Per cent of the cluster's endpoints that may be ejected at once.
+    pub most_ejected: u32,
+    /// Per cent of endpoints that must be left; where fewer are, all are used.
+    pub panic: f64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

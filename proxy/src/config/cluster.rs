@@ -14,8 +14,8 @@ use sluice_xds::envoy::{
     extensions::upstreams::http::v3::{HttpProtocolOptions, http_protocol_options::UpstreamProtocolOptions},
 };
 
-use super::{ConfigError, endpoints, tls};
-use crate::snapshot::{ClientTls, MetricLabels};
+use super::{ConfigError, endpoints, tls, traffic};
+use crate::snapshot::{ClientTls, ConnectionPolicy, MetricLabels, TrafficPolicy};
 
 const PROTOCOL_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
 
@@ -26,6 +26,7 @@ pub(super) struct Cluster {
     pub(super) labels: Option<MetricLabels>,
     pub(super) tls: Option<ClientTls>,
     pub(super) connect_timeout: Duration,
+    pub(super) traffic: TrafficPolicy,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -41,6 +42,22 @@ pub(super) enum Discovery {
 pub(super) fn parse(message: &Message) -> Result<Cluster, ConfigError> {
     let discovery = discovery(message)?;
     balancing(message, &discovery)?;
+    if let Discovery::OriginalDst { .. } = discovery {
+        let several = [
+            ("outlier_detection", message.outlier_detection.is_some()),
+            ("common_lb_config", message.common_lb_config.is_some()),
+        ];
+        for (field, said) in several {
+            if said {
+                return Err(ConfigError::invalid(
+                    field,
+                    "set",
+                    "a cluster of type ORIGINAL_DST has no choice of endpoints",
+                ));
+            }
+        }
+    }
+    let mut connections = ConnectionPolicy::default();
     if let Some(options) = message.typed_extension_protocol_options.get(PROTOCOL_OPTIONS) {
         let field = format!("typed_extension_protocol_options[{PROTOCOL_OPTIONS}]");
         let options: HttpProtocolOptions = tls::read(options, &field)?;
@@ -53,12 +70,16 @@ pub(super) fn parse(message: &Message) -> Result<Cluster, ConfigError> {
                 return Err(ConfigError::missing(format!("{field}.use_downstream_protocol_config")));
             }
         }
+        if let Some(common) = &options.common_http_protocol_options {
+            connections = traffic::connections(common, &format!("{field}.common_http_protocol_options"))?;
+        }
     }
     Ok(Cluster {
         discovery,
         labels: labels(message)?,
         tls: message.transport_socket.as_ref().map(tls::client).transpose()?,
         connect_timeout: connect_timeout(message)?,
+        traffic: TrafficPolicy { connections, ..traffic::parse(message)? },
     })
 }
 

@@ -7,7 +7,7 @@ use sluice_xds::TypeUrl;
 
 use super::{Resources, resources::Staged};
 use crate::snapshot::{
-    Action, Cluster, HashedBy, HeaderChanges, Listener, Mirror, Policy, Protocol, Route, Split, Upstream,
+    Action, Cluster, HashedBy, HeaderChanges, Listener, Mirror, Policy, Protocol, Route, Split, TrafficPolicy, Upstream,
 };
 
 impl Resources {
@@ -125,6 +125,28 @@ fn cluster(it: &Cluster) -> Value {
             Upstream::Endpoints(addresses) => addresses.iter().map(ToString::to_string).collect::<Value>(),
             Upstream::OriginalDst { port } => json!({ "originalDst": { "port": port } }),
         },
+        "traffic": traffic(&it.traffic),
         "tls": it.tls.as_ref().map(|tls| json!({ "sni": tls.sni, "serverId": tls.server_id })),
+    })
+}
+
+fn traffic(it: &TrafficPolicy) -> Value {
+    let TrafficPolicy { limits, connections, outliers } = it;
+    json!({
+        "maxConnections": limits.connections,
+        "maxPendingRequests": limits.pending,
+        "maxRequests": limits.requests,
+        "maxRetries": limits.retries,
+        "idleMs": connections.idle.map(|idle| idle.as_millis()),
+        "maxConnectionMs": connections.age.map(|age| age.as_millis()),
+        "maxRequestsPerConnection": connections.requests,
+        "outliers": outliers.map(|outliers| json!({
+            "consecutive5xx": outliers.server_errors,
+            "consecutiveGatewayFailure": outliers.gateway_errors,
+            "consecutiveLocalOriginFailure": outliers.no_answers,
+            "baseEjectionMs": outliers.least.as_millis(),
+            "maxEjectionMs": outliers.most.as_millis(),
+            "maxEjectionPercent": outliers.most_ejected,
+        })),
     })
 }

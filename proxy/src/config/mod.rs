@@ -22,6 +22,7 @@ mod rewrite;
 mod route;
 mod share;
 mod tls;
+mod traffic;
 
 pub use dump::short_name;
 pub use error::{ConfigError, Rejected};

@@ -341,6 +341,7 @@ impl Resources {
                 upstream,
                 tls: held.value.tls.clone(),
                 connect_timeout: held.value.connect_timeout,
+                traffic: held.value.traffic.clone(),
             };
             let cluster = old.filter(|old| ***old == cluster).cloned().unwrap_or_else(|| Arc::new(cluster));
             self.built.insert(name.clone(), cluster);

@@ -8,21 +8,26 @@ use std::{
     sync::Arc,
 };
 
+use http::Response;
 use tokio::time::Instant;
 
 use super::{
     Shared,
+    health::Seen,
+    load::{Admitted, Load},
     pool::{Connector, Endpoint},
 };
-use crate::{metrics::RevisionMetrics, snapshot};
+use crate::{
+    failure::Failure,
+    metrics::RevisionMetrics,
+    snapshot::{self, Outliers},
+};
 
 pub(super) struct Cluster {
     pub(super) config: Arc<snapshot::Cluster>,
     pub(super) metrics: Option<RevisionMetrics>,
     pub(super) connector: Rc<Connector>,
-    /// For the budget of retries; counted where a route has a policy for them.
-    pub(super) active: Cell<u32>,
-    pub(super) retrying: Cell<u32>,
+    pub(super) load: Rc<Load>,
     /// Copies of requests that are under way to a mirror.
     pub(super) copies: Rc<Cell<u32>>,
     endpoints: Endpoints,
@@ -43,6 +48,8 @@ impl Cluster {
         let metrics = config.labels.as_ref().map(|labels| worker.metrics.revision(labels, worker.thread));
         let connector = Rc::new(Connector::new(&config, worker));
         let copies = previous.map(|previous| Rc::clone(&previous.copies)).unwrap_or_default();
+        let load = previous.map_or_else(Rc::default, |previous| Rc::clone(&previous.load));
+        load.limit(config.traffic.limits, worker.metrics.threads());
         // Connections made under another TLS identity are not those that were asked for.
         let previous = previous.filter(|previous| previous.config.tls == config.tls);
         let endpoints = match &config.upstream {
@@ -51,7 +58,8 @@ impl Cluster {
                     Some(Endpoints::Fixed(list)) => list.iter().map(|endpoint| (endpoint.address, endpoint)).collect(),
                     Some(Endpoints::OriginalDst { .. }) | None => HashMap::new(),
                 };
-                let endpoint = |address| known.get(address).map_or_else(|| Endpoint::new(*address), |e| Rc::clone(e));
+                let endpoint =
+                    |address| known.get(address).map_or_else(|| Endpoint::new(*address, &load), |e| Rc::clone(e));
                 Endpoints::Fixed(addresses.iter().map(endpoint).collect())
             }
             snapshot::Upstream::OriginalDst { port } => {
@@ -62,7 +70,14 @@ impl Cluster {
                 Endpoints::OriginalDst { port: *port, known }
             }
         };
-        Self { config, metrics, connector, active: Cell::default(), retrying: Cell::default(), copies, endpoints }
+        let cluster = Self { config, metrics, connector, load, copies, endpoints };
+        cluster.each_endpoint(|endpoint| endpoint.limit(cluster.config.traffic.connections));
+        cluster
+    }
+
+    /// A request was drawn for this cluster, which it may be one too many for.
+    pub(super) fn admit(&self) -> Result<Option<Admitted>, Failure> {
+        self.load.request()
     }
 
     /// Whether another endpoint could be tried after one has failed.
@@ -84,24 +99,85 @@ impl Cluster {
                     return None;
                 }
                 let mut known = known.borrow_mut();
-                return Some(Rc::clone(known.entry(address).or_insert_with(|| Endpoint::new(address))));
+                return Some(Rc::clone(known.entry(address).or_insert_with(|| {
+                    let endpoint = Endpoint::new(address, &self.load);
+                    endpoint.limit(self.config.traffic.connections);
+                    endpoint
+                })));
             }
         };
         if excluded.is_empty()
             && let chosen = less_busy(endpoints.len(), |index| &endpoints[index])
-            && chosen.as_ref().is_none_or(|chosen| !chosen.is_doubtful())
+            && chosen.as_ref().is_none_or(|chosen| !chosen.health.is_doubtful())
         {
             return chosen;
         }
         let left: Vec<_> = endpoints.iter().filter(|endpoint| !excluded.contains(&endpoint.address)).collect();
         let now = Instant::now();
-        let good: Vec<_> = left.iter().copied().filter(|endpoint| !endpoint.is_ejected(now)).collect();
-        // Where most cannot be reached it is rather this proxy that is cut off, and none of them is worse than another.
-        let all = endpoints.iter().filter(|endpoint| endpoint.is_ejected(now)).count() * 2 > endpoints.len();
-        let left = if good.is_empty() || all { left } else { good };
+        let good: Vec<_> = left.iter().copied().filter(|endpoint| !endpoint.health.is_ejected(now)).collect();
+        let left = if good.is_empty() || self.panics(endpoints, now) { left } else { good };
         let chosen = less_busy(left.len(), |index| left[index])?;
-        chosen.probe(now);
+        chosen.health.chosen(now);
         Some(chosen)
+    }
+
+    /// Whether so few endpoints are left that all are used (`healthy_panic_threshold`).
+    fn panics(&self, endpoints: &[Rc<Endpoint>], now: Instant) -> bool {
+        let Some(outliers) = &self.config.traffic.outliers else { return false };
+        let left = endpoints.iter().filter(|endpoint| !endpoint.health.is_ejected(now)).count();
+        share(left, endpoints.len()) < outliers.panic
+    }
+
+    /// An endpoint has answered.
+    pub(super) fn answered<B>(&self, endpoint: &Endpoint, answer: &Response<B>, grpc: bool) {
+        endpoint.health.reached();
+        if let Some(outliers) = &self.config.traffic.outliers {
+            self.judge(endpoint, Seen::of(answer, grpc), outliers);
+        }
+    }
+
+    /// An endpoint could be connected to, and nothing else is known of it.
+    pub(super) fn reached(&self, endpoint: &Endpoint) {
+        endpoint.health.reached();
+        if let Some(outliers) = &self.config.traffic.outliers {
+            self.judge(endpoint, Seen::Good, outliers);
+        }
+    }
+
+    /// An endpoint was reached and did not answer.
+    pub(super) fn unanswered(&self, endpoint: &Endpoint) {
+        if let Some(outliers) = &self.config.traffic.outliers {
+            self.judge(endpoint, Seen::NoAnswer, outliers);
+        }
+    }
+
+    /// No connection could be made to an endpoint. Where most cannot be reached it is rather this proxy that is cut off: never
+    /// more than half are left alone for it.
+    pub(super) fn unreachable(&self, endpoint: &Endpoint) {
+        let now = Instant::now();
+        if self.may_eject(endpoint, 50, now) {
+            endpoint.health.unreachable(now);
+        }
+        self.unanswered(endpoint);
+    }
+
+    fn judge(&self, endpoint: &Endpoint, seen: Seen, outliers: &Outliers) {
+        if !endpoint.health.record(seen, outliers) {
+            return;
+        }
+        let now = Instant::now();
+        if self.may_eject(endpoint, outliers.most_ejected, now) {
+            let time = endpoint.health.eject(outliers, now);
+            tracing::info!(cluster = self.config.name, endpoint = %endpoint.address, ?time, ?seen, "endpoint ejected");
+        }
+    }
+
+    /// Whether no more than so many per cent are ejected with this one.
+    fn may_eject(&self, endpoint: &Endpoint, most: u32, now: Instant) -> bool {
+        let Endpoints::Fixed(endpoints) = &self.endpoints else { return false };
+        let others =
+            endpoints.iter().filter(|other| other.address != endpoint.address && other.health.is_ejected(now)).count();
+        share(others + 1, endpoints.len()) <= f64::from(most)
     }
 
     pub(super) fn each_endpoint(&self, mut visit: impl FnMut(&Rc<Endpoint>)) {
@@ -110,6 +186,12 @@ impl Cluster {
             Endpoints::OriginalDst { known, .. } => known.borrow().values().for_each(&mut visit),
         }
     }
+}
+
+/// Per cent.
+#[expect(clippy::cast_precision_loss, reason = "numbers of endpoints")]
+fn share(some: usize, all: usize) -> f64 {
+    some as f64 * 100.0 / all as f64
 }
 
 fn less_busy<'a>(count: usize, at: impl Fn(usize) -> &'a Rc<Endpoint>) -> Option<Rc<Endpoint>> {

@@ -143,7 +143,7 @@ impl Mirror {
             let sent = endpoint.send(&self.cluster.connector, wire, request, fresh, Instant::now()).await;
             let error = match sent {
                 Ok((response, lease)) => {
-                    endpoint.reached();
+                    self.cluster.reached(&endpoint);
                     let status = response.status();
                     let not_processed =
                         self.cluster.config.tls.is_some() && response.headers().contains_key(NOT_PROCESSED);
@@ -155,9 +155,10 @@ impl Mirror {
                     continue;
                 }
                 Err(SendError::Connect { error, .. }) => {
-                    endpoint.unreachable(Instant::now());
+                    self.cluster.unreachable(&endpoint);
                     error.to_string()
                 }
+                Err(SendError::Overflow { .. }) => return Mirrored::Busy,
                 Err(SendError::Refused { error } | SendError::Lost { error }) => error.to_string(),
             };
             tracing::debug!(cluster = self.cluster.config.name, endpoint = %endpoint.address, error, "copy not answered");

@@ -30,15 +30,17 @@ use tokio_rustls::TlsConnector;
 use super::{
     Shared,
     body::{RequestBody, UpstreamBody},
+    health::Health,
     http1::{
         self,
         client::{self, NoAnswer},
     },
+    load::{Admitted, Connections, Load, Opened},
     stream::{Socket, Stream},
 };
 use crate::{
     failure::Failure,
-    snapshot,
+    snapshot::{self, ConnectionPolicy},
     tls::{ALPN_H2, ALPN_HTTP1},
 };
 
@@ -109,6 +111,7 @@ impl Connector {
             (name, TlsConnector::from(worker.identity.client_config(&tls.server_id, &[])))
         });
         let timing = &worker.timing;
+        let idle = config.traffic.connections.idle;
         // Our own servers never close an idle connection; those of applications do, commonly after 2 to 5 s, and a
         // request that meets the close is lost.
         let http1_idle = if tls.is_some() { timing.own_hop_idle } else { timing.application_idle };
@@ -116,14 +119,19 @@ impl Connector {
             tls,
             connect_timeout: config.connect_timeout,
             handshake_timeout: timing.tls_handshake,
-            http1_idle,
+            http1_idle: idle.unwrap_or(http1_idle),
             // An HTTP/2 server says which requests it no longer takes (GOAWAY), so that these can be sent again.
-            http2_idle: timing.own_hop_idle,
+            http2_idle: idle.unwrap_or(timing.own_hop_idle),
         }
     }
 
     /// A new connection, TLS included.
-    pub(super) async fn connect(&self, address: SocketAddr, wire: Wire) -> Result<Stream, ConnectError> {
+    pub(super) async fn connect(
+        &self,
+        address: SocketAddr,
+        wire: Wire,
+        opened: Opened,
+    ) -> Result<Stream, ConnectError> {
         let tcp = match timeout(self.connect_timeout, TcpStream::connect(address)).await {
             Ok(Ok(tcp)) => tcp,
             Ok(Err(error)) => return Err(ConnectError::Tcp(address, error)),
@@ -131,7 +139,7 @@ impl Connector {
         };
         super::prepare_socket(&tcp);
         let Some((name, connector)) = &self.tls else {
-            return Ok(Stream::plain(tcp));
+            return Ok(Stream::plain_client(tcp, opened));
         };
         let name = name.clone().map_err(|name| ConnectError::ServerName(address, name))?;
         let alpn = match wire {
@@ -142,7 +150,7 @@ impl Connector {
         let offered = alpn.iter().map(|(protocol, _)| protocol.to_vec()).collect();
         let handshake = connector.with_alpn(offered).connect(name, Socket::new(tcp));
         let stream = match timeout(self.handshake_timeout, handshake).await {
-            Ok(Ok(stream)) => Stream::client(stream),
+            Ok(Ok(stream)) => Stream::client(stream, opened),
             Ok(Err(error)) => return Err(ConnectError::Tls(address, error)),
             Err(_) => return Err(ConnectError::TlsTimeout(address, self.handshake_timeout)),
         };
@@ -152,12 +160,16 @@ impl Connector {
         }
     }
 
-    async fn http1(&self, address: SocketAddr) -> Result<client::Connection, ConnectError> {
-        Ok(client::Connection::new(self.connect(address, Wire::Http1).await?))
+    async fn http1(&self, address: SocketAddr, opened: Opened) -> Result<client::Connection, ConnectError> {
+        Ok(client::Connection::new(self.connect(address, Wire::Http1, opened).await?))
     }
 
-    async fn http2(&self, address: SocketAddr) -> Result<http2::SendRequest<RequestBody>, ConnectError> {
-        let stream = self.connect(address, Wire::Http2).await?;
+    async fn http2(
+        &self,
+        address: SocketAddr,
+        opened: Opened,
+    ) -> Result<http2::SendRequest<RequestBody>, ConnectError> {
+        let stream = self.connect(address, Wire::Http2, opened).await?;
         let (sender, connection) = http2::Builder::new(LocalExecutor)
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
@@ -174,26 +186,15 @@ impl Connector {
 pub(super) struct Endpoint {
     pub(super) address: SocketAddr,
     outstanding: Cell<u32>,
-    /// Set while no connection can be made to it.
-    ejected: Cell<Option<Ejected>>,
+    pub(super) health: Health,
     /// No longer configured: nothing is kept for it.
     retired: Cell<bool>,
+    pub(super) connections: Rc<Connections>,
+    policy: Cell<ConnectionPolicy>,
     idle: RefCell<Vec<Idle>>,
     shared: RefCell<Vec<Rc<Multiplexed>>>,
     /// The HTTP/2 connection being made, for all who wait for it: a burst of first requests opens one, not hundreds.
     opening: RefCell<Option<Opening>>,
-}
-
-/// An endpoint is left alone for so long after a failed connection, then twice as long, and so on: what is dead or cut off costs
-/// each request that tries it the time of a connection.
-const LEAST_EJECTION: Duration = Duration::from_secs(1);
-const MOST_EJECTION: Duration = Duration::from_secs(30);
-
-#[derive(Clone, Copy)]
-struct Ejected {
-    failures: u32,
-    until: Instant,
-    probing: bool,
 }
 
 type Opening = SharedFuture<oneshot::Receiver<Result<(), Rc<ConnectError>>>>;
@@ -204,8 +205,10 @@ struct Idle {
 }
 
 impl Idle {
-    fn is_usable(&self, connector: &Connector, now: Instant) -> bool {
-        now.duration_since(self.since) < connector.http1_idle && self.connection.is_usable()
+    fn is_usable(&self, connector: &Connector, policy: ConnectionPolicy, now: Instant) -> bool {
+        now.duration_since(self.since) < connector.http1_idle
+            && !self.connection.life().is_over(policy, now)
+            && self.connection.is_usable()
     }
 }
 
@@ -213,12 +216,44 @@ struct Multiplexed {
     sender: http2::SendRequest<RequestBody>,
     streams: Cell<u32>,
     since: Cell<Instant>,
+    life: Cell<Life>,
+}
+
+impl Multiplexed {
+    /// Whether it takes another request.
+    fn is_usable(&self, policy: ConnectionPolicy, now: Instant) -> bool {
+        !self.sender.is_closed() && !self.life.get().is_over(policy, now)
+    }
+}
+
+/// What a connection has behind it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Life {
+    begun: Instant,
+    requests: u32,
+}
+
+impl Life {
+    pub(super) fn begin() -> Self {
+        Self { begun: Instant::now(), requests: 0 }
+    }
+
+    pub(super) fn request(&mut self) {
+        self.requests = self.requests.saturating_add(1);
+    }
+
+    fn is_over(self, policy: ConnectionPolicy, now: Instant) -> bool {
+        policy.requests.is_some_and(|most| self.requests >= most)
+            || policy.age.is_some_and(|age| now.duration_since(self.begun) >= age)
+    }
 }
 
 /// Why a request got no answer from this endpoint.
 pub(super) enum SendError {
     /// Not sent: no connection could be made.
     Connect { request: Box<Request<RequestBody>>, error: ConnectError },
+    /// Not sent: too many wait for a connection.
+    Overflow { request: Box<Request<RequestBody>> },
     /// Not sent: the kept connection turned out to be closed.
     Stale { request: Box<Request<RequestBody>> },
     /// Sent, and certainly not processed: refused by the other side.
@@ -273,6 +308,7 @@ impl Drop for Outstanding {
 pub(super) struct Lease {
     outstanding: Outstanding,
     _connection: Leased,
+    _admitted: Option<Admitted>,
 }
 
 enum Leased {
@@ -289,6 +325,9 @@ struct StreamCount(Rc<Multiplexed>);
 impl StreamCount {
     fn on(connection: &Rc<Multiplexed>) -> Self {
         connection.streams.set(connection.streams.get() + 1);
+        let mut life = connection.life.get();
+        life.request();
+        connection.life.set(life);
         Self(Rc::clone(connection))
     }
 }
@@ -303,6 +342,15 @@ impl Drop for StreamCount {
 }
 
 impl Lease {
+    fn new(outstanding: Outstanding, connection: Leased) -> Self {
+        Self { outstanding, _connection: connection, _admitted: None }
+    }
+
+    /// Also counts among the requests of its cluster.
+    pub(super) fn admitted(self, admitted: Option<Admitted>) -> Self {
+        Self { _admitted: admitted, ..self }
+    }
+
     pub(super) fn address(&self) -> SocketAddr {
         self.outstanding.0.address
     }
@@ -321,52 +369,23 @@ impl Lease {
 }
 
 impl Endpoint {
-    pub(super) fn new(address: SocketAddr) -> Rc<Self> {
+    pub(super) fn new(address: SocketAddr, load: &Rc<Load>) -> Rc<Self> {
         Rc::new(Self {
             address,
             outstanding: Cell::new(0),
-            ejected: Cell::new(None),
+            health: Health::default(),
             retired: Cell::new(false),
+            connections: Connections::of(load),
+            policy: Cell::default(),
             idle: RefCell::default(),
             shared: RefCell::default(),
             opening: RefCell::default(),
         })
     }
 
-    /// Whether the last connection to it failed, however long ago.
-    pub(super) fn is_doubtful(&self) -> bool {
-        self.ejected.get().is_some()
-    }
-
-    /// Whether it is not to be chosen while there are others.
-    pub(super) fn is_ejected(&self, now: Instant) -> bool {
-        self.ejected.get().is_some_and(|ejected| now < ejected.until)
-    }
-
-    /// It was chosen after its time: one request finds out how it is, and others wait for what comes of it.
-    pub(super) fn probe(&self, now: Instant) {
-        if let Some(ejected) = self.ejected.get() {
-            self.ejected.set(Some(Ejected { until: now + LEAST_EJECTION, probing: true, ..ejected }));
-        }
-    }
-
-    /// No connection could be made.
-    pub(super) fn unreachable(&self, now: Instant) {
-        let before = self.ejected.get();
-        // Of several that failed together, the first counts.
-        if before.is_some_and(|ejected| now < ejected.until && !ejected.probing) {
-            return;
-        }
-        let failures = before.map_or(0, |ejected| ejected.failures);
-        let time = LEAST_EJECTION.saturating_mul(1 << failures.min(10)).min(MOST_EJECTION);
-        self.ejected.set(Some(Ejected { failures: failures + 1, until: now + time, probing: false }));
-    }
-
-    /// It has answered.
-    pub(super) fn reached(&self) {
-        if self.is_doubtful() {
-            self.ejected.set(None);
-        }
+    /// How its connections are used from now on.
+    pub(super) fn limit(&self, policy: ConnectionPolicy) {
+        self.policy.set(policy);
     }
 
     pub(super) fn outstanding(&self) -> u32 {
@@ -384,20 +403,23 @@ impl Endpoint {
 
     /// Closes connections that have been idle for too long, and forgets closed ones.
     pub(super) fn sweep(&self, connector: &Connector, now: Instant) {
-        for old in self.idle.borrow_mut().extract_if(.., |idle| !idle.is_usable(connector, now)) {
+        let policy = self.policy.get();
+        for old in self.idle.borrow_mut().extract_if(.., |idle| !idle.is_usable(connector, policy, now)) {
             old.connection.close();
         }
         self.shared.borrow_mut().retain(|connection| {
             let in_use = connection.streams.get() > 0;
-            !connection.sender.is_closed()
+            connection.is_usable(policy, now)
                 && (in_use || now.duration_since(connection.since.get()) < connector.http2_idle)
         });
     }
 
     fn keep(&self, connection: client::Connection, now: Instant) {
         let mut idle = self.idle.borrow_mut();
-        if !self.retired.get() && idle.len() < MAX_IDLE {
+        let is_over = connection.life().is_over(self.policy.get(), now);
+        if !self.retired.get() && idle.len() < MAX_IDLE && !is_over {
             idle.push(Idle { connection, since: now });
+            self.connections.free();
         } else {
             connection.close();
         }
@@ -405,9 +427,10 @@ impl Endpoint {
 
     /// The connection used last, as the others may then grow old and be closed.
     fn take(&self, connector: &Connector, now: Instant) -> Option<client::Connection> {
+        let policy = self.policy.get();
         let mut idle = self.idle.borrow_mut();
         while let Some(candidate) = idle.pop() {
-            if candidate.is_usable(connector, now) {
+            if candidate.is_usable(connector, policy, now) {
                 return Some(candidate.connection);
             }
             candidate.connection.close();
@@ -426,22 +449,27 @@ impl Endpoint {
     ) -> Result<(Response<UpstreamBody>, Lease), SendError> {
         let outstanding = Outstanding::on(self);
         if wire == Wire::Http2 {
-            return self.send_http2(connector, request, outstanding).await;
+            return self.send_http2(connector, request, outstanding, now).await;
         }
-        let kept = if fresh { None } else { self.take(connector, now) };
-        let reused = kept.is_some();
-        let connection = match kept {
-            Some(connection) => connection,
-            // In a box, as it is rare and large: every connection has space for what its requests may wait for.
-            None => match Box::pin(connector.http1(self.address)).await {
-                Ok(connection) => connection,
-                Err(error) => {
-                    return Err(SendError::Connect { request: Box::new(request), error });
+        // Whoever waits for one comes first.
+        let kept = if fresh || self.connections.are_waited_for() { None } else { self.take(connector, now) };
+        let (connection, reused) = match kept {
+            Some(connection) => (connection, true),
+            None => {
+                let Some(_pending) = self.connections.load().wait() else {
+                    return Err(SendError::Overflow { request: Box::new(request) });
+                };
+                // In a box, as it is rare and large: every connection has space for what its requests may wait for.
+                match Box::pin(self.http1(connector)).await {
+                    Ok(connection) => connection,
+                    Err(error) => {
+                        return Err(SendError::Connect { request: Box::new(request), error });
+                    }
                 }
-            },
+            }
         };
         match connection.send(request).await {
-            Ok(response) => Ok((response.map(UpstreamBody::Http1), Lease { outstanding, _connection: Leased::Http1 })),
+            Ok(response) => Ok((response.map(UpstreamBody::Http1), Lease::new(outstanding, Leased::Http1))),
             Err(NoAnswer::Unsent { request, .. }) if reused => Err(SendError::Stale { request }),
             Err(NoAnswer::Unsent { request, error }) => {
                 Err(SendError::Connect { request, error: ConnectError::Http(self.address, error.into()) })
@@ -450,15 +478,35 @@ impl Endpoint {
         }
     }
 
+    /// A connection that was not at hand, and whether it was used before: a new one, or where there may be no more of them the
+    /// next that is free. How long that takes is a matter of the requests that have them, and of the route's timeout.
+    async fn http1(&self, connector: &Connector) -> Result<(client::Connection, bool), ConnectError> {
+        loop {
+            if let Some(opened) = self.connections.another() {
+                return Ok((connector.http1(self.address, opened).await?, false));
+            }
+            if !self.connections.are_waited_for()
+                && let Some(kept) = self.take(connector, Instant::now())
+            {
+                return Ok((kept, true));
+            }
+            self.connections.freed().await;
+            if let Some(kept) = self.take(connector, Instant::now()) {
+                return Ok((kept, true));
+            }
+        }
+    }
+
     async fn send_http2(
         self: &Rc<Self>,
         connector: &Rc<Connector>,
         request: Request<RequestBody>,
         outstanding: Outstanding,
+        now: Instant,
     ) -> Result<(Response<UpstreamBody>, Lease), SendError> {
         let mut opened = false;
         let connection = loop {
-            if let Some(connection) = self.share() {
+            if let Some(connection) = self.share(now) {
                 break connection;
             }
             opened = true;
@@ -471,7 +519,7 @@ impl Endpoint {
         match sender.try_send_request(request).await {
             Ok(response) => {
                 let connection = Leased::Http2 { _stream: stream };
-                Ok((response.map(UpstreamBody::Http2), Lease { outstanding, _connection: connection }))
+                Ok((response.map(UpstreamBody::Http2), Lease::new(outstanding, connection)))
             }
             Err(error) => {
                 if connection.sender.is_closed() {
@@ -482,9 +530,18 @@ impl Endpoint {
         }
     }
 
-    fn share(&self) -> Option<Rc<Multiplexed>> {
+    fn share(&self, now: Instant) -> Option<Rc<Multiplexed>> {
+        let policy = self.policy.get();
         let shared = self.shared.borrow();
-        shared.iter().find(|c| !c.sender.is_closed() && c.streams.get() < MAX_STREAMS).cloned()
+        let usable = |c: &&Rc<Multiplexed>| c.is_usable(policy, now);
+        if let Some(free) = shared.iter().find(|c| c.streams.get() < MAX_STREAMS && usable(c)) {
+            return Some(Rc::clone(free));
+        }
+        if self.connections.are_full() {
+            // What the server takes at once it says itself, and h2 waits for it (RFC 9113, 5.1.2).
+            return shared.iter().filter(usable).min_by_key(|c| c.streams.get()).cloned();
+        }
+        None
     }
 
     /// Returns when some new HTTP/2 connection has been made.
@@ -496,11 +553,13 @@ impl Endpoint {
             *self.opening.borrow_mut() = Some(opening.clone());
             let (endpoint, connector) = (Rc::clone(self), Rc::clone(connector));
             // A task of its own, bounded by the time-outs: whoever asked first may go away, others still wait.
+            let opened = self.connections.one_more();
             tokio::task::spawn_local(async move {
-                let result = connector.http2(endpoint.address).await;
+                let result = connector.http2(endpoint.address, opened).await;
                 let result = result.map_err(Rc::new).map(|sender| {
                     let since = Cell::new(Instant::now());
-                    let connection = Rc::new(Multiplexed { sender, streams: Cell::new(0), since });
+                    let life = Cell::new(Life::begin());
+                    let connection = Rc::new(Multiplexed { sender, streams: Cell::new(0), since, life });
                     endpoint.shared.borrow_mut().push(connection);
                 });
                 endpoint.opening.borrow_mut().take();

@@ -15,7 +15,7 @@ use super::{
     connection::{Connection, Current},
     cors::{self, Grant, Verdict},
     fault, headers, mirror,
-    pool::{Lease, SendError, Wire},
+    pool::{Endpoint, Lease, SendError, Wire},
     retry::Retries,
     rewrite,
     serving::{Action, Chain, Route},
@@ -188,6 +188,7 @@ async fn forward(
         rewrite::apply(rewrite, &mut parts)?;
     }
     tally.drawn(cluster);
+    let admitted = cluster.admit()?;
 
     let mut body = std::mem::replace(unread, RequestBody::Empty);
     if !split.mirrors.is_empty() && !upgrade {
@@ -211,10 +212,15 @@ async fn forward(
             () = limit => Err(Failure::UpstreamTimeout.into()),
         },
     };
+    // Still awaited: the time of the route is over.
+    if let Some(endpoint) = outgoing.awaited.take() {
+        cluster.unanswered(&endpoint);
+    }
     if let Some(request) = outgoing.next.take() {
         *unread = request.into_body();
     }
     let (mut response, lease) = sent?;
+    let lease = lease.admitted(admitted);
     tally.answered(response.status(), Instant::now());
     if tally.is_grpc()
         && let Some(status) = response.headers().get("grpc-status")
@@ -256,6 +262,8 @@ struct Outgoing {
     next: Option<Request<RequestBody>>,
     copy: Option<Box<Copy>>,
     replay: Option<Replay>,
+    /// The endpoint that has it, where its silence counts.
+    awaited: Option<Rc<Endpoint>>,
 }
 
 struct Copy {
@@ -287,7 +295,7 @@ impl Outgoing {
                 (body, None)
             }
         };
-        Self { next: Some(Request::from_parts(parts, body)), copy, replay }
+        Self { next: Some(Request::from_parts(parts, body)), copy, replay, awaited: None }
     }
 
     /// Makes the request again after it was sent, if all of it is still there.
@@ -348,6 +356,7 @@ async fn send(
         tried = true;
         tally.attempted(endpoint.address);
         certain += 1;
+        outgoing.awaited = cluster.config.traffic.outliers.is_some().then(|| Rc::clone(&endpoint));
         let sending = endpoint.send(&cluster.connector, wire, request, fresh, now);
         let sent = match retries.per_try_timeout() {
             None => Some(sending.await),
@@ -357,7 +366,9 @@ async fn send(
                 () = end.and(allowed) => None,
             },
         };
+        outgoing.awaited = None;
         let Some(sent) = sent else {
+            cluster.unanswered(&endpoint);
             if !(retries.want_after(&Failure::UpstreamTimeout) && retries.take() && outgoing.again()) {
                 return Err(Failure::UpstreamTimeout.into());
             }
@@ -369,7 +380,7 @@ async fn send(
         };
         again = match sent {
             Ok((response, lease)) => {
-                endpoint.reached();
+                cluster.answered(&endpoint, &response, tally.is_grpc());
                 // Only a proxy of ours is believed.
                 if cluster.config.tls.is_none() || !response.headers().contains_key(NOT_PROCESSED) {
                     if retries.want_instead_of(&response) && retries.take() && outgoing.again() {
@@ -388,11 +399,15 @@ async fn send(
                 outgoing.again().then_some(Retry::NotProcessed)
             }
             Err(SendError::Connect { request, error }) => {
-                endpoint.unreachable(Instant::now());
+                cluster.unreachable(&endpoint);
                 tracing::debug!(cluster = cluster.config.name, %error, "endpoint not reached");
                 failed.push(endpoint.address);
                 outgoing.next = Some(*request);
                 Some(Retry::Connect)
+            }
+            Err(SendError::Overflow { request }) => {
+                outgoing.next = Some(*request);
+                return Err(Failure::Overflow.into());
             }
             Err(SendError::Stale { request }) => {
                 fresh = true;
@@ -409,6 +424,9 @@ async fn send(
             Err(SendError::Lost { error }) => {
                 tracing::debug!(cluster = cluster.config.name, endpoint = %endpoint.address, %error, "no answer");
                 let failure = error.failure();
+                if failure != Failure::ClientGone {
+                    cluster.unanswered(&endpoint);
+                }
                 if !(retries.want_after(&failure) && retries.take() && outgoing.again()) {
                     return Err(Refusal::Failure(failure));
                 }

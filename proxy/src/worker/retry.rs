@@ -1,20 +1,20 @@
 //! Retries that a route asks for: requests are sent again although they may have been processed. (What is certain not to have
 //! been processed is sent again without a policy, see `request`.)
 
-use std::{cell::Cell, rc::Rc, time::Duration};
+use std::{rc::Rc, time::Duration};
 
 use http::{Response, StatusCode};
 use tokio::time::sleep;
 
-use super::cluster::Cluster;
+use super::{cluster::Cluster, load::Counted};
 use crate::{
     failure::Failure,
     metrics::GrpcStatus,
     snapshot::{RetryOn, RetryPolicy},
 };
 
-/// So many requests of a cluster may be tried again at once on each thread, or a fifth of those that are open: retries must not
-/// multiply the load of an application that fails under it. The figures are those of Envoy's `RetryBudget`.
+/// So many requests of a cluster may be tried again at once on each thread, or a fifth of those that are open, unless its message
+/// says how many: retries must not multiply the load of an application that fails under it. The figures are those of Envoy's `RetryBudget`.
 const LEAST_BUDGET: u32 = 3;
 const BUDGET_DIVISOR: u32 = 5;
 /// The longest wait before retry n is a random part of (2^n - 1) times this, at most ten times it (Envoy's `RetryBackOff`).
@@ -31,7 +31,7 @@ pub(super) struct Retries<'a> {
 
 impl<'a> Retries<'a> {
     pub(super) fn new(policy: Option<&'a RetryPolicy>, cluster: &'a Rc<Cluster>) -> Self {
-        let active = policy.map(|_| Counted::on(&cluster.active));
+        let active = policy.map(|_| Counted::on(&cluster.load.active));
         Self { policy, cluster, done: 0, _active: active, retrying: None }
     }
 
@@ -71,11 +71,12 @@ impl<'a> Retries<'a> {
             return false;
         }
         if self.retrying.is_none() {
-            let budget = (self.cluster.active.get() / BUDGET_DIVISOR).max(LEAST_BUDGET);
-            if self.cluster.retrying.get() >= budget {
+            let load = &self.cluster.load;
+            let budget = load.retries().unwrap_or_else(|| (load.active.get() / BUDGET_DIVISOR).max(LEAST_BUDGET));
+            if load.retrying.get() >= budget {
                 return false;
             }
-            self.retrying = Some(Counted::on(&self.cluster.retrying));
+            self.retrying = Some(Counted::on(&load.retrying));
         }
         self.done += 1;
         true
@@ -85,21 +86,5 @@ impl<'a> Retries<'a> {
     pub(super) async fn back_off(&self) {
         let most = BACKOFF * ((1 << self.done.min(4)) - 1).min(10);
         sleep(most.mul_f64(fastrand::f64())).await;
-    }
-}
-
-/// One more, as long as this lives.
-struct Counted<'a>(&'a Cell<u32>);
-
-impl<'a> Counted<'a> {
-    fn on(count: &'a Cell<u32>) -> Self {
-        count.set(count.get() + 1);
-        Self(count)
-    }
-}
-
-impl Drop for Counted<'_> {
-    fn drop(&mut self) {
-        self.0.set(self.0.get() - 1);
     }
 }

@@ -14,12 +14,15 @@ use tokio::{
 };
 use tokio_rustls::{client, server};
 
+use super::load::Opened;
 use crate::tls::not_after;
 
 pub(super) struct Stream {
     transport: Transport,
     /// Read from the transport already, and not yet by the reader.
     prefix: Bytes,
+    /// Of a connection to an upstream: it counts as long as it is open.
+    _opened: Option<Opened>,
 }
 
 enum Transport {
@@ -92,15 +95,21 @@ const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 impl Stream {
     pub(super) fn plain(stream: TcpStream) -> Self {
-        Self { transport: Transport::Plain(Socket(stream)), prefix: Bytes::new() }
+        Self { transport: Transport::Plain(Socket(stream)), prefix: Bytes::new(), _opened: None }
     }
 
     pub(super) fn server(stream: server::TlsStream<Socket>) -> Self {
-        Self { transport: Transport::Server(Box::new(stream)), prefix: Bytes::new() }
+        Self { transport: Transport::Server(Box::new(stream)), prefix: Bytes::new(), _opened: None }
     }
 
-    pub(super) fn client(stream: client::TlsStream<Socket>) -> Self {
-        Self { transport: Transport::Client(Box::new(stream)), prefix: Bytes::new() }
+    /// To an upstream, in plain.
+    pub(super) fn plain_client(stream: TcpStream, opened: Opened) -> Self {
+        Self { _opened: Some(opened), ..Self::plain(stream) }
+    }
+
+    /// To an upstream, in TLS.
+    pub(super) fn client(stream: client::TlsStream<Socket>, opened: Opened) -> Self {
+        Self { transport: Transport::Client(Box::new(stream)), prefix: Bytes::new(), _opened: Some(opened) }
     }
 
     /// Gives back what was read too far, for the next reader.

@@ -2,10 +2,7 @@
 
 use std::{io, net::SocketAddr};
 
-use tokio::{
-    io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes},
-    time::Instant,
-};
+use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
 
 use super::{
     connection::Connection,
@@ -50,14 +47,18 @@ async fn connect(connection: &Connection, split: &Split) -> Result<(Stream, Outs
         if !failed.is_empty() {
             connection.slot.metrics.retried(Retry::Connect);
         }
+        if endpoint.connections.are_full() {
+            return Err(Failure::Overflow);
+        }
         let outstanding = Outstanding::on(&endpoint);
-        match cluster.connector.connect(endpoint.address, Wire::Tcp).await {
+        let opened = endpoint.connections.one_more();
+        match cluster.connector.connect(endpoint.address, Wire::Tcp, opened).await {
             Ok(stream) => {
-                endpoint.reached();
+                cluster.reached(&endpoint);
                 return Ok((stream, outstanding));
             }
             Err(error) => {
-                endpoint.unreachable(Instant::now());
+                cluster.unreachable(&endpoint);
                 tracing::debug!(cluster = cluster.config.name, %error, "endpoint not reached");
                 failed.push(endpoint.address);
             }

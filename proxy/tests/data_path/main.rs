@@ -7,6 +7,7 @@ mod downstream_http1;
 mod drain;
 mod fault;
 mod http;
+mod limits;
 mod mirror;
 mod policies;
 mod retries;

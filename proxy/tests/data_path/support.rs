@@ -32,7 +32,8 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use sluice_proxy::{
     metrics::Metrics,
     snapshot::{
-        Action, ClientTls, Cluster, FilterChain, Listener, MetricLabels, Protocol, ServerTls, Snapshot, Split, Upstream,
+        Action, ClientTls, Cluster, FilterChain, Listener, MetricLabels, Protocol, ServerTls, Snapshot, Split,
+        TrafficPolicy, Upstream,
     },
     tls::IdentityHandle,
     workers::{Options, Role, Timing, Workers},
@@ -156,7 +157,7 @@ impl Proxy {
         options.timing.settle = Duration::ZERO;
         change(&mut options);
         let workers = Workers::start(&options).unwrap();
-        Self { workers, metrics, address: SocketAddr::new(own_ip(), 20000) }
+        Self { workers, metrics: options.metrics, address: SocketAddr::new(own_ip(), 20000) }
     }
 
     pub(crate) fn listener(&self, protocol: Protocol) -> Arc<Listener> {
@@ -207,6 +208,7 @@ pub(crate) fn cluster(revision: &str, endpoints: &[SocketAddr]) -> Cluster {
         upstream: Upstream::Endpoints(endpoints),
         tls: None,
         connect_timeout: Duration::from_secs(1),
+        traffic: TrafficPolicy::default(),
     }
 }
 
@@ -230,6 +232,7 @@ pub(crate) async fn sidecar(ca: &Ca, ip: IpAddr, tcp: bool) -> Proxy {
             upstream: Upstream::OriginalDst { port: 8080 },
             tls: None,
             connect_timeout: Duration::from_secs(1),
+            traffic: TrafficPolicy::default(),
         },
         1,
     )]);

@@ -23,7 +23,9 @@ use rustls::{
 };
 use sluice_proxy::{
     metrics::Metrics,
-    snapshot::{Action, Cluster, FilterChain, Listener, MetricLabels, Protocol, ServerTls, Snapshot, Split, Upstream},
+    snapshot::{
+        Action, Cluster, FilterChain, Listener, MetricLabels, Protocol, ServerTls, Snapshot, Split, TrafficPolicy, Upstream,
+    },
     tls::IdentityHandle,
     workers::{Options, Role, Timing, Workers},
 };
@@ -92,6 +94,7 @@ impl Proxy {
                 upstream: Upstream::Endpoints(vec![*address]),
                 tls: None,
                 connect_timeout: Duration::from_secs(1),
+                traffic: TrafficPolicy::default(),
             };
             (Arc::new(cluster), WEIGHTS[index])
         };

@@ -24,7 +24,9 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use sluice_proxy::{
     config::{Change, Resources},
     metrics::Metrics,
-    snapshot::{Action, Cluster, FilterChain, Listener, MetricLabels, Protocol, ServerTls, Snapshot, Split, Upstream},
+    snapshot::{
+        Action, Cluster, FilterChain, Listener, MetricLabels, Protocol, ServerTls, Snapshot, Split, TrafficPolicy, Upstream,
+    },
     tls::IdentityHandle,
     workers::{Options, Role, Timing, Workers},
 };
@@ -110,6 +112,7 @@ fn listener((address, upstream): (SocketAddr, SocketAddr), tls: Option<ServerTls
         upstream: Upstream::Endpoints(vec![upstream]),
         tls: None,
         connect_timeout: Duration::from_secs(1),
+        traffic: TrafficPolicy::default(),
     };
     let split = Split { targets: vec![(Arc::new(cluster), 100)], mirrors: Vec::new() };
     let chain = FilterChain {

@@ -17,7 +17,7 @@ use tokio::io::AsyncWrite;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    super::{body::RequestBody, stream::Stream},
+    super::{body::RequestBody, pool::Life, stream::Stream},
     Error, Input, Malformed, Outgoing, Output, Unsent,
     body::{Decoder, Encoder, Step},
     head::{self, AnswerHead},
@@ -39,6 +39,7 @@ struct Io {
     input: Input,
     output: Output,
     request: Sent,
+    life: Life,
     /// Who reads the answer, to be told when the request turns out broken.
     reader: Option<Waker>,
 }
@@ -94,8 +95,13 @@ impl Connection {
             input: Input::new(),
             output: Output::default(),
             request: Sent::Whole,
+            life: Life::begin(),
             reader: None,
         })))
+    }
+
+    pub(in super::super) fn life(&self) -> Life {
+        self.0.borrow().life
     }
 
     /// Whether an unused connection is still open and silent. The event that it is not is noted by the runtime, so
@@ -117,7 +123,11 @@ impl Connection {
         let (parts, body) = request.into_parts();
         let length = if body.is_end_stream() { Some(0) } else { body.size_hint().exact() };
         let encoder = length.map_or_else(|| Encoder::chunked(Some(&parts.headers)), Encoder::Length);
-        head::write_request(self.0.borrow_mut().output.small(), &parts, &encoder);
+        {
+            let io = &mut *self.0.borrow_mut();
+            io.life.request();
+            head::write_request(io.output.small(), &parts, &encoder);
+        }
         let message = Outgoing { body, encoder, ended: length == Some(0) };
         let mut sending = Sending { message, over: false, failed: None };
         let mut exchange = Exchange {
