@@ -90,11 +90,30 @@ pub(crate) fn pinned(core: usize, program: &Path) -> Command {
 
 /// This program as `role`, told by a file what to do.
 pub(crate) fn child(core: usize, role: &str, folder: &Path, what: &impl Serialize) -> anyhow::Result<Command> {
+    let own = std::env::current_exe()?;
+    let mut command = pinned(core, &own);
+    command.arg(role).arg(told(role, folder, what)?);
+    Ok(command)
+}
+
+/// The same under callgrind, which counts the instructions that it runs in user space.
+pub(crate) fn counted(
+    core: usize,
+    role: &str,
+    folder: &Path,
+    what: &impl Serialize,
+    counts: &Path,
+) -> anyhow::Result<Command> {
+    let mut command = pinned(core, Path::new("valgrind"));
+    command.args(["--quiet", "--tool=callgrind"]).arg(format!("--callgrind-out-file={}", counts.display()));
+    command.arg(std::env::current_exe()?).arg(role).arg(told(role, folder, what)?);
+    Ok(command)
+}
+
+fn told(role: &str, folder: &Path, what: &impl Serialize) -> anyhow::Result<PathBuf> {
     let file = folder.join(format!("{role}.json"));
     fs::write(&file, serde_json::to_vec(what)?)?;
-    let mut command = pinned(core, &std::env::current_exe()?);
-    command.arg(role).arg(file);
-    Ok(command)
+    Ok(file)
 }
 
 /// Returns when the parent has gone, or wants us to.

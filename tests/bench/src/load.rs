@@ -31,6 +31,8 @@ use crate::{
 pub(crate) enum Load {
     /// As fast as the proxy answers: on each of the connections, `at_once` requests are under way (HTTP/1.1: one).
     Saturated { connections: usize, at_once: usize },
+    /// The same until so many requests are answered.
+    Counted { connections: usize, at_once: usize, requests: u64 },
     /// Requests per second at random times (a Poisson process), whether or not others were answered. HTTP/1.1 in plaintext.
     Open { rate: u32 },
     /// A connection for each request, so many at once.
@@ -125,6 +127,18 @@ impl Task {
                     let (client, stream) = (Rc::clone(&client), client.connect().await?);
                     tasks.spawn_local(async move { client.ask(stream, at_once, u64::MAX).await.map(drop) });
                 }
+            }
+            Load::Counted { connections, at_once, requests } => {
+                let start = self.read([0; OWNERS.len()])?;
+                for _ in 0..connections {
+                    let (client, stream) = (Rc::clone(&client), client.connect().await?);
+                    let limit = requests / connections as u64;
+                    tasks.spawn_local(async move { client.ask(stream, at_once, limit).await.map(drop) });
+                }
+                while let Some(ended) = tasks.join_next().await {
+                    ended??;
+                }
+                return self.window(&start, &self.read(client.counts.each_ref().map(Cell::get))?);
             }
             Load::Handshakes { at_once } => {
                 for _ in 0..at_once {

@@ -14,7 +14,7 @@ use clap::{Args, builder::FalseyValueParser};
 
 use crate::{
     envoy, haproxy,
-    job::{Job, Protocol, Role, Running, Security, Service, WEIGHTS, child, pinned},
+    job::{Job, Protocol, Role, Running, Security, Service, WEIGHTS, child, counted, pinned},
     load::{self, Load, Task, Window},
     message::OWNERS,
     report::{Observation, Report},
@@ -43,10 +43,17 @@ pub(crate) struct Plan {
     /// Only the rows with this in their name.
     #[arg(long, env = "ONLY")]
     only: Option<String>,
+    /// Instead, count the instructions that a request of the saturated rows takes our proxy in user space. They do not depend
+    /// on what else the machine does, but leave the kernel out.
+    #[arg(long, env = "INSTRUCTIONS", value_parser = FalseyValueParser::new())]
+    instructions: bool,
     /// Write all rounds and figures to this file.
     #[arg(long, env = "JSON")]
     json: Option<PathBuf>,
 }
+
+/// Of the upstreams, by owner.
+type Addresses = [Vec<SocketAddr>; OWNERS.len()];
 
 /// A peer that runs.
 struct Started {
@@ -71,7 +78,7 @@ impl Plan {
         fs::create_dir_all(&folder)?;
         let result = self.all(&folder);
         let _ = fs::remove_dir_all(&folder);
-        let report = result?;
+        let Some(report) = result? else { return Ok(()) };
         println!("{report}");
         if let Some(file) = &self.json {
             fs::write(file, serde_json::to_vec_pretty(&report)?)
@@ -82,18 +89,24 @@ impl Plan {
         Ok(())
     }
 
-    fn all(&self, folder: &Path) -> anyhow::Result<Report> {
+    fn all(&self, folder: &Path) -> anyhow::Result<Option<Report>> {
         crate::certificates::write(folder)?;
         let mut observations = Vec::new();
         let wanted = |row: &&Row| self.only.as_deref().is_none_or(|part| row.name.contains(part));
+        if self.instructions {
+            for row in ROWS.iter().filter(wanted) {
+                self.count(row, folder).with_context(|| row.name.to_owned())?;
+            }
+            return Ok(None);
+        }
         for row in ROWS.iter().filter(wanted) {
             eprintln!("{}", row.name);
             self.row(row, folder, &mut observations).with_context(|| row.name.to_owned())?;
         }
-        Ok(Report::new(observations))
+        Ok(Some(Report::new(observations)))
     }
 
-    fn row(&self, row: &Row, folder: &Path, observations: &mut Vec<Observation>) -> anyhow::Result<()> {
+    fn upstream(&self, row: &Row, folder: &Path) -> anyhow::Result<(Running, Addresses)> {
         let ports = free(2)?;
         let listen = [ports[0], ports[1]].map(|first| {
             let address = |n| SocketAddr::new(Ipv4Addr::new(127, 0, 0, n).into(), first.port());
@@ -106,7 +119,12 @@ impl Plan {
             sizes: row.sizes,
             folder: folder.to_owned(),
         };
-        let _upstream = start(&mut child(LOAD_CORE, "upstream", folder, &upstream)?, listen[1][0])?;
+        let running = start(&mut child(LOAD_CORE, "upstream", folder, &upstream)?, listen[1][0])?;
+        Ok((running, listen))
+    }
+
+    fn row(&self, row: &Row, folder: &Path, observations: &mut Vec<Observation>) -> anyhow::Result<()> {
+        let (_upstream, listen) = self.upstream(row, folder)?;
         // What memory was given for is not given back: a process serves one round of it. It scatters little.
         let fresh = matches!(row.load, Load::Idle { .. });
         let rounds = self.rounds.unwrap_or(if self.quick || fresh { 3 } else { 7 });
@@ -144,7 +162,7 @@ impl Plan {
     }
 
     #[allow(clippy::disallowed_methods, reason = "no runtime here that a sleep could block")]
-    fn peer(&self, peer: Peer, row: &Row, upstreams: &[Vec<SocketAddr>; 2], folder: &Path) -> anyhow::Result<Started> {
+    fn peer(&self, peer: Peer, row: &Row, upstreams: &Addresses, folder: &Path) -> anyhow::Result<Started> {
         let ports = free(3)?;
         let service = |index: usize| Service {
             host: format!("cart{index}.shop"),
@@ -171,6 +189,10 @@ impl Plan {
         let mut processes = Vec::new();
         match peer.proxy {
             Proxy::Direct => target = upstreams[0][0],
+            Proxy::Sluice if self.instructions => {
+                let mut command = counted(PROXY_CORE, "proxy", folder, &job, &folder.join("callgrind"))?;
+                processes.push(start(&mut command, target)?);
+            }
             Proxy::Sluice => processes.push(start(&mut child(PROXY_CORE, "proxy", folder, &job)?, target)?),
             Proxy::SluiceWithSidecar => {
                 let beside = |owner: usize| Service {
@@ -211,6 +233,32 @@ impl Plan {
         let mut started = Started { peer, processes, target, host, rss_idle_kib: 0.0 };
         started.rss_idle_kib = load::rss_kib(&started.pids())?;
         Ok(started)
+    }
+
+    fn count(&self, row: &Row, folder: &Path) -> anyhow::Result<()> {
+        let unit = if row.sizes.answer < 1 << 20 { 1 << 10 } else { 1 << 6 };
+        let counts = [unit, 5 * unit];
+        let Load::Saturated { connections, at_once } = row.load else { return Ok(()) };
+        for peer in row.peers.iter().filter(|peer| peer.proxy == Proxy::Sluice) {
+            let mut totals = [0.0; 2];
+            // The difference leaves out what is done once.
+            for (total, requests) in totals.iter_mut().zip(counts) {
+                let (_upstream, listen) = self.upstream(row, folder)?;
+                let mut started = self.peer(*peer, row, &listen, folder)?;
+                let load = Load::Counted { connections, at_once, requests };
+                self.window(&Row { load, ..*row }, &started, folder)?;
+                for process in &mut started.processes {
+                    drop(process.0.stdin.take());
+                    process.0.wait()?;
+                }
+                let text = fs::read_to_string(folder.join("callgrind")).context("reading callgrind's counts")?;
+                let line = text.lines().find_map(|line| line.strip_prefix("totals: ")).context("no totals")?;
+                *total = line.trim().parse()?;
+            }
+            let each = (totals[1] - totals[0]) / (counts[1] - counts[0]) as f64;
+            println!("{:<50} {:<14} {each:>10.0} instructions", row.name, peer.name);
+        }
+        Ok(())
     }
 
     fn window(&self, row: &Row, started: &Started, folder: &Path) -> anyhow::Result<Window> {
@@ -258,7 +306,7 @@ fn free(count: usize) -> anyhow::Result<Vec<SocketAddr>> {
 #[allow(clippy::disallowed_methods, reason = "no runtime here that a sleep could block")]
 fn start(command: &mut Command, listens: SocketAddr) -> anyhow::Result<Running> {
     let mut running = Running(command.spawn().with_context(|| format!("starting {command:?}"))?);
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while TcpStream::connect(listens).is_err() {
         if let Some(status) = running.0.try_wait()? {
             bail!("{command:?} ended with {status}");
