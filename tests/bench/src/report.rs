@@ -163,7 +163,9 @@ impl Report {
                 format!("{:.1} -> {:.1}", rss.0, rss.1),
                 median(&of(|seen| seen.window.steal * 100.0)),
                 if latencies.is_empty() { "-".to_owned() } else { spread(&latencies, 0) },
-                if matches!(row.load, Load::Saturated { .. }) && median(&percent) < SATURATED_PERCENT {
+                if matches!(row.load, Load::Saturated { .. } | Load::Handshakes { .. })
+                    && median(&percent) < SATURATED_PERCENT
+                {
                     "  (its core was not saturated)"
                 } else {
                     ""
