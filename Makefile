@@ -43,7 +43,7 @@ test-cluster: ## End to end, all of it: faults, upgrades, deletions in every pha
 	FULL=1 tests/e2e/run
 
 .PHONY: bench
-bench: ## CPU per request against Envoy, in one run
+bench: ## CPU, latency and memory against Envoy and HAProxy, in one run (QUICK=1: under 4 minutes; ONLY=TEXT: some rows; JSON=FILE: all rounds)
 	tests/bench/run
 
 .PHONY: scale

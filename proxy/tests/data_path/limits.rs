@@ -249,7 +249,7 @@ async fn as_many_retries_as_the_cluster_allows_and_no_more() {
         let retry = RetryPolicy { on: vec![RetryOn::ServerError], retries: 2, per_try_timeout: None };
         let policy = Policy { retry: Some(retry), ..Policy::default() };
         let split = split([(limited(app.address, Limits { retries, ..Limits::default() }), 1)]);
-        proxy.serve(Protocol::Http(Action::Forward { split, policy: Arc::new(policy) })).await;
+        proxy.serve(Protocol::http(Action::Forward { split, policy: Arc::new(policy) })).await;
         assert_eq!(Http1::connect(proxy.address).await.get("/").await.status, StatusCode::SERVICE_UNAVAILABLE);
         assert_eq!(app.requests() - before, tries, "{retries:?}");
     }

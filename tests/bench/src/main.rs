@@ -1,22 +1,31 @@
-//! What a request costs in CPU: our data path beside stock Envoy, in the same run, on the same core.
+//! What our data path costs: beside stock Envoy and HAProxy, in the same run, on the same core.
 //!
-//! The proxy is pinned to core 0; load generator and upstreams share core 1. Both proxies are started once and measured
-//! in turn, each round in the reverse order of the one before, so that a drift of the machine meets both. Within a round
-//! Envoy's CPU time per request is divided by ours; the table gives median and range of these ratios. CPU time is what
-//! the kernel says that the proxy's threads ran (`/proc/<pid>/task/*/schedstat`), so the ratio stays meaningful when
-//! something else had the core for a while; steal and the run queue are printed beside it.
+//! The proxy is pinned to core 0; load generator and upstreams share core 1. All proxies of a row are started once and
+//! measured in turn, each round in the reverse order of the one before, so that a drift of the machine meets all. Within a
+//! round Envoy's CPU time per request is divided by the other's; the table gives median and range of these ratios, and says
+//! `unresolved` where a limit lies within the range. CPU time is what the kernel says that the proxy's threads ran
+//! (`/proc/<pid>/task/*/schedstat`), so the ratio stays meaningful when something else had the core for a while; steal
+//! and the run queue are printed beside it.
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "the table is the product")]
 
-mod contestants;
+mod certificates;
+mod envoy;
+mod haproxy;
+mod http2;
+mod job;
 mod load;
 mod measure;
+mod message;
 mod report;
+mod rows;
+mod sluice;
 mod upstream;
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand};
+use serde::de::DeserializeOwned;
 
 #[derive(Parser)]
 struct Cli {
@@ -26,38 +35,28 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Measure all scenarios and print the table.
+    /// Measure all rows and print the table.
     Run(measure::Plan),
-    /// (Started by `run`.) Our data path with a static snapshot, on one thread, until standard input ends.
-    Proxy(contestants::Proxy),
-    /// (Started by `run`.) Answers every request with its name, until standard input ends.
-    Upstream { listen: SocketAddr, name: String },
-    /// (Started by `run`.) A closed loop over kept connections; prints one line of JSON.
-    Load {
-        target: SocketAddr,
-        /// Folder with the certificates; plaintext without.
-        #[arg(long)]
-        tls: Option<PathBuf>,
-        #[arg(long, default_value_t = 64)]
-        connections: usize,
-        #[arg(long)]
-        pid: u32,
-        #[arg(long)]
-        warm_up_ms: u64,
-        #[arg(long)]
-        measure_ms: u64,
-    },
+    /// (Started by `run`, with what is to be done as JSON.) Our data path, until standard input ends.
+    Proxy { job: PathBuf },
+    /// (Started by `run`.) Answers every request with its owner's name, until standard input ends.
+    Upstream { what: PathBuf },
+    /// (Started by `run`.) The load of one window; prints one line of JSON.
+    Load { task: PathBuf },
 }
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Run(plan) => plan.run(),
-        Command::Proxy(proxy) => proxy.run(),
-        Command::Upstream { listen, name } => upstream::run(listen, &name),
-        Command::Load { target, tls, connections, pid, warm_up_ms, measure_ms } => {
-            let load = load::Load { target, tls, connections, pid, warm_up_ms, measure_ms };
-            println!("{}", serde_json::to_string(&load.run()?)?);
+        Command::Proxy { job } => sluice::run(&read(&job)?),
+        Command::Upstream { what } => read::<upstream::Upstream>(&what)?.run(),
+        Command::Load { task } => {
+            println!("{}", serde_json::to_string(&read::<load::Task>(&task)?.run()?)?);
             Ok(())
         }
     }
+}
+
+fn read<T: DeserializeOwned>(file: &Path) -> anyhow::Result<T> {
+    Ok(serde_json::from_slice(&std::fs::read(file)?)?)
 }

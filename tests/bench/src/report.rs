@@ -1,32 +1,65 @@
-//! The table.
+//! The table: what was seen, and what follows from it.
 
 use std::fmt;
 
 use serde::Serialize;
 
-use crate::load::Window;
+use crate::{
+    load::{Load, Window},
+    rows::{Compare, DIRECT, Figure, Measure, Peer, Proxy, ROWS, Row},
+};
 
-#[derive(Debug, Default, Serialize)]
-pub(crate) struct Report {
-    pub(crate) rows: Vec<Row>,
-}
+/// A proxy that uses less of its core was not what held the requests up.
+const SATURATED_PERCENT: f64 = 90.0;
 
 #[derive(Debug, Serialize)]
-pub(crate) struct Row {
-    pub(crate) scenario: String,
-    pub(crate) round: usize,
-    pub(crate) contestant: String,
-    #[serde(flatten)]
-    pub(crate) window: Window,
-    pub(crate) rss_mib: f64,
+pub(crate) struct Report {
+    figures: Vec<Outcome>,
+    load_average: String,
+    observations: Vec<Observation>,
 }
 
-impl Row {
+/// One window of one peer.
+#[derive(Debug, Serialize)]
+pub(crate) struct Observation {
+    pub(crate) row: &'static str,
+    pub(crate) round: u32,
+    pub(crate) peer: &'static str,
+    #[serde(flatten)]
+    pub(crate) window: Window,
+    pub(crate) rss_idle_kib: f64,
+}
+
+/// A figure of one peer.
+#[derive(Debug, Serialize)]
+struct Outcome {
+    row: &'static str,
+    what: &'static str,
+    peer: &'static str,
+    /// Of each round.
+    values: Vec<f64>,
+    median: f64,
+    must: Option<(f64, Verdict)>,
+    aim: Option<(f64, Verdict)>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Verdict {
+    /// In every round.
+    Met,
+    /// In every round.
+    Missed,
+    /// Some rounds say so, some say otherwise: the machine cannot tell.
+    Unresolved,
+}
+
+impl Observation {
     fn cpu_us(&self) -> f64 {
         self.window.proxy_cpu_seconds * 1e6 / self.window.requests as f64
     }
 
-    fn rps(&self) -> f64 {
+    fn rate(&self) -> f64 {
         self.window.requests as f64 / self.window.seconds
     }
 
@@ -36,59 +69,140 @@ impl Row {
 }
 
 impl Report {
-    fn scenarios(&self) -> Vec<&str> {
-        let mut names: Vec<&str> = self.rows.iter().map(|row| row.scenario.as_str()).collect();
-        names.dedup();
-        names
+    pub(crate) fn new(observations: Vec<Observation>) -> Self {
+        let load_average = std::fs::read_to_string("/proc/loadavg").unwrap_or_default().trim().to_owned();
+        let mut report = Self { figures: Vec::new(), load_average, observations };
+        for row in ROWS {
+            for figure in row.figures {
+                for peer in row.peers {
+                    report.figures.extend(report.outcome(row, figure, peer));
+                }
+            }
+        }
+        report
     }
 
-    fn rows(&self, scenario: &str, contestant: &str) -> Vec<&Row> {
-        let wanted = |row: &&Row| row.scenario == scenario && row.contestant == contestant;
-        self.rows.iter().filter(wanted).collect()
+    /// What must be and is not, in any round.
+    pub(crate) fn missed(&self) -> Vec<String> {
+        let missed = |figure: &&Outcome| figure.must.is_some_and(|(_, verdict)| verdict == Verdict::Missed);
+        self.figures.iter().filter(missed).map(|figure| format!("{}, {}", figure.row, figure.what)).collect()
     }
 
-    /// Envoy's CPU per request over ours, round by round.
-    fn round_ratios(&self, scenario: &str) -> Vec<f64> {
-        let (envoy, sluice) = (self.rows(scenario, "envoy"), self.rows(scenario, "sluice"));
-        let ratio = |envoy: &&Row| {
-            let ours = sluice.iter().find(|row| row.round == envoy.round)?;
-            Some(envoy.cpu_us() / ours.cpu_us())
+    fn of<'a>(&'a self, row: &'a Row, peer: &'a Peer) -> impl Iterator<Item = &'a Observation> {
+        self.observations.iter().filter(|seen| seen.row == row.name && seen.peer == peer.name)
+    }
+
+    fn outcome(&self, row: &Row, figure: &Figure, peer: &Peer) -> Option<Outcome> {
+        let first = &row.peers[0];
+        if peer.proxy == Proxy::Direct || (peer == first && figure.compare != Compare::Itself) {
+            return None;
+        }
+        let value = |seen: &Observation| match figure.compare {
+            Compare::Gain => {
+                Some(self.value(row, figure, first, seen.round)? / self.value(row, figure, peer, seen.round)?)
+            }
+            Compare::Share => {
+                Some(self.value(row, figure, peer, seen.round)? / self.value(row, figure, first, seen.round)?)
+            }
+            Compare::Itself => self.value(row, figure, peer, seen.round),
         };
-        envoy.iter().filter_map(ratio).collect()
+        let values: Vec<f64> = self.of(row, peer).filter_map(value).collect();
+        if values.is_empty() {
+            return None;
+        }
+        let judge = |limit: Option<f64>| {
+            let good = |value: &f64| match (figure.compare, limit) {
+                (Compare::Gain, Some(limit)) => *value >= limit,
+                (Compare::Share | Compare::Itself, Some(limit)) => *value <= limit,
+                (Compare::Gain | Compare::Share | Compare::Itself, None) => true,
+            };
+            let verdict = match (values.iter().all(good), values.iter().any(good)) {
+                (true, _) => Verdict::Met,
+                (false, false) => Verdict::Missed,
+                (false, true) => Verdict::Unresolved,
+            };
+            limit.filter(|_| peer.proxy.is_ours()).map(|limit| (limit, verdict))
+        };
+        let (must, aim) = (judge(figure.must), judge(figure.aim));
+        let median = median(&values);
+        Some(Outcome { row: row.name, what: figure.what, peer: peer.name, values, median, must, aim })
     }
 
-    /// The median ratio of each scenario.
-    pub(crate) fn ratios(&self) -> Vec<(String, f64)> {
-        self.scenarios().into_iter().map(|name| (name.to_owned(), median(&self.round_ratios(name)))).collect()
+    fn value(&self, row: &Row, figure: &Figure, peer: &Peer, round: u32) -> Option<f64> {
+        let seen = |peer| self.of(row, peer).find(|seen| seen.round == round);
+        let of_peer = seen(peer)?;
+        match figure.measure {
+            Measure::Cpu => Some(of_peer.cpu_us()),
+            Measure::AddedP50 => Some(of_peer.window.p50_us? - seen(&DIRECT)?.window.p50_us?),
+            Measure::RssIdle => Some(of_peer.rss_idle_kib),
+            Measure::RssLoaded => Some(of_peer.window.rss_kib),
+            Measure::KibPerConnection => of_peer.window.kib_per_connection,
+        }
+    }
+
+    fn row(&self, f: &mut fmt::Formatter<'_>, row: &Row) -> fmt::Result {
+        writeln!(f, "{}; median (min-max)", row.name)?;
+        writeln!(
+            f,
+            "{:<14} {:>24} {:>22} {:>16} {:>15} {:>7} {:>18}",
+            "", "CPU us/request", "requests/s", "CPU %", "RSS MiB", "steal %", "p50 us"
+        )?;
+        for peer in row.peers {
+            let of = |value: fn(&Observation) -> f64| self.of(row, peer).map(value).collect::<Vec<_>>();
+            let rss =
+                (median(&of(|seen| seen.rss_idle_kib)) / 1024.0, median(&of(|seen| seen.window.rss_kib)) / 1024.0);
+            let latencies: Vec<f64> = self.of(row, peer).filter_map(|seen| seen.window.p50_us).collect();
+            let percent = of(Observation::cpu_percent);
+            writeln!(
+                f,
+                "{:<14} {:>24} {:>22} {:>16} {:>15} {:>7.1} {:>18}{}",
+                peer.name,
+                spread(&of(Observation::cpu_us), 1),
+                spread(&of(Observation::rate), 0),
+                spread(&percent, 0),
+                format!("{:.1} -> {:.1}", rss.0, rss.1),
+                median(&of(|seen| seen.window.steal * 100.0)),
+                if latencies.is_empty() { "-".to_owned() } else { spread(&latencies, 0) },
+                if matches!(row.load, Load::Saturated { .. } | Load::Handshakes { .. })
+                    && median(&percent) < SATURATED_PERCENT
+                {
+                    "  (its core was not saturated)"
+                } else {
+                    ""
+                },
+            )?;
+        }
+        writeln!(f)
     }
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for scenario in self.scenarios() {
-            writeln!(f, "{scenario}, saturated; median (min-max)")?;
+        for row in ROWS {
+            if self.observations.iter().any(|seen| seen.row == row.name) {
+                self.row(f, row)?;
+            }
+        }
+        writeln!(f, "| row | figure | of | median (range) | must | aim |\n|---|---|---|---|---|---|")?;
+        for figure in &self.figures {
+            let judged = |limit: Option<(f64, Verdict)>| match limit {
+                Some((limit, Verdict::Met)) => format!("{limit}: met"),
+                Some((limit, Verdict::Missed)) => format!("{limit}: missed"),
+                Some((limit, Verdict::Unresolved)) => format!("{limit}: unresolved"),
+                None => String::new(),
+            };
             writeln!(
                 f,
-                "{:<8} {:>24} {:>22} {:>16} {:>9} {:>7}",
-                "", "CPU us/request", "requests/s", "CPU %", "RSS MiB", "steal %"
+                "| {} | {} | {} | {} | {} | {} |",
+                figure.row,
+                figure.what,
+                figure.peer,
+                spread(&figure.values, 2),
+                judged(figure.must),
+                judged(figure.aim)
             )?;
-            for contestant in ["envoy", "sluice"] {
-                let rows = self.rows(scenario, contestant);
-                let of = |value: fn(&Row) -> f64| rows.iter().map(|row| value(row)).collect::<Vec<_>>();
-                writeln!(
-                    f,
-                    "{contestant:<8} {:>24} {:>22} {:>16} {:>9.1} {:>7.1}",
-                    spread(&of(Row::cpu_us), 1),
-                    spread(&of(Row::rps), 0),
-                    spread(&of(Row::cpu_percent), 0),
-                    median(&of(|row| row.rss_mib)),
-                    median(&of(|row| row.window.steal * 100.0)),
-                )?;
-            }
-            let ratios = self.round_ratios(scenario);
-            writeln!(f, "Envoy / sluice, CPU per request, {} rounds: {}\n", ratios.len(), spread(&ratios, 2))?;
         }
-        write!(f, "load average {}", std::fs::read_to_string("/proc/loadavg").unwrap_or_default().trim())
+        write!(f, "\nload average {}", self.load_average)
     }
 }
 

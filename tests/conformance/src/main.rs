@@ -25,7 +25,8 @@ use sluice_proxy::{
     config::{Change, Resources},
     metrics::Metrics,
     snapshot::{
-        Action, Cluster, FilterChain, Listener, MetricLabels, Protocol, ServerTls, Snapshot, Split, TrafficPolicy, Upstream,
+        Action, Cluster, FilterChain, Listener, MetricLabels, Protocol, ServerTls, Snapshot, Split, TrafficPolicy,
+        Upstream,
     },
     tls::IdentityHandle,
     workers::{Options, Role, Timing, Workers},

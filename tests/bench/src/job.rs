@@ -1,0 +1,123 @@
+//! What a proxy does in a row, whoever it is, and how a child of ours is started.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+
+/// Of a service with two revisions: stable and canary.
+pub(crate) const WEIGHTS: [u32; 2] = [95, 5];
+/// The settings that all proxies share, besides no access log and the metrics that each has by default.
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
+pub(crate) const RETRIES: u32 = 2;
+/// Routes of a service where a row asks for many: all but the last match other paths.
+pub(crate) const ROUTES: usize = 10;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Protocol {
+    Http1,
+    Http2,
+    Grpc,
+    WebSocket,
+    Tcp,
+}
+
+impl Protocol {
+    pub(crate) fn is_http2(self) -> bool {
+        matches!(self, Self::Http2 | Self::Grpc)
+    }
+
+    pub(crate) fn alpn(self) -> &'static str {
+        if self.is_http2() { "h2" } else { "http/1.1" }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Security {
+    Plaintext,
+    Mtls,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Role {
+    Fleet,
+    /// The proxy beside the application: for the proxy before it, it is the upstream.
+    Sidecar,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Job {
+    pub(crate) role: Role,
+    pub(crate) protocol: Protocol,
+    pub(crate) downstream: Security,
+    pub(crate) upstream: Security,
+    pub(crate) services: Vec<Service>,
+    /// With the certificates.
+    pub(crate) folder: PathBuf,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Service {
+    pub(crate) host: String,
+    pub(crate) listen: SocketAddr,
+    /// The endpoints of each revision.
+    pub(crate) revisions: Vec<Vec<SocketAddr>>,
+}
+
+/// A child that is ended with its parent.
+pub(crate) struct Running(pub(crate) Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts `program` on one core, with a high priority where that is allowed: others may use the machine.
+pub(crate) fn pinned(core: usize, program: &Path) -> Command {
+    let mut command = Command::new("nice");
+    command.args(["-n", "-10", "taskset", "-c", &core.to_string()]).arg(program);
+    command.stdin(Stdio::piped()).stderr(Stdio::inherit());
+    command
+}
+
+/// This program as `role`, told by a file what to do.
+pub(crate) fn child(core: usize, role: &str, folder: &Path, what: &impl Serialize) -> anyhow::Result<Command> {
+    let own = std::env::current_exe()?;
+    let mut command = pinned(core, &own);
+    command.arg(role).arg(told(role, folder, what)?);
+    Ok(command)
+}
+
+/// The same under callgrind, which counts the instructions that it runs in user space.
+pub(crate) fn counted(
+    core: usize,
+    role: &str,
+    folder: &Path,
+    what: &impl Serialize,
+    counts: &Path,
+) -> anyhow::Result<Command> {
+    let mut command = pinned(core, Path::new("valgrind"));
+    command.args(["--quiet", "--tool=callgrind"]).arg(format!("--callgrind-out-file={}", counts.display()));
+    command.arg(std::env::current_exe()?).arg(role).arg(told(role, folder, what)?);
+    Ok(command)
+}
+
+fn told(role: &str, folder: &Path, what: &impl Serialize) -> anyhow::Result<PathBuf> {
+    let file = folder.join(format!("{role}.json"));
+    fs::write(&file, serde_json::to_vec(what)?)?;
+    Ok(file)
+}
+
+/// Returns when the parent has gone, or wants us to.
+pub(crate) async fn until_stdin_ends() {
+    let wait = || std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+    let _ = tokio::task::spawn_blocking(wait).await;
+}

@@ -1,0 +1,100 @@
+//! Our data path with a static snapshot, on one thread.
+
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
+
+use sluice_proxy::{
+    metrics::Metrics,
+    snapshot::{
+        Action, ClientTls, Cluster, FilterChain, Listener, MetricLabels, Policy, Protocol, RetryOn, RetryPolicy,
+        ServerTls, Snapshot, Split, TrafficPolicy, Upstream,
+    },
+    tls::IdentityHandle,
+    workers::{self, Options, Timing, Workers},
+};
+
+use crate::{
+    certificates::{self, CLIENT, PROXY, SERVER_NAME, UPSTREAM},
+    job::{self, Job, Role, Security, Service, WEIGHTS},
+};
+
+/// Serves until standard input ends.
+pub(crate) fn run(job: &Job) -> anyhow::Result<()> {
+    let (role, own) = match job.role {
+        Role::Fleet => (workers::Role::Fleet, "proxy"),
+        Role::Sidecar => (workers::Role::Sidecar, "upstream"),
+    };
+    let identity = if job.downstream == Security::Mtls || job.upstream == Security::Mtls {
+        certificates::identity(&job.folder, own)?
+    } else {
+        IdentityHandle::default()
+    };
+    let metrics = Metrics::new("bench", 1);
+    let timing = Timing::of(role);
+    let workers = Workers::start(&Options { role, timing, metrics, identity, access_log: None })?;
+    let snapshot = snapshot(job);
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let report = workers.apply(&snapshot).await?;
+        anyhow::ensure!(report.rejected.is_empty(), "{report:?}");
+        drop(snapshot);
+        job::until_stdin_ends().await;
+        Ok(())
+    })
+}
+
+fn snapshot(job: &Job) -> Snapshot {
+    let policy = Arc::new(match job.role {
+        Role::Fleet => Policy {
+            timeout: Some(job::REQUEST_TIMEOUT),
+            retry: Some(RetryPolicy { on: vec![RetryOn::GatewayError], retries: job::RETRIES, per_try_timeout: None }),
+            ..Policy::default()
+        },
+        Role::Sidecar => Policy::default(),
+    });
+    let listener = |service: &Service| {
+        let targets = service.revisions.iter().enumerate().map(|(revision, endpoints)| {
+            (Arc::new(cluster(job, &service.host, revision, endpoints)), WEIGHTS[revision])
+        });
+        let split = Split { targets: targets.collect(), mirrors: Vec::new() };
+        let mtls = job.downstream == Security::Mtls;
+        let chain = FilterChain {
+            server_name: mtls.then(|| SERVER_NAME.to_owned()),
+            tls: mtls.then(|| ServerTls {
+                client_id: match job.role {
+                    Role::Fleet => CLIENT.to_owned(),
+                    Role::Sidecar => PROXY.to_owned(),
+                },
+            }),
+            protocol: match job.protocol {
+                job::Protocol::Tcp => Protocol::Tcp(split),
+                job::Protocol::Http1 | job::Protocol::Http2 | job::Protocol::Grpc | job::Protocol::WebSocket => {
+                    Protocol::http(Action::Forward { split, policy: Arc::clone(&policy) })
+                }
+            },
+        };
+        let name = format!("bench/{}/{}", service.host, service.listen);
+        (name.clone(), Arc::new(Listener { name, address: service.listen, chains: vec![chain] }))
+    };
+    Snapshot { listeners: job.services.iter().map(listener).collect::<BTreeMap<_, _>>() }
+}
+
+fn cluster(job: &Job, service: &str, revision: usize, endpoints: &[SocketAddr]) -> Cluster {
+    Cluster {
+        name: format!("bench/{service}:80/{revision}"),
+        labels: match job.role {
+            Role::Fleet => Some(MetricLabels {
+                destination_namespace: "bench".to_owned(),
+                destination_service: service.to_owned(),
+                revision: revision.to_string(),
+            }),
+            Role::Sidecar => None,
+        },
+        upstream: match (job.role, endpoints) {
+            (Role::Sidecar, [application]) => Upstream::OriginalDst { port: application.port() },
+            (Role::Fleet | Role::Sidecar, endpoints) => Upstream::Endpoints(endpoints.to_vec()),
+        },
+        tls: (job.upstream == Security::Mtls)
+            .then(|| ClientTls { sni: SERVER_NAME.to_owned(), server_id: UPSTREAM.to_owned() }),
+        connect_timeout: job::CONNECT_TIMEOUT,
+        traffic: TrafficPolicy::default(),
+    }
+}
