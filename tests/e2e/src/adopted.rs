@@ -104,6 +104,17 @@ pub fn slow(seconds: u32) -> serde_json::Value {
 /// that is named for the test. `arguments` are further ones of `sluice-load`.
 pub async fn adopted(name: &str, usage: Use, arguments: &[&str], spec: serde_json::Value) -> Option<Adopted> {
     let (cluster, held) = cluster(usage).await?;
+    Some(adopted_in(cluster, held, name, arguments, spec).await)
+}
+
+/// [`adopted`] by who holds the cluster already.
+pub async fn adopted_in(
+    cluster: Cluster,
+    held: Held,
+    name: &str,
+    arguments: &[&str],
+    spec: serde_json::Value,
+) -> Adopted {
     let app = App::deploy(&cluster, &unique(name), 2).await.unwrap();
     let mut all = vec!["--target", "hello:80"];
     if !arguments.contains(&"--rate") {
@@ -114,7 +125,7 @@ pub async fn adopted(name: &str, usage: Use, arguments: &[&str], spec: serde_jso
     let from_ms = load.steady().await.unwrap();
     app.canary(spec).await.unwrap();
     app.adopted().await.unwrap();
-    Some(Adopted { app, load, from_ms, _held: held })
+    Adopted { app, load, from_ms, _held: held }
 }
 
 /// A name that no earlier run has used.
