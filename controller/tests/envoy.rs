@@ -1,6 +1,9 @@
 //! A stock Envoy as a client of our xDS server: it takes what our own proxies take, and follows a change of weights. The
-//! binary comes from `tests/envoy`; where it cannot be had, the tests say so and pass.
+//! binary comes from `tests/envoy`; where it cannot be had, the tests say so and pass. So does gRPC's own client (`grpc`).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "envoy/grpc.rs"]
+mod grpc;
 
 use std::{
     collections::BTreeMap,
@@ -166,6 +169,8 @@ struct Shop {
     canary: SocketAddr,
     ports: Vec<u16>,
     facts: RevisionFacts,
+    /// The address of the Pod of revision `bbb`.
+    sidecar: &'static str,
 }
 
 impl Shop {
@@ -173,6 +178,11 @@ impl Shop {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let original = listener.local_addr().unwrap();
         tokio::spawn(async move { axum::serve(listener, answers("original")).await });
+        Self::at(original).await
+    }
+
+    /// With an original Pod of the caller's own.
+    async fn at(original: SocketAddr) -> Self {
         let mut ports = Vec::new();
         let mut held = Vec::new();
         for _ in 0..6 {
@@ -184,7 +194,9 @@ impl Shop {
         let facts = RevisionFacts { service_account: "web".to_owned(), ..RevisionFacts::default() };
         // In the order of `wanted_ports`: web, web-canary, web-primary, each with 80 and 81.
         let opaque_target = original.port();
-        Self { original, opaque_target, http: at(ports[0]), opaque: at(ports[1]), canary: at(ports[2]), ports, facts }
+        let (sidecar, _) = SIDECAR.split_once(':').unwrap();
+        let (http, opaque, canary) = (at(ports[0]), at(ports[1]), at(ports[2]));
+        Self { original, opaque_target, http, opaque, canary, ports, facts, sidecar }
     }
 
     fn snapshot(&self, primary: &str, canary: Option<&str>, weight: i32) -> Snapshot {
@@ -217,9 +229,8 @@ impl Shop {
                 "status": {"phase": "Running", "podIP": ip, "conditions": [{"type": "Ready", "status": "True"}]},
             }))
         };
-        let (sidecar, _) = SIDECAR.split_once(':').unwrap();
         inputs.pods = vec![
-            pod("web-bbb", sidecar, json!({"sluice.dev/canary": "web", "sluice.dev/revision": "bbb"}), "shop"),
+            pod("web-bbb", self.sidecar, json!({"sluice.dev/canary": "web", "sluice.dev/revision": "bbb"}), "shop"),
             pod("fleet-1", "127.0.0.1", json!({"sluice.dev/fleet": "default"}), "sluice-system"),
         ];
         let key = CanaryKey::new("shop", "web");

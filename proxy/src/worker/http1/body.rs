@@ -112,8 +112,11 @@ impl Chunked {
                     return Ok(step);
                 }
                 State::Trailers => {
+                    let before = input.len();
                     return Ok(match head::read_trailers(input)? {
-                        None if input.len() > MAX_TRAILERS => return Err(Malformed::Trailers),
+                        // When all of them came at once, too.
+                        Some(_) if before - input.len() > MAX_TRAILERS => return Err(Malformed::Trailers),
+                        None if input.len() >= MAX_TRAILERS => return Err(Malformed::Trailers),
                         None => Step::Read,
                         Some(trailers) => {
                             self.state = State::Ended;
@@ -356,6 +359,16 @@ mod tests {
         assert_eq!(decode(Decoder::chunked(), &[extension.as_bytes()]), Err(Malformed::ChunkExtensions));
         let trailers = format!("0\r\n{}", format!("x: {}\r\n", "y".repeat(1000)).repeat(17));
         assert_eq!(decode(Decoder::chunked(), &[trailers.as_bytes()]), Err(Malformed::Trailers));
+    }
+
+    #[test]
+    fn trailers_are_as_long_as_they_may_be_however_they_are_cut() {
+        for length in MAX_TRAILERS - 2..MAX_TRAILERS + 3 {
+            let text = format!("0\r\nx: {}\r\n\r\n", "y".repeat(length - "x: \r\n\r\n".len()));
+            let pieces = |size: usize| decode(Decoder::chunked(), &text.as_bytes().chunks(size).collect::<Vec<_>>());
+            let all = [text.len(), 1000, 7].map(|size| pieces(size).is_ok_and(|read| read.is_some()));
+            assert_eq!(all, [length <= MAX_TRAILERS; 3], "{length}");
+        }
     }
 
     #[test]

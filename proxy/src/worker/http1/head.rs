@@ -109,6 +109,8 @@ pub(super) fn read_request(
     headers: &mut HeaderMap,
 ) -> Result<Option<RequestHead>, Malformed> {
     match take(input, looked_at) {
+        // It is one, too, when all of the head came at once.
+        Ok(Some(head)) if head.len() > MAX_LINE && !head[..MAX_LINE].contains(&b'\n') => Err(Malformed::LineTooLong),
         Ok(Some(head)) => parse_request(&head, std::mem::take(headers)).map(Some),
         Ok(None) if input.len() >= MAX_LINE && !input[..MAX_LINE].contains(&b'\n') => Err(Malformed::LineTooLong),
         Ok(None) => Ok(None),
@@ -137,12 +139,11 @@ pub(super) fn read_answer(
 
 /// Takes a whole head. An error is that it is too long.
 fn take(input: &mut BytesMut, looked_at: &mut usize) -> Result<Option<Bytes>, Malformed> {
-    if *looked_at == 0 {
-        // Empty lines before a head are not part of it (RFC 9112, 2.2).
-        let empty = input.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
-        if empty > 0 {
-            input.advance(empty);
-        }
+    if matches!(input.first(), Some(b'\r' | b'\n')) {
+        // Empty lines before a head are not part of it (RFC 9112, 2.2). The rest of one may come later.
+        let empty = input.len() - behind_empty_lines(input).len();
+        input.advance(empty);
+        *looked_at = looked_at.saturating_sub(empty);
     }
     let Some(length) = end(input, *looked_at) else {
         *looked_at = input.len();
@@ -153,6 +154,13 @@ fn take(input: &mut BytesMut, looked_at: &mut usize) -> Result<Option<Bytes>, Ma
     }
     *looked_at = 0;
     Ok(Some(input.split_to(length).freeze()))
+}
+
+fn behind_empty_lines(mut input: &[u8]) -> &[u8] {
+    while let [b'\r', b'\n', rest @ ..] | [b'\n', rest @ ..] = input {
+        input = rest;
+    }
+    input
 }
 
 /// Where the first empty line ends, if it does behind `looked_at`. A lone LF ends a line, too (RFC 9112, 2.2): some
@@ -176,9 +184,6 @@ fn parse_request(bytes: &Bytes, mut headers: HeaderMap) -> Result<RequestHead, M
         return Err(httparse::Error::Token.into());
     };
     let method = Method::from_bytes(method.as_bytes()).map_err(|_| httparse::Error::Token)?;
-    if path.len() > MAX_LINE {
-        return Err(Malformed::LineTooLong);
-    }
     // `Uri` would cut a fragment off, which some servers take for a part of the path.
     if memchr::memchr(b'#', path.as_bytes()).is_some() {
         return Err(Malformed::Target);
@@ -600,6 +605,57 @@ mod tests {
         let many = |count| format!("HTTP/1.1 200 OK\r\n{}\r\n", "x: y\r\n".repeat(count));
         assert_eq!(head(&many(MAX_HEADERS)).unwrap().unwrap().response.headers().len(), MAX_HEADERS);
         assert_eq!(head(&many(MAX_HEADERS + 1)).unwrap_err(), Malformed::Head(httparse::Error::TooManyHeaders));
+    }
+
+    #[test]
+    fn empty_lines_before_a_request_are_left_out_and_nothing_else_is() {
+        let table = [
+            ("\r\n", true),
+            ("\n", true),
+            ("\r\n\n\r\n\r\n", true),
+            ("\r", false),
+            ("\r\r\n", false),
+            ("\n\r", false),
+            (" \r\n", false),
+        ];
+        for (before, good) in table {
+            let text = format!("{before}GET / HTTP/1.1\r\nhost: a\r\n\r\n");
+            for size in [text.len(), 1, 2, 3] {
+                let (mut input, mut looked_at, mut read) = (BytesMut::new(), 0, Ok(None));
+                for piece in text.as_bytes().chunks(size) {
+                    input.extend_from_slice(piece);
+                    read = read_request(&mut input, &mut looked_at, &mut HeaderMap::new());
+                    if read.is_err() {
+                        break;
+                    }
+                }
+                assert_eq!(read.is_ok_and(|head| head.is_some()), good, "{before:?} in pieces of {size}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_request_line_is_as_long_as_it_may_be_however_it_is_cut() {
+        let read = |text: &str, piece: usize| {
+            let (mut input, mut looked_at) = (BytesMut::new(), 0);
+            for piece in text.as_bytes().chunks(piece) {
+                input.extend_from_slice(piece);
+                if let Some(head) = read_request(&mut input, &mut looked_at, &mut HeaderMap::new())? {
+                    return Ok(Some(head.parts.uri.path().len()));
+                }
+            }
+            Ok(None)
+        };
+        let around = "GET / HTTP/1.1\r\n".len() - 1;
+        for path in MAX_LINE - around - 2..MAX_LINE + 2 {
+            let text = format!("GET /{} HTTP/1.1\r\nhost: a\r\n\r\n", "x".repeat(path - 1));
+            let wanted = if path + around <= MAX_LINE { Ok(Some(path)) } else { Err(Malformed::LineTooLong) };
+            assert_eq!(
+                (read(&text, text.len()), read(&text, 1000), read(&text, 7)),
+                (wanted, wanted, wanted),
+                "{path}"
+            );
+        }
     }
 
     #[test]
