@@ -4,6 +4,8 @@
 mod body;
 mod cluster;
 mod connection;
+#[cfg(any(test, sluice_fuzz))]
+pub(crate) mod fuzz;
 mod headers;
 mod http1;
 mod pool;
