@@ -4,6 +4,7 @@
 mod configuration;
 mod downstream_http1;
 mod drain;
+mod floods;
 mod http;
 mod policies;
 mod retries;
