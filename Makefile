@@ -54,6 +54,10 @@ scale: ## What 1, 100 and 500 Canaries cost when nothing happens (COUNTS=1,100 W
 conformance: ## The proxy held to other people's tests: h2spec, smuggling corpus, beside Envoy
 	tests/conformance/run
 
+.PHONY: fuzz
+fuzz: ## Searches for bytes that break the proxy (SECONDS_EACH=60 TARGETS="request answer hello xds")
+	tests/fuzz/run $(TARGETS)
+
 .PHONY: cluster
 cluster: ## A real Kubernetes in seconds (NAME=sluice NODES=1)
 	tests/cluster/packages

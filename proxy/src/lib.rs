@@ -7,6 +7,8 @@ pub mod ads;
 pub mod config;
 pub mod controller;
 pub mod failure;
+#[cfg(any(test, sluice_fuzz))]
+pub mod fuzz;
 pub mod identity;
 pub mod metrics;
 pub mod outcomes;

@@ -640,6 +640,26 @@ mod tests {
     }
 
     #[test]
+    fn a_request_waits_for_no_scrape_that_is_being_written() {
+        let metrics = Metrics::new("m", 1);
+        let (revision, listener) = (metrics.revision(&labels(), 0), metrics.listener("l", 0));
+        // As `render` has it for as long as it writes.
+        let written = metrics.families.lock().unwrap();
+        let (counted, seen) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            listener.opened();
+            listener.request_started();
+            revision.record(StatusCode::OK, None, Duration::from_millis(1), Some(Duration::from_millis(1)));
+            listener.retried(Retry::Stale);
+            listener.request_ended();
+            listener.closed();
+            counted.send(()).unwrap();
+        });
+        seen.recv_timeout(Duration::from_secs(20)).unwrap();
+        drop(written);
+    }
+
+    #[test]
     fn outcomes_are_counted_as_the_gates_count_them() {
         let metrics = Metrics::new("m", 2);
         let limit = Duration::from_millis(400);

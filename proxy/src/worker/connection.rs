@@ -16,11 +16,13 @@ use std::{
 use http::{HeaderValue, Request};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustls::ServerConfig;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::TcpStream,
     time::{Instant, Sleep, sleep, timeout},
 };
-use tokio_rustls::LazyConfigAcceptor;
+use tokio_rustls::{LazyConfigAcceptor, StartHandshake};
 
 use super::{
     body::{ClientBody, RequestBody},
@@ -256,7 +258,7 @@ async fn serve(connection: &Rc<Connection>, stream: TcpStream) {
     connection.seen.set(connection.slot.version());
     let accepted = if serving.speaks_tls() {
         let limit = connection.slot.worker.timing.tls_handshake;
-        let handshake = Box::pin(handshake(&serving, stream));
+        let handshake = Box::pin(handshake(&serving, Socket::new(stream)));
         match timeout(limit, handshake).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             Ok(accepted) => Some(accepted),
             Err(error) => {
@@ -285,16 +287,25 @@ async fn serve(connection: &Rc<Connection>, stream: TcpStream) {
     }
 }
 
-/// The chain that the client asked for by SNI, and the stream when both certificates have been checked.
-async fn handshake(serving: &super::serving::Serving, stream: TcpStream) -> io::Result<(Rc<Chain>, Stream)> {
-    let hello = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), Socket::new(stream)).await?;
+/// The chain that the client asked for, and the stream when both certificates have been checked.
+async fn handshake(serving: &super::serving::Serving, socket: Socket) -> io::Result<(Rc<Chain>, Stream)> {
+    let (chain, config, hello) = hello(serving, socket).await?;
+    let stream = hello.into_stream(config).await?;
+    Ok((chain, Stream::server(stream)))
+}
+
+/// Reads what a client begins TLS with, and finds the chain that it asks for by SNI.
+pub(super) async fn hello<S: AsyncRead + AsyncWrite + Unpin>(
+    serving: &super::serving::Serving,
+    socket: S,
+) -> io::Result<(Rc<Chain>, Arc<ServerConfig>, StartHandshake<S>)> {
+    let hello = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), socket).await?;
     let server_name = hello.client_hello().server_name().map(str::to_owned);
     let chain = serving.chain_for(server_name.as_deref());
     let Some((chain, (_, config))) = chain.and_then(|chain| Some((chain, chain.tls.as_ref()?))) else {
         return Err(io::Error::other(format!("no filter chain for the server name {server_name:?}")));
     };
-    let stream = hello.into_stream(Arc::clone(config)).await?;
-    Ok((Rc::clone(chain), Stream::server(stream)))
+    Ok((Rc::clone(chain), Arc::clone(config), hello))
 }
 
 async fn http(connection: &Rc<Connection>, mut stream: Stream) {

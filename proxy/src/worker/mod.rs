@@ -7,6 +7,8 @@ mod cluster;
 mod connection;
 mod cors;
 mod fault;
+#[cfg(any(test, sluice_fuzz))]
+pub(crate) mod fuzz;
 mod headers;
 mod health;
 mod http1;

@@ -91,7 +91,7 @@ impl AsyncWrite for Socket {
 }
 
 /// RFC 9113, 3.4.
-const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub(super) const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 impl Stream {
     pub(super) fn plain(stream: TcpStream) -> Self {
@@ -161,23 +161,29 @@ impl Stream {
     }
 
     /// Whether the client starts with the HTTP/2 preface. What was read to find out is read again by the next reader.
-    /// Decides at the first byte that differs, so that HTTP/1 never waits for 24 bytes.
     ///
     /// # Errors
     /// When the client closed before that, or reading fails.
     pub(super) async fn starts_http2(&mut self) -> io::Result<bool> {
-        let mut seen = [0; PREFACE.len()];
-        let mut length = 0;
-        while length < seen.len() && seen[..length] == PREFACE[..length] {
-            let read = self.read(&mut seen[length..]).await?;
-            if read == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            length += read;
-        }
-        self.unread(Bytes::copy_from_slice(&seen[..length]));
-        Ok(seen == *PREFACE)
+        let (http2, seen) = starts_http2(self).await?;
+        self.unread(seen);
+        Ok(http2)
     }
+}
+
+/// Whether somebody starts with the HTTP/2 preface, and what was read to find out. Decides at the first byte that differs, so
+/// that HTTP/1 never waits for 24 bytes.
+pub(super) async fn starts_http2(from: &mut (impl AsyncRead + Unpin)) -> io::Result<(bool, Bytes)> {
+    let mut seen = [0; PREFACE.len()];
+    let mut length = 0;
+    while length < seen.len() && seen[..length] == PREFACE[..length] {
+        let read = from.read(&mut seen[length..]).await?;
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        length += read;
+    }
+    Ok((seen == *PREFACE, Bytes::copy_from_slice(&seen[..length])))
 }
 
 impl AsyncRead for Stream {

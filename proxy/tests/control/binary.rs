@@ -14,6 +14,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use sluice_xds::{TypeUrl, sluice::identity::v1::SignResponse};
 use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     task::JoinHandle,
 };
@@ -21,7 +22,7 @@ use tokio_rustls::TlsConnector;
 
 use crate::{
     pki::{CONTROLLER, Ca, FLEET, Projected},
-    resources::{cluster, endpoints, inbound, listener, local_cluster, resource, route},
+    resources::{cluster, endpoints, inbound, listener, local_cluster, plain_cluster, resource, route, tcp_listener},
     server::{AdsStream, Server, soon},
 };
 
@@ -278,6 +279,115 @@ async fn a_request_goes_through_fleet_and_sidecar_to_the_application_until_both_
     fleet.wait_for("/healthz/ready", StatusCode::SERVICE_UNAVAILABLE).await;
     assert_eq!(ask(Version::HTTP_11).await.unwrap().0, StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(fleet.ended().await, Some(0));
+}
+
+#[tokio::test]
+async fn what_drains_a_proxy_and_tells_all_of_it_is_asked_for_on_localhost_only() {
+    assert!(sluice_proxy::process::admin_address().ip().is_loopback());
+    let ca = Ca::new();
+    let server = Server::start(&ca).await;
+    let fleet = Proxy::start("fleet", &ca, server.address);
+    fleet.wait_for("/healthz/startup", StatusCode::OK).await;
+    let (status, dump) = get(fleet.admin, "/config_dump", Version::HTTP_11).await.unwrap();
+    assert_eq!(status, StatusCode::OK);
+    assert!(!dump.contains("PRIVATE"), "{dump}");
+    // Reading does not change anything.
+    assert_eq!(get(fleet.admin, "/drain", Version::HTTP_11).await.unwrap().0, StatusCode::METHOD_NOT_ALLOWED);
+    for path in ["/config_dump", "/drain", "/ready"] {
+        assert_eq!(fleet.get(path).await.0, StatusCode::NOT_FOUND, "{path} for the whole cluster");
+    }
+    // It listens on the one address that it was told, not on all.
+    let other = SocketAddr::from(([127, 0, 0, 2], fleet.admin.port()));
+    assert!(TcpStream::connect(other).await.is_err());
+}
+
+/// What it does follows from what it is asked first.
+async fn half_closing(mut stream: TcpStream) {
+    let mut asked = vec![0; 4096];
+    let Ok(length @ 1..) = stream.read(&mut asked).await else { return };
+    let answer: &[u8] = match &asked[..length] {
+        [b'G', ..] => b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n",
+        [b'P', ..] => b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\nx",
+        _ => b"x",
+    };
+    if !asked.starts_with(b"PUT") {
+        stream.write_all(answer).await.unwrap();
+    }
+    if asked.starts_with(b"POST") || asked.starts_with(b"end") {
+        stream.shutdown().await.unwrap();
+    }
+    std::future::pending::<()>().await;
+}
+
+/// hyperium/hyper#4085: one that is readable for ever, because its other side has ended, is not looked at for ever.
+#[tokio::test]
+async fn a_hundred_half_closed_connections_leave_the_workers_at_rest() {
+    const OPAQUE: &str = "shop/web:81";
+    let ca = Ca::new();
+    let mut server = Server::start(&ca).await;
+    let application = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = application.local_addr().unwrap();
+    let accepting = tokio::spawn(async move {
+        while let Ok((stream, _)) = application.accept().await {
+            tokio::spawn(half_closing(stream));
+        }
+    });
+    let fleet = Proxy::start("fleet", &ca, server.address);
+    sign(&mut server, &ca, 1).await;
+    let mut stream = server.stream().await;
+    stream.request_of(TypeUrl::Cluster).await;
+    stream.request_of(TypeUrl::Listener).await;
+    let (http, opaque) = (free_port(), free_port());
+    stream.acked(TypeUrl::Cluster, vec![resource(REVISION, "1", &plain_cluster(REVISION))], &[]).await;
+    let pods = endpoints(REVISION, &[("127.0.0.1", address.port())]);
+    stream.acked(TypeUrl::Endpoints, vec![resource(REVISION, "1", &pods)], &[]).await;
+    let listeners = [listener(WEB, http), tcp_listener(OPAQUE, opaque, &[(REVISION, 100)])];
+    let listeners = listeners.map(|it| resource(&it.name, "1", &it)).to_vec();
+    stream.acked(TypeUrl::Listener, listeners, &[]).await;
+    stream.acked(TypeUrl::Route, vec![resource(WEB, "1", &route(WEB, &[(REVISION, 100)]))], &[]).await;
+    fleet.wait_for("/healthz/ready", StatusCode::OK).await;
+
+    let unfinished = |method: &str| format!("{method} / HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\nx");
+    // The client's side ends while the answer, the body or the tunnel is open; or the application's does.
+    let kinds = [
+        (http, "GET / HTTP/1.1\r\nhost: a\r\n\r\n".to_owned(), true),
+        (http, unfinished("PUT"), true),
+        (http, unfinished("POST"), false),
+        (opaque, "hold".to_owned(), true),
+        (opaque, "end".to_owned(), false),
+    ];
+    let mut open = Vec::new();
+    for (port, bytes, ends) in kinds.iter().cycle().take(100) {
+        let mut client = TcpStream::connect(("127.0.0.1", *port)).await.unwrap();
+        client.write_all(bytes.as_bytes()).await.unwrap();
+        if !bytes.starts_with("PUT") {
+            soon("a byte of the answer", client.read_u8()).await.unwrap();
+        }
+        if *ends {
+            client.shutdown().await.unwrap();
+        }
+        open.push(client);
+    }
+    soon("rest", async {
+        let mut asleep = 0;
+        while asleep < 40 {
+            asleep = if is_asleep(fleet.child.id()) { asleep + 1 } else { 0 };
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    accepting.abort();
+}
+
+/// Whether no thread of a process wants the processor. One in a busy loop always does, however little it gets.
+fn is_asleep(process: u32) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    let mut states = threads.map(|thread| {
+        let stat = std::fs::read_to_string(thread.unwrap().path().join("stat")).unwrap_or_default();
+        // proc_pid_stat(5): the name in parentheses may hold any of these, too.
+        stat.rsplit(") ").next().and_then(|rest| rest.chars().next())
+    });
+    states.all(|state| state != Some('R'))
 }
 
 #[tokio::test]

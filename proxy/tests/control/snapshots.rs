@@ -422,3 +422,34 @@ proptest! {
         resources.build();
     }
 }
+
+/// What this thread has had of the processor, in nanoseconds.
+fn spent() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    text.split(' ').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn one_endpoint_more_costs_in_proportion_to_those_of_its_cluster() {
+    let cost = |count: u16| {
+        let mut all = fleet();
+        let versions: Vec<_> = (0..10)
+            .map(|more| {
+                let ip = |index: u16| format!("10.0.{}.{}", index / 250, index % 250);
+                let ips: Vec<_> = (0..count + more).map(ip).collect();
+                let addresses: Vec<_> = ips.iter().map(|ip| (ip.as_str(), 20443)).collect();
+                resource(A, &more.to_string(), &endpoints(A, &addresses))
+            })
+            .collect();
+        accept(&mut all, TypeUrl::Endpoints, &versions[..1]);
+        let before = spent();
+        for version in &versions[1..] {
+            accept(&mut all, TypeUrl::Endpoints, std::slice::from_ref(version));
+        }
+        spent() - before
+    };
+    // The least of three, as others may have been in the caches' way. Its square would be 100 times as much.
+    let least = |count| (0..3).map(|_| cost(count)).min().unwrap();
+    let (few, many) = (least(1000), least(10_000));
+    assert!(many < few * 40, "{few} ns for 1000, {many} ns for 10000");
+}

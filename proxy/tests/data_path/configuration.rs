@@ -3,6 +3,7 @@ use std::{net::SocketAddr, sync::Arc};
 use http::StatusCode;
 use sluice_proxy::{
     snapshot::{Cluster, FilterChain, Listener, ServerTls},
+    tls::IdentityHandle,
     workers::Role,
 };
 
@@ -162,4 +163,22 @@ async fn an_sni_that_tls_cannot_carry_is_rejected_by_name() {
     bad.tls = Some(sluice_proxy::snapshot::ClientTls { sni: "p80.1234567890".into(), server_id: APP.into() });
     let report = proxy.workers.apply(&snapshot([proxy.listener(http_to([(bad, 100)]))])).await.unwrap();
     assert!(report.rejected[0].reason.contains("p80.1234567890"), "{report:?}");
+}
+
+#[tokio::test]
+async fn one_of_ten_thousand_endpoints_changes_while_requests_go_on() {
+    let app = App::named("a").await;
+    let proxy =
+        Proxy::with(Role::Fleet, IdentityHandle::default(), |options| options.timing.application_idle = PATIENCE);
+    let endpoint = |index: u16| SocketAddr::from(([10, 0, index.to_be_bytes()[0], index.to_be_bytes()[1]], 20443));
+    let mut many: Vec<_> = (0..10_000).map(endpoint).collect();
+    let serve = |many: &[SocketAddr]| http_to([(cluster("a", &[app.address]), 100), (cluster("b", many), 0)]);
+    proxy.serve(serve(&many)).await;
+    let mut client = Http1::connect(proxy.address).await;
+    for index in 0..100 {
+        many[usize::from(index)] = endpoint(10_000 + index);
+        soon("the change", proxy.serve(serve(&many))).await;
+        assert_eq!(client.get("/").await.body, "a");
+    }
+    assert_eq!(app.connections(), 1, "what did not change keeps its connections");
 }

@@ -6,6 +6,7 @@ mod configuration;
 mod downstream_http1;
 mod drain;
 mod fault;
+mod floods;
 mod http;
 mod limits;
 mod mirror;

@@ -7,6 +7,8 @@
 
 mod body;
 pub(super) mod client;
+#[cfg(any(test, sluice_fuzz))]
+pub(crate) mod fuzz;
 mod head;
 #[cfg(test)]
 mod properties;
