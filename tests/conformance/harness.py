@@ -107,15 +107,16 @@ class Ours:
 
 
 class Envoy:
-    """Stock Envoy with the same listeners. Its binary is `ENVOY`. `routes`: a list for each, in place of that to its upstream."""
+    """Stock Envoy with the same listeners. Its binary is `ENVOY`. `routes`: a list for each, in place of that to its upstream;
+    `clusters`: what is said of each beside where its upstream is."""
 
-    def __init__(self, plain, routes=None):
-        self.plain, self.routes = plain, routes
+    def __init__(self, plain, routes=None, clusters=None):
+        self.plain, self.routes, self.clusters = plain, routes, clusters
         self.folder = tempfile.TemporaryDirectory(prefix="sluice-conformance-")
 
     async def __aenter__(self):
         file = pathlib.Path(self.folder.name, "envoy.json")
-        listeners, clusters = envoy_resources(self.plain, self.routes, self.folder.name)
+        listeners, clusters = envoy_resources(self.plain, self.routes, self.clusters, self.folder.name)
         file.write_text(json.dumps({"static_resources": {"listeners": listeners, "clusters": clusters}}))
         arguments = ["--concurrency", "1", "--disable-hot-restart", "--log-level", "off", "-c", str(file)]
         arguments += ["--file-flush-interval-msec", "20"]
@@ -178,7 +179,7 @@ async def connected(address):
             await asyncio.sleep(0.05)
 
 
-def envoy_resources(plain, routes=None, logs=None):
+def envoy_resources(plain, routes=None, clusters=None, logs=None):
     """Listeners and clusters as our fleet has them: HTTP/1.0 is served, WebSocket passes, HTTP/2 stays HTTP/2. In the form of JSON.
     `logs`: folder for access logs."""
     kind = "type.googleapis.com/envoy.extensions."
@@ -245,11 +246,12 @@ def envoy_resources(plain, routes=None, logs=None):
                 }
             },
             "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [endpoint]}]},
+            **(clusters[index] if clusters else {}),
         }
 
-    clusters = [cluster(f"c{index}", lane.upstream, index) for index, lane in enumerate(plain)]
-    clusters += [cluster(f"d{index}", lane.other, index) for index, lane in enumerate(plain) if OTHER in json.dumps(routes[index])]
-    return [listener(*one) for one in enumerate(plain)], clusters
+    found = [cluster(f"c{index}", lane.upstream, index) for index, lane in enumerate(plain)]
+    found += [cluster(f"d{index}", lane.other, index) for index, lane in enumerate(plain) if OTHER in json.dumps(routes[index])]
+    return [listener(*one) for one in enumerate(plain)], found
 
 
 def named(route, index):

@@ -10,6 +10,7 @@ mod floods;
 mod http;
 mod limits;
 mod mirror;
+mod outliers;
 mod policies;
 mod retries;
 mod routing;

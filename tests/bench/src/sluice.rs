@@ -96,5 +96,6 @@ fn cluster(job: &Job, service: &str, revision: usize, endpoints: &[SocketAddr]) 
             .then(|| ClientTls { sni: SERVER_NAME.to_owned(), server_id: UPSTREAM.to_owned() }),
         connect_timeout: job::CONNECT_TIMEOUT,
         traffic: TrafficPolicy::default(),
+        near: Vec::new(),
     }
 }

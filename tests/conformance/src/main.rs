@@ -111,6 +111,7 @@ fn listener((address, upstream): (SocketAddr, SocketAddr), tls: Option<ServerTls
             revision: "a".to_owned(),
         }),
         upstream: Upstream::Endpoints(vec![upstream]),
+        near: Vec::new(),
         tls: None,
         connect_timeout: Duration::from_secs(1),
         traffic: TrafficPolicy::default(),
