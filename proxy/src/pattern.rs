@@ -29,14 +29,14 @@ impl Pattern {
     /// When it is no expression, or too large a one.
     pub fn part(text: &str) -> Result<Self, PatternError> {
         let built = RegexBuilder::new(text).unicode(false).size_limit(LARGEST).dfa_size_limit(CACHE).build();
-        built.map(Self).map_err(|error| match error {
-            regex::Error::CompiledTooBig(_) => PatternError::TooLarge,
-            // The last line says it; those before show where.
-            other => {
-                let text = other.to_string();
-                let reason = text.lines().last().unwrap_or_default();
-                PatternError::Syntax(reason.strip_prefix("error: ").unwrap_or(reason).to_owned())
+        built.map(Self).map_err(|error| {
+            if matches!(error, regex::Error::CompiledTooBig(_)) {
+                return PatternError::TooLarge;
             }
+            // The last line says it; those before show where.
+            let text = error.to_string();
+            let reason = text.lines().last().unwrap_or_default();
+            PatternError::Syntax(reason.strip_prefix("error: ").unwrap_or(reason).to_owned())
         })
     }
 
