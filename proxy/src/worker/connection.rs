@@ -245,7 +245,7 @@ impl Drop for Closed<'_> {
 
 /// Serves a connection to its end.
 pub(super) async fn run(connection: Rc<Connection>, stream: TcpStream) {
-    super::prepare_socket(&stream);
+    super::prepare_socket(&stream, super::CLIENT_QUIET);
     // Pinned here: a future that is passed on by value takes its space twice.
     let work = pin!(serve(&connection, stream));
     connection.until_cut(work).await;

@@ -85,24 +85,28 @@ impl Drop for Counted<'_> {
 /// The connections of one endpoint, and who waits for one of them.
 pub(super) struct Connections {
     load: Rc<Load>,
-    open: Cell<u32>,
+    /// Those that are waited for: of HTTP/1.1.
+    exclusive: Cell<u32>,
     waiting: Cell<u32>,
     freed: Notify,
 }
 
 impl Connections {
     pub(super) fn of(load: &Rc<Load>) -> Rc<Self> {
-        Rc::new(Self { load: Rc::clone(load), open: Cell::new(0), waiting: Cell::new(0), freed: Notify::new() })
+        Rc::new(Self { load: Rc::clone(load), exclusive: Cell::new(0), waiting: Cell::new(0), freed: Notify::new() })
     }
 
     pub(super) fn load(&self) -> &Load {
         &self.load
     }
 
-    /// Room for one more. The first of an endpoint always has it: whoever waited for it would wait for other endpoints' (as in
-    /// Envoy, `ConnPoolImplBase::tryCreateNewConnection`).
+    /// Room for one more of HTTP/1.1. The first of an endpoint always has it: whoever waited for it would wait for what is not
+    /// given back to this endpoint (as in Envoy, `ConnPoolImplBase::tryCreateNewConnection`).
     pub(super) fn another(self: &Rc<Self>) -> Option<Opened> {
-        (self.open.get() == 0 || !self.are_full()).then(|| self.one_more())
+        (self.exclusive.get() == 0 || !self.are_full()).then(|| {
+            self.exclusive.set(self.exclusive.get() + 1);
+            self.count(true)
+        })
     }
 
     /// Whether the cluster has as many as it may have.
@@ -110,10 +114,14 @@ impl Connections {
         self.load.limits.get().connections.is_some_and(|limit| self.load.connections.get() >= limit)
     }
 
+    /// One more of HTTP/2 or TCP, room or not.
     pub(super) fn one_more(self: &Rc<Self>) -> Opened {
-        self.open.set(self.open.get() + 1);
+        self.count(false)
+    }
+
+    fn count(self: &Rc<Self>, exclusive: bool) -> Opened {
         self.load.connections.set(self.load.connections.get() + 1);
-        Opened(Rc::clone(self))
+        Opened { of: Rc::clone(self), exclusive }
     }
 
     pub(super) fn are_waited_for(&self) -> bool {
@@ -136,14 +144,19 @@ impl Connections {
 }
 
 /// A connection, from when it is begun until it is closed.
-pub(super) struct Opened(Rc<Connections>);
+pub(super) struct Opened {
+    of: Rc<Connections>,
+    exclusive: bool,
+}
 
 impl Drop for Opened {
     fn drop(&mut self) {
-        let Self(connections) = self;
-        connections.open.set(connections.open.get() - 1);
-        connections.load.connections.set(connections.load.connections.get() - 1);
-        connections.free();
+        let Self { of, exclusive } = self;
+        if *exclusive {
+            of.exclusive.set(of.exclusive.get() - 1);
+        }
+        of.load.connections.set(of.load.connections.get() - 1);
+        of.free();
     }
 }
 

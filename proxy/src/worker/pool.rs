@@ -137,7 +137,7 @@ impl Connector {
             Ok(Err(error)) => return Err(ConnectError::Tcp(address, error)),
             Err(_) => return Err(ConnectError::TcpTimeout(address, self.connect_timeout)),
         };
-        super::prepare_socket(&tcp);
+        super::prepare_socket(&tcp, super::UPSTREAM_QUIET);
         let Some((name, connector)) = &self.tls else {
             return Ok(Stream::plain_client(tcp, opened));
         };

@@ -1,6 +1,7 @@
 //! The whole binary in both roles: client, fleet proxy, sidecar, application.
 
 use std::{
+    io::{BufRead, BufReader},
     net::SocketAddr,
     process::{Child, Command, Stdio},
     time::{Duration, Instant, SystemTime},
@@ -15,13 +16,14 @@ use rustls::pki_types::{CertificateDer, pem::PemObject};
 use sluice_xds::{TypeUrl, sluice::identity::v1::SignResponse};
 use tokio::{
     net::{TcpListener, TcpStream},
+    sync::mpsc,
     task::JoinHandle,
 };
 use tokio_rustls::TlsConnector;
 
 use crate::{
     pki::{CONTROLLER, Ca, FLEET, Projected},
-    resources::{cluster, endpoints, inbound, listener, local_cluster, resource, route},
+    resources::{cluster, endpoints, inbound, listener, local_cluster, resource, route, unavailable},
     server::{AdsStream, Server, soon},
 };
 
@@ -51,11 +53,31 @@ impl Drop for Proxy {
 
 impl Proxy {
     fn start(role: &str, ca: &Ca, controller: SocketAddr) -> Self {
+        Self::launch(Command::new(env!("CARGO_BIN_EXE_sluice-proxy")), Stdio::inherit(), role, ca, controller)
+    }
+
+    /// One of the fleet that may have so many files open, and the lines of its log.
+    fn with_files(files: u32, ca: &Ca, controller: SocketAddr) -> (Self, mpsc::UnboundedReceiver<String>) {
+        let mut command = Command::new("/bin/sh");
+        let script = "ulimit -n \"$0\" && exec \"$@\"";
+        command.args(["-c", script, &files.to_string(), env!("CARGO_BIN_EXE_sluice-proxy")]);
+        let mut proxy = Self::launch(command, Stdio::piped(), "fleet", ca, controller);
+        let log = BufReader::new(proxy.child.stderr.take().unwrap());
+        let (sender, lines) = mpsc::unbounded_channel();
+        std::thread::spawn(move || {
+            for line in log.lines().map_while(Result::ok) {
+                let _ = sender.send(line);
+            }
+        });
+        (proxy, lines)
+    }
+
+    fn launch(mut command: Command, log: Stdio, role: &str, ca: &Ca, controller: SocketAddr) -> Self {
         let projected = Projected::new(ca);
         projected.write_token(role);
         let health = SocketAddr::from(([127, 0, 0, 1], free_port()));
         let admin = SocketAddr::from(([127, 0, 0, 1], free_port()));
-        let child = Command::new(env!("CARGO_BIN_EXE_sluice-proxy"))
+        let child = command
             .args([role, "--health-address", &health.to_string(), "--admin-address", &admin.to_string()])
             .env_clear()
             .env("POD_NAME", format!("{role}-0"))
@@ -66,6 +88,7 @@ impl Proxy {
             .env("SLUICE_WORKERS", "2")
             .env("SLUICE_DRAIN_SECONDS", "15")
             .stdout(Stdio::null())
+            .stderr(log)
             .spawn()
             .unwrap();
         Self { child, health, admin, _projected: projected }
@@ -278,6 +301,51 @@ async fn a_request_goes_through_fleet_and_sidecar_to_the_application_until_both_
     fleet.wait_for("/healthz/ready", StatusCode::SERVICE_UNAVAILABLE).await;
     assert_eq!(ask(Version::HTTP_11).await.unwrap().0, StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(fleet.ended().await, Some(0));
+}
+
+#[tokio::test]
+async fn a_proxy_that_is_out_of_files_pauses_and_recovers() {
+    let ca = Ca::new();
+    let mut server = Server::start(&ca).await;
+    let (fleet, mut log) = Proxy::with_files(64, &ca, server.address);
+    sign(&mut server, &ca, 1).await;
+    let mut stream = server.stream().await;
+    stream.request_of(TypeUrl::Cluster).await;
+    stream.request_of(TypeUrl::Listener).await;
+    let port = free_port();
+    stream.acked(TypeUrl::Cluster, Vec::new(), &[]).await;
+    stream.acked(TypeUrl::Listener, vec![resource(WEB, "1", &listener(WEB, port))], &[]).await;
+    stream.acked(TypeUrl::Route, vec![resource(WEB, "1", &unavailable(WEB))], &[]).await;
+    fleet.wait_for("/healthz/ready", StatusCode::OK).await;
+
+    let service = SocketAddr::from(([127, 0, 0, 1], port));
+    let mut open = Vec::new();
+    for _ in 0..128 {
+        open.push(TcpStream::connect(service).await.unwrap());
+    }
+    let mut complaints = 0;
+    soon("the longest pause", async {
+        loop {
+            let line = log.recv().await.unwrap();
+            complaints += usize::from(line.contains("cannot accept connections"));
+            if line.contains("pause=1s") {
+                break;
+            }
+        }
+    })
+    .await;
+    // Seven pauses of each thread come before it.
+    assert!(complaints <= 2 * 8, "{complaints}");
+    drop(open);
+    let answer = soon("an answer", async {
+        loop {
+            if let Some(answer) = get(service, "/", Version::HTTP_11).await {
+                return answer;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    assert_eq!(answer.await.0, StatusCode::SERVICE_UNAVAILABLE);
 }
 
 #[tokio::test]
