@@ -16,7 +16,7 @@ use prost_types::{Struct, Value, value::Kind};
 use sluice_xds::{
     TypeUrl,
     envoy::{
-        config::core::v3::{Node, node::UserAgentVersionType},
+        config::core::v3::{Locality, Node, node::UserAgentVersionType},
         service::discovery::v3::{
             DeltaDiscoveryRequest, DeltaDiscoveryResponse,
             aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
@@ -111,6 +111,13 @@ impl Default for State {
 }
 
 impl State {
+    /// Of a proxy in this zone; an empty one is not known.
+    #[must_use]
+    pub fn in_zone(zone: String) -> Self {
+        let inner = Inner { resources: Resources::in_zone(zone), ..Inner::default() };
+        Self { inner: Mutex::new(inner), ..Self::default() }
+    }
+
     /// Never held across an await, and for no longer than one response takes to be parsed.
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // Whoever panicked with the lock aborted the process (release) or fails its test.
@@ -475,12 +482,16 @@ impl<A: Apply> Client<A> {
     }
 
     fn node(&self) -> Node {
-        let epoch = self.state.lock().epoch;
+        let (epoch, zone) = {
+            let inner = self.state.lock();
+            (inner.epoch, inner.resources.zone().to_owned())
+        };
         let fields = epoch.map(|epoch| (EPOCH.to_owned(), Value { kind: Some(Kind::StringValue(epoch.to_string())) }));
         Node {
             id: self.introduction.id.clone(),
             cluster: self.introduction.role.to_owned(),
             metadata: Some(Struct { fields: fields.into_iter().collect() }),
+            locality: (!zone.is_empty()).then(|| Locality { zone, ..Locality::default() }),
             user_agent_name: "sluice-proxy".to_owned(),
             user_agent_version_type: Some(UserAgentVersionType::UserAgentVersion(env!("CARGO_PKG_VERSION").to_owned())),
             ..Node::default()

@@ -61,6 +61,10 @@ pub struct Settings {
     #[arg(long, env = "SLUICE_ACCESS_LOG", default_value = "off", value_parser = access_log)]
     pub access_log: bool,
 
+    /// The zone of this Pod's node: endpoints of it are preferred where their Service asks for that. Default: not known.
+    #[arg(long, env = "SLUICE_ZONE", default_value = "")]
+    pub zone: String,
+
     /// Address of `/healthz/*` and `/metrics`. Default: port 20444 of every address.
     #[arg(long, hide = true)]
     pub health_address: Option<SocketAddr>,
@@ -133,7 +137,7 @@ pub async fn run(role: Role, settings: Settings) -> Result<(), ProcessError> {
         trust_bundle: settings.trust_bundle.clone(),
     };
     let renewer = Renewer::new(controller.clone(), settings.token.clone(), identity);
-    let state = Arc::new(State::default());
+    let state = Arc::new(State::in_zone(settings.zone.clone()));
     let admin = Arc::new(Admin {
         role,
         workers: Arc::clone(&workers),

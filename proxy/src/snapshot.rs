@@ -115,6 +115,8 @@ pub struct Cluster {
     /// Labels of its metric series; `None` is not counted (a sidecar's local application).
     pub labels: Option<MetricLabels>,
     pub upstream: Upstream,
+    /// Those of its endpoints that are preferred, because they are in this proxy's zone, sorted. Empty: all are alike.
+    pub near: Vec<SocketAddr>,
     /// `None` is plaintext.
     pub tls: Option<ClientTls>,
     pub connect_timeout: Duration,
@@ -128,6 +130,7 @@ pub struct TrafficPolicy {
     pub connections: ConnectionPolicy,
     /// Which endpoints are left alone for what they answer. Those that cannot be reached are, whatever is said here.
     pub outliers: Option<Outliers>,
+    pub slow_start: Option<SlowStart>,
 }
 
 /// How many of each a cluster may have at once in this process; `None` is any number (`CircuitBreakers.Thresholds`).
@@ -172,6 +175,16 @@ pub struct Outliers {
     pub most_ejected: u32,
     /// Per cent of endpoints that must be left; where fewer are, all are used.
     pub panic: f64,
+}
+
+/// What an endpoint gets that joins others: of what would be its share so much more the longer it is there
+/// (`LeastRequestLbConfig.slow_start_config`).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SlowStart {
+    /// After which it is like the others. Not 0.
+    pub window: Duration,
+    /// What it begins with, from 0 to 1.
+    pub least: f64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -1,6 +1,6 @@
 //! `Cluster`: where requests go.
 
-use std::{net::SocketAddr, time::Duration};
+use std::time::Duration;
 
 use prost_types::value::Kind;
 use sluice_xds::envoy::{
@@ -14,7 +14,11 @@ use sluice_xds::envoy::{
     extensions::upstreams::http::v3::{HttpProtocolOptions, http_protocol_options::UpstreamProtocolOptions},
 };
 
-use super::{ConfigError, endpoints, tls, traffic};
+use super::{
+    ConfigError,
+    endpoints::{self, Endpoints},
+    tls, traffic,
+};
 use crate::snapshot::{ClientTls, ConnectionPolicy, MetricLabels, TrafficPolicy};
 
 const PROTOCOL_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
@@ -27,13 +31,15 @@ pub(super) struct Cluster {
     pub(super) tls: Option<ClientTls>,
     pub(super) connect_timeout: Duration,
     pub(super) traffic: TrafficPolicy,
+    /// From how many endpoints on those in this proxy's zone are preferred; `None` is never.
+    pub(super) zones: Option<u64>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Discovery {
     /// The name of its `ClusterLoadAssignment`.
     Eds(String),
-    Static(Vec<SocketAddr>),
+    Static(Endpoints),
     OriginalDst {
         port: u16,
     },
@@ -80,6 +86,7 @@ pub(super) fn parse(message: &Message) -> Result<Cluster, ConfigError> {
         tls: message.transport_socket.as_ref().map(tls::client).transpose()?,
         connect_timeout: connect_timeout(message)?,
         traffic: TrafficPolicy { connections, ..traffic::parse(message)? },
+        zones: traffic::zones(message)?,
     })
 }
 
@@ -124,7 +131,7 @@ fn discovery(message: &Message) -> Result<Discovery, ConfigError> {
 fn balancing(message: &Message, discovery: &Discovery) -> Result<(), ConfigError> {
     let choice = match discovery {
         Discovery::Eds(_) => true,
-        Discovery::Static(addresses) => addresses.len() > 1,
+        Discovery::Static(endpoints) => endpoints.len() > 1,
         Discovery::OriginalDst { .. } => false,
     };
     if choice && message.lb_policy != i32::from(LbPolicy::LeastRequest) {

@@ -99,13 +99,14 @@ fn cluster(it: &Cluster) -> Value {
             Upstream::Endpoints(addresses) => addresses.iter().map(ToString::to_string).collect::<Value>(),
             Upstream::OriginalDst { port } => json!({ "originalDst": { "port": port } }),
         },
+        "near": it.near.iter().map(ToString::to_string).collect::<Value>(),
         "traffic": traffic(&it.traffic),
         "tls": it.tls.as_ref().map(|tls| json!({ "sni": tls.sni, "serverId": tls.server_id })),
     })
 }
 
 fn traffic(it: &TrafficPolicy) -> Value {
-    let TrafficPolicy { limits, connections, outliers } = it;
+    let TrafficPolicy { limits, connections, outliers, slow_start } = it;
     json!({
         "maxConnections": limits.connections,
         "maxPendingRequests": limits.pending,
@@ -114,6 +115,7 @@ fn traffic(it: &TrafficPolicy) -> Value {
         "idleMs": connections.idle.map(|idle| idle.as_millis()),
         "maxConnectionMs": connections.age.map(|age| age.as_millis()),
         "maxRequestsPerConnection": connections.requests,
+        "slowStart": slow_start.map(|policy| json!({ "windowMs": policy.window.as_millis(), "least": policy.least })),
         "outliers": outliers.map(|outliers| json!({
             "consecutive5xx": outliers.server_errors,
             "consecutiveGatewayFailure": outliers.gateway_errors,

@@ -1,7 +1,7 @@
 //! `ClusterLoadAssignment`: the addresses that take requests.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
 };
 
@@ -12,23 +12,30 @@ use sluice_xds::envoy::config::{
 
 use super::ConfigError;
 
-/// The healthy addresses, sorted, each once.
-pub(super) fn parse(assignment: &ClusterLoadAssignment) -> Result<Vec<SocketAddr>, ConfigError> {
-    let mut addresses = BTreeSet::new();
+/// Healthy addresses, each with its zone, which may be empty.
+pub(super) type Endpoints = BTreeMap<SocketAddr, String>;
+
+/// A locality's weight says nothing without `locality_weighted_lb_config`, as in Envoy.
+pub(super) fn parse(assignment: &ClusterLoadAssignment) -> Result<Endpoints, ConfigError> {
+    let mut addresses = Endpoints::new();
     for (at, locality) in assignment.endpoints.iter().enumerate() {
         let field = format!("endpoints[{at}]");
         if locality.priority != 0 {
             return Err(ConfigError::unsupported(format!("{field}.priority"), locality.priority, "0"));
         }
+        let zone = locality.locality.as_ref().map_or("", |locality| &locality.zone);
         for (at, endpoint) in locality.lb_endpoints.iter().enumerate() {
             let field = format!("{field}.lb_endpoints[{at}]");
             let Some(HostIdentifier::Endpoint(host)) = &endpoint.host_identifier else {
                 return Err(ConfigError::missing(format!("{field}.endpoint")));
             };
+            if let Some(weight) = endpoint.load_balancing_weight.filter(|weight| *weight != 1) {
+                return Err(ConfigError::unsupported(format!("{field}.load_balancing_weight"), weight, "1"));
+            }
             let address = address(host.address.as_ref(), &format!("{field}.endpoint.address"))?;
             match HealthStatus::try_from(endpoint.health_status) {
                 Ok(HealthStatus::Unknown | HealthStatus::Healthy) => {
-                    addresses.insert(address);
+                    addresses.entry(address).or_insert_with(|| zone.to_owned());
                 }
                 // Not to be used, whatever the reason; an unknown status is no promise that it serves.
                 Ok(
@@ -38,7 +45,17 @@ pub(super) fn parse(assignment: &ClusterLoadAssignment) -> Result<Vec<SocketAddr
             }
         }
     }
-    Ok(addresses.into_iter().collect())
+    Ok(addresses)
+}
+
+/// Those in this proxy's zone, if it is to stay there: only while they are at least an equal share of all, so that no zone has
+/// to bear the requests of more proxies than its endpoints are for, and from `least` endpoints on
+/// (`ZoneAwareLbConfig.min_cluster_size`).
+pub(super) fn near(endpoints: &Endpoints, zone: &str, least: u64) -> Vec<SocketAddr> {
+    let zones = endpoints.values().collect::<BTreeSet<_>>().len();
+    let near: Vec<_> = endpoints.iter().filter(|(_, of)| of.as_str() == zone).map(|(address, _)| *address).collect();
+    let enough = endpoints.len() as u64 >= least && near.len() * zones >= endpoints.len();
+    if enough && near.len() < endpoints.len() { near } else { Vec::new() }
 }
 
 /// An IP address with a port other than 0.

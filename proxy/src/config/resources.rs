@@ -20,7 +20,7 @@ use sluice_xds::{
 use super::{
     ConfigError, Rejected,
     cluster::{self, Discovery},
-    endpoints,
+    endpoints::{self, Endpoints},
     listener::{self, Protocol as ListenerProtocol},
     route::{self, Action as RouteAction, Targets},
 };
@@ -69,7 +69,7 @@ impl<T> Staged<T> {
 #[derive(Debug, Default)]
 pub struct Resources {
     pub(super) clusters: BTreeMap<String, Held<cluster::Cluster>>,
-    pub(super) endpoints: BTreeMap<String, Held<Vec<SocketAddr>>>,
+    pub(super) endpoints: BTreeMap<String, Held<Endpoints>>,
     pub(super) listeners: BTreeMap<String, Staged<listener::Listener>>,
     pub(super) routes: BTreeMap<String, Staged<RouteAction>>,
     /// Why the newest version of a resource does not serve, until a good version comes.
@@ -79,6 +79,8 @@ pub struct Resources {
     /// Clusters that are gone or incomplete, in their last good version, because something that serves names them.
     retained: BTreeMap<String, Arc<Cluster>>,
     snapshot: Arc<Snapshot>,
+    /// Where this proxy runs; empty if that is not known.
+    zone: String,
 }
 
 /// One response of the server.
@@ -97,6 +99,17 @@ pub struct Subscriptions {
 }
 
 impl Resources {
+    /// Of a proxy in this zone (`Locality.zone`); an empty one is not known.
+    #[must_use]
+    pub fn in_zone(zone: String) -> Self {
+        Self { zone, ..Self::default() }
+    }
+
+    #[must_use]
+    pub fn zone(&self) -> &str {
+        &self.zone
+    }
+
     /// Takes in a response. The returned resources are not in it: they keep their last good version. Call
     /// [`build`](Self::build) to see the effect.
     pub fn update(&mut self, change: Change<'_>) -> Vec<Rejected> {
@@ -327,18 +340,24 @@ impl Resources {
         before.append(&mut self.built);
         for (name, held) in &self.clusters {
             let old = before.get(name);
-            let upstream = match &held.value.discovery {
+            let zones = held.value.zones.filter(|_| !self.zone.is_empty());
+            let fixed = |endpoints: &Endpoints| {
+                let near = zones.map_or_else(Vec::new, |least| endpoints::near(endpoints, &self.zone, least));
+                (Upstream::Endpoints(endpoints.keys().copied().collect()), near)
+            };
+            let (upstream, near) = match &held.value.discovery {
                 Discovery::Eds(service) => match self.endpoints.get(service) {
-                    Some(endpoints) => Upstream::Endpoints(endpoints.value.clone()),
+                    Some(endpoints) => fixed(&endpoints.value),
                     None => continue,
                 },
-                Discovery::Static(addresses) => Upstream::Endpoints(addresses.clone()),
-                Discovery::OriginalDst { port } => Upstream::OriginalDst { port: *port },
+                Discovery::Static(endpoints) => fixed(endpoints),
+                Discovery::OriginalDst { port } => (Upstream::OriginalDst { port: *port }, Vec::new()),
             };
             let cluster = Cluster {
                 name: name.clone(),
                 labels: held.value.labels.clone(),
                 upstream,
+                near,
                 tls: held.value.tls.clone(),
                 connect_timeout: held.value.connect_timeout,
                 traffic: held.value.traffic.clone(),

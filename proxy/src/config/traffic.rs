@@ -1,4 +1,4 @@
-//! How a cluster's endpoints are used: circuit breakers, the life of connections, and ejection of outliers.
+//! How a cluster's endpoints are used: circuit breakers, the life of connections, ejection of outliers, slow start, zones.
 //!
 //! What is not said is not limited, unlike in Envoy, where 1024 stands for it: our control plane says what it wants.
 
@@ -6,14 +6,17 @@ use std::time::Duration;
 
 use sluice_xds::envoy::{
     config::{
-        cluster::v3::{CircuitBreakers, Cluster as Message, OutlierDetection},
+        cluster::v3::{
+            CircuitBreakers, Cluster as Message, OutlierDetection,
+            cluster::{LbConfig, LeastRequestLbConfig, common_lb_config::LocalityConfigSpecifier},
+        },
         core::v3::{HttpProtocolOptions, RoutingPriority},
     },
     r#type::v3::Percent,
 };
 
 use super::ConfigError;
-use crate::snapshot::{ConnectionPolicy, Limits, Outliers, TrafficPolicy};
+use crate::snapshot::{ConnectionPolicy, Limits, Outliers, SlowStart, TrafficPolicy};
 
 /// Envoy's default (`healthy_panic_threshold`).
 const PANIC: f64 = 50.0;
@@ -27,8 +30,45 @@ pub(super) fn parse(message: &Message) -> Result<TrafficPolicy, ConfigError> {
     Ok(TrafficPolicy {
         limits: message.circuit_breakers.as_ref().map(limits).transpose()?.unwrap_or_default(),
         connections: ConnectionPolicy::default(),
+        slow_start: match &message.lb_config {
+            Some(LbConfig::LeastRequestLbConfig(config)) => least_request(config)?,
+            Some(LbConfig::OriginalDstLbConfig(_)) | None => None,
+        },
         outliers: outliers.flatten().map(|outliers| Outliers { panic, ..outliers }),
     })
+}
+
+fn least_request(message: &LeastRequestLbConfig) -> Result<Option<SlowStart>, ConfigError> {
+    const FIELD: &str = "least_request_lb_config";
+    if let Some(choices) = message.choice_count.filter(|choices| *choices != 2) {
+        return Err(ConfigError::unsupported(format!("{FIELD}.choice_count"), choices, "2"));
+    }
+    let Some(config) = &message.slow_start_config else { return Ok(None) };
+    let field = format!("{FIELD}.slow_start_config.slow_start_window");
+    let window = duration(config.slow_start_window.as_ref(), || field.clone())?;
+    let Some(window) = window.filter(|window| !window.is_zero()) else {
+        return Err(ConfigError::missing(format!("{field} (above 0)")));
+    };
+    // Envoy's default (cluster.proto, SlowStartConfig).
+    let least = percent(config.min_weight_percent, 10.0, || format!("{FIELD}.slow_start_config.min_weight_percent"))?;
+    Ok(Some(SlowStart { window, least: least / 100.0 }))
+}
+
+/// From how many endpoints on the own zone is preferred, if it is.
+pub(super) fn zones(message: &Message) -> Result<Option<u64>, ConfigError> {
+    let common = message.common_lb_config.as_ref();
+    let Some(LocalityConfigSpecifier::ZoneAwareLbConfig(config)) =
+        common.and_then(|common| common.locality_config_specifier.as_ref())
+    else {
+        return Ok(None);
+    };
+    let field = || "common_lb_config.zone_aware_lb_config.routing_enabled".to_owned();
+    let enabled = percent(config.routing_enabled, 100.0, field)?;
+    if enabled > 0.0 && enabled < 100.0 {
+        return Err(ConfigError::unsupported(field(), enabled, "0 and 100"));
+    }
+    // Envoy's default (cluster.proto, ZoneAwareLbConfig).
+    Ok((enabled > 0.0).then(|| config.min_cluster_size.unwrap_or(6)))
 }
 
 /// The defaults are Envoy's (outlier_detection.proto).

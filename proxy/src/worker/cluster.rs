@@ -14,7 +14,7 @@ use super::{
 use crate::{
     failure::Failure,
     metrics::RevisionMetrics,
-    snapshot::{self, Outliers},
+    snapshot::{self, Outliers, SlowStart},
 };
 
 pub(super) struct Cluster {
@@ -26,12 +26,13 @@ pub(super) struct Cluster {
 }
 
 enum Endpoints {
-    Fixed(Vec<Rc<Endpoint>>),
-    /// Made when first dialled; there are no more than this Pod has addresses.
-    OriginalDst {
-        port: u16,
-        known: RefCell<HashMap<SocketAddr, Rc<Endpoint>>>,
+    Fixed {
+        all: Vec<Rc<Endpoint>>,
+        /// Those that are preferred; empty if all are alike.
+        near: Vec<Rc<Endpoint>>,
     },
+    /// Made when first dialled; there are no more than this Pod has addresses.
+    OriginalDst { port: u16, known: RefCell<HashMap<SocketAddr, Rc<Endpoint>>> },
 }
 
 impl Cluster {
@@ -46,17 +47,32 @@ impl Cluster {
         let endpoints = match &config.upstream {
             snapshot::Upstream::Endpoints(addresses) => {
                 let known: HashMap<SocketAddr, &Rc<Endpoint>> = match previous.map(|previous| &previous.endpoints) {
-                    Some(Endpoints::Fixed(list)) => list.iter().map(|endpoint| (endpoint.address, endpoint)).collect(),
+                    Some(Endpoints::Fixed { all, .. }) => {
+                        all.iter().map(|endpoint| (endpoint.address, endpoint)).collect()
+                    }
                     Some(Endpoints::OriginalDst { .. }) | None => HashMap::new(),
                 };
-                let endpoint =
-                    |address| known.get(address).map_or_else(|| Endpoint::new(*address, &load), |e| Rc::clone(e));
-                Endpoints::Fixed(addresses.iter().map(endpoint).collect())
+                // The first endpoints of a cluster have no others to be spared by.
+                let joined = config.traffic.slow_start.filter(|_| !known.is_empty()).map(|_| Instant::now());
+                let endpoint = |address: &SocketAddr| {
+                    known.get(address).map_or_else(
+                        || {
+                            let endpoint = Endpoint::new(*address, &load);
+                            endpoint.joined.set(joined);
+                            endpoint
+                        },
+                        |endpoint| Rc::clone(endpoint),
+                    )
+                };
+                let all: Vec<_> = addresses.iter().map(endpoint).collect();
+                let is_near = |endpoint: &&Rc<Endpoint>| config.near.binary_search(&endpoint.address).is_ok();
+                let near = all.iter().filter(is_near).cloned().collect();
+                Endpoints::Fixed { all, near }
             }
             snapshot::Upstream::OriginalDst { port } => {
                 let known = match previous.map(|previous| &previous.endpoints) {
                     Some(Endpoints::OriginalDst { port: before, known }) if before == port => known.clone(),
-                    Some(Endpoints::OriginalDst { .. } | Endpoints::Fixed(_)) | None => RefCell::default(),
+                    Some(Endpoints::OriginalDst { .. } | Endpoints::Fixed { .. }) | None => RefCell::default(),
                 };
                 Endpoints::OriginalDst { port: *port, known }
             }
@@ -74,16 +90,16 @@ impl Cluster {
     /// Whether another endpoint could be tried after one has failed.
     pub(super) fn has_alternatives(&self) -> bool {
         match &self.endpoints {
-            Endpoints::Fixed(endpoints) => endpoints.len() > 1,
+            Endpoints::Fixed { all, .. } => all.len() > 1,
             Endpoints::OriginalDst { .. } => false,
         }
     }
 
-    /// An endpoint that is not in `excluded`: the less busy of two drawn at random (power of two choices). `local` is
-    /// the address that the downstream connection was made to.
+    /// An endpoint that is not in `excluded`: the less busy of two drawn at random (power of two choices), of those in this
+    /// zone where they are preferred. `local` is the address that the downstream connection was made to.
     pub(super) fn pick(&self, excluded: &[SocketAddr], local: SocketAddr) -> Option<Rc<Endpoint>> {
-        let endpoints = match &self.endpoints {
-            Endpoints::Fixed(endpoints) => endpoints,
+        let (endpoints, near) = match &self.endpoints {
+            Endpoints::Fixed { all, near } => (all, near),
             Endpoints::OriginalDst { port, known } => {
                 let address = SocketAddr::new(local.ip(), *port);
                 if excluded.contains(&address) {
@@ -98,18 +114,43 @@ impl Cluster {
             }
         };
         if excluded.is_empty()
-            && let chosen = less_busy(endpoints.len(), |index| &endpoints[index])
+            && let preferred = if near.is_empty() { endpoints } else { near }
+            && let chosen = self.less_busy(preferred.len(), |index| &preferred[index])
             && chosen.as_ref().is_none_or(|chosen| !chosen.health.is_doubtful())
         {
             return chosen;
         }
         let left: Vec<_> = endpoints.iter().filter(|endpoint| !excluded.contains(&endpoint.address)).collect();
         let now = Instant::now();
-        let good: Vec<_> = left.iter().copied().filter(|endpoint| !endpoint.health.is_ejected(now)).collect();
-        let left = if good.is_empty() || self.panics(endpoints, now) { left } else { good };
-        let chosen = less_busy(left.len(), |index| left[index])?;
+        let is_good = |endpoint: &&Rc<Endpoint>| !endpoint.health.is_ejected(now);
+        let good: Vec<_> = left.iter().copied().filter(is_good).collect();
+        let good_near: Vec<_> =
+            near.iter().filter(|endpoint| !excluded.contains(&endpoint.address)).filter(is_good).collect();
+        let left = if !good_near.is_empty() && good_near.len() * 2 >= near.len() {
+            // With fewer of them left, those would have to bear too much of this zone.
+            good_near
+        } else if good.is_empty() || self.panics(endpoints, now) {
+            left
+        } else {
+            good
+        };
+        let chosen = self.less_busy(left.len(), |index| left[index])?;
         chosen.health.chosen(now);
         Some(chosen)
+    }
+
+    fn less_busy<'a>(&self, count: usize, at: impl Fn(usize) -> &'a Rc<Endpoint>) -> Option<Rc<Endpoint>> {
+        if count < 2 {
+            return (count == 1).then(|| Rc::clone(at(0)));
+        }
+        let first = fastrand::usize(..count);
+        // The second of the remaining ones, so that the two differ.
+        let second = (first + fastrand::usize(1..count)) % count;
+        let (first, second) = (at(first), at(second));
+        let (chosen, other) =
+            if second.outstanding() < first.outstanding() { (second, first) } else { (first, second) };
+        let takes = self.config.traffic.slow_start.is_none_or(|policy| takes(chosen, policy));
+        Some(Rc::clone(if takes { chosen } else { other }))
     }
 
     /// Whether so few endpoints are left that all are used (`healthy_panic_threshold`).
@@ -165,7 +206,7 @@ impl Cluster {
 
     /// Whether no more than so many per cent are ejected with this one.
     fn may_eject(&self, endpoint: &Endpoint, most: u32, now: Instant) -> bool {
-        let Endpoints::Fixed(endpoints) = &self.endpoints else { return false };
+        let Endpoints::Fixed { all: endpoints, .. } = &self.endpoints else { return false };
         let others =
             endpoints.iter().filter(|other| other.address != endpoint.address && other.health.is_ejected(now)).count();
         share(others + 1, endpoints.len()) <= f64::from(most)
@@ -173,7 +214,7 @@ impl Cluster {
 
     pub(super) fn each_endpoint(&self, mut visit: impl FnMut(&Rc<Endpoint>)) {
         match &self.endpoints {
-            Endpoints::Fixed(endpoints) => endpoints.iter().for_each(visit),
+            Endpoints::Fixed { all, .. } => all.iter().for_each(visit),
             Endpoints::OriginalDst { known, .. } => known.borrow().values().for_each(&mut visit),
         }
     }
@@ -185,13 +226,12 @@ fn share(some: usize, all: usize) -> f64 {
     some as f64 * 100.0 / all as f64
 }
 
-fn less_busy<'a>(count: usize, at: impl Fn(usize) -> &'a Rc<Endpoint>) -> Option<Rc<Endpoint>> {
-    if count < 2 {
-        return (count == 1).then(|| Rc::clone(at(0)));
+/// Whether an endpoint that may be new among others takes this request: the more often the longer it is there.
+fn takes(endpoint: &Endpoint, policy: SlowStart) -> bool {
+    let Some(joined) = endpoint.joined.get() else { return true };
+    let share = joined.elapsed().div_duration_f64(policy.window);
+    if share >= 1.0 {
+        endpoint.joined.set(None);
     }
-    let first = fastrand::usize(..count);
-    // The second of the remaining ones, so that the two differ.
-    let second = (first + fastrand::usize(1..count)) % count;
-    let (first, second) = (at(first), at(second));
-    Some(Rc::clone(if second.outstanding() < first.outstanding() { second } else { first }))
+    fastrand::f64() < share.max(policy.least)
 }

@@ -185,6 +185,8 @@ impl Connector {
 /// One address of a cluster, with its load and its connections.
 pub(super) struct Endpoint {
     pub(super) address: SocketAddr,
+    /// Since when it is there, while it gets less than others for it.
+    pub(super) joined: Cell<Option<Instant>>,
     outstanding: Cell<u32>,
     pub(super) health: Health,
     /// No longer configured: nothing is kept for it.
@@ -372,6 +374,7 @@ impl Endpoint {
     pub(super) fn new(address: SocketAddr, load: &Rc<Load>) -> Rc<Self> {
         Rc::new(Self {
             address,
+            joined: Cell::default(),
             outstanding: Cell::new(0),
             health: Health::default(),
             retired: Cell::new(false),

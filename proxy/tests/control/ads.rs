@@ -91,7 +91,7 @@ impl Bench {
         let permits = Arc::new(Semaphore::new(1000));
         let failing = Arc::new(Mutex::default());
         let workers = Workers { started, permits: permits.clone(), failing: Arc::clone(&failing) };
-        let state = Arc::new(State::default());
+        let state = Arc::new(State::in_zone("zone-a".to_owned()));
         let introduction = Introduction { id: "fleet-0".to_owned(), role: "fleet", least_listeners: 0 };
         let client =
             Client::new(controller, introduction, certificate.subscribe(), workers, state.clone()).with_timing(TIMING);
@@ -179,7 +179,8 @@ fn served(snapshot: &Snapshot) -> Vec<(&str, u32)> {
 async fn the_first_configuration_is_served_and_then_acknowledged() {
     let mut bench = Bench::start().await;
     let (mut stream, clusters_request, listeners_request) = bench.stream().await;
-    assert_eq!(clusters_request.node.as_ref().unwrap().id, "fleet-0");
+    let node = clusters_request.node.as_ref().unwrap();
+    assert_eq!((node.id.as_str(), node.locality.as_ref().unwrap().zone.as_str()), ("fleet-0", "zone-a"));
     for request in [&clusters_request, &listeners_request] {
         assert_eq!(request.resource_names_subscribe, ["*"]);
         assert!(request.initial_resource_versions.is_empty());

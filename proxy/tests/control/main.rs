@@ -7,6 +7,7 @@
 
 mod ads;
 mod binary;
+mod clusters;
 mod identity;
 mod outcomes;
 mod pki;

@@ -6,6 +6,7 @@ mod downstream_http1;
 mod drain;
 mod http;
 mod limits;
+mod outliers;
 mod policies;
 mod retries;
 mod support;

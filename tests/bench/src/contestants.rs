@@ -24,7 +24,8 @@ use rustls::{
 use sluice_proxy::{
     metrics::Metrics,
     snapshot::{
-        Action, Cluster, FilterChain, Listener, MetricLabels, Protocol, ServerTls, Snapshot, Split, TrafficPolicy, Upstream,
+        Action, Cluster, FilterChain, Listener, MetricLabels, Protocol, ServerTls, Snapshot, Split, TrafficPolicy,
+        Upstream,
     },
     tls::IdentityHandle,
     workers::{Options, Role, Timing, Workers},
@@ -92,6 +93,7 @@ impl Proxy {
                     revision: index.to_string(),
                 }),
                 upstream: Upstream::Endpoints(vec![*address]),
+                near: Vec::new(),
                 tls: None,
                 connect_timeout: Duration::from_secs(1),
                 traffic: TrafficPolicy::default(),

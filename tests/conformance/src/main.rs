@@ -25,7 +25,8 @@ use sluice_proxy::{
     config::{Change, Resources},
     metrics::Metrics,
     snapshot::{
-        Action, Cluster, FilterChain, Listener, MetricLabels, Protocol, ServerTls, Snapshot, Split, TrafficPolicy, Upstream,
+        Action, Cluster, FilterChain, Listener, MetricLabels, Protocol, ServerTls, Snapshot, Split, TrafficPolicy,
+        Upstream,
     },
     tls::IdentityHandle,
     workers::{Options, Role, Timing, Workers},
@@ -110,6 +111,7 @@ fn listener((address, upstream): (SocketAddr, SocketAddr), tls: Option<ServerTls
             revision: "a".to_owned(),
         }),
         upstream: Upstream::Endpoints(vec![upstream]),
+        near: Vec::new(),
         tls: None,
         connect_timeout: Duration::from_secs(1),
         traffic: TrafficPolicy::default(),
