@@ -100,15 +100,16 @@ class Ours:
 
 
 class Envoy:
-    """Stock Envoy with the same listeners. Its binary is `ENVOY`. `routes`: one for each, in place of that to its upstream."""
+    """Stock Envoy with the same listeners. Its binary is `ENVOY`. `routes`, `clusters`: what is said of each beside
+    where its upstream is."""
 
-    def __init__(self, plain, routes=None):
-        self.plain, self.routes = plain, routes
+    def __init__(self, plain, routes=None, clusters=None):
+        self.plain, self.routes, self.clusters = plain, routes, clusters
         self.folder = tempfile.TemporaryDirectory(prefix="sluice-conformance-")
 
     async def __aenter__(self):
         file = pathlib.Path(self.folder.name, "envoy.json")
-        listeners, clusters = envoy_resources(self.plain, self.routes, self.folder.name)
+        listeners, clusters = envoy_resources(self.plain, self.routes, self.clusters, self.folder.name)
         file.write_text(json.dumps({"static_resources": {"listeners": listeners, "clusters": clusters}}))
         arguments = ["--concurrency", "1", "--disable-hot-restart", "--log-level", "off", "-c", str(file)]
         arguments += ["--file-flush-interval-msec", "20"]
@@ -171,7 +172,7 @@ async def connected(address):
             await asyncio.sleep(0.05)
 
 
-def envoy_resources(plain, routes=None, logs=None):
+def envoy_resources(plain, routes=None, clusters=None, logs=None):
     """Listeners and clusters as our fleet has them: HTTP/1.0 is served, WebSocket passes, HTTP/2 stays HTTP/2. In the form of JSON.
     `logs`: folder for access logs."""
     kind = "type.googleapis.com/envoy.extensions."
@@ -224,6 +225,7 @@ def envoy_resources(plain, routes=None, logs=None):
                 }
             },
             "load_assignment": {"cluster_name": f"c{index}", "endpoints": [{"lb_endpoints": [endpoint]}]},
+            **(clusters[index] if clusters else {}),
         }
 
     return [listener(*one) for one in enumerate(plain)], [cluster(*one) for one in enumerate(plain)]

@@ -22,7 +22,7 @@ from envoy.service.discovery.v3 import discovery_pb2
 
 from harness import HERE, PATIENCE, Envoy, Ours, Recorder, Report, envoy_resources, expanded, lanes, main
 
-KEYS = {"name", "source", "route", "send", "script", "status", "flags", "upstream", "with", "without", "answer_with", "answer_without", "envoy"}
+KEYS = {"name", "source", "route", "cluster", "send", "script", "status", "flags", "upstream", "with", "without", "answer_with", "answer_without", "envoy"}
 FLAG = "x-sluice-response-flag"
 
 
@@ -55,13 +55,13 @@ def cases():
     for one in found:
         assert not one.keys() - KEYS and one["source"], one
         assert "envoy" not in one or one["envoy"].get("why"), f"{one['name']}: why does Envoy differ?"
-        one["route"] = json.loads(one.get("route", "{}"))
+        one["route"], one["cluster"] = (json.loads(one.get(key, "{}")) for key in ("route", "cluster"))
     return found
 
 
-def ours_xds(folder, plain, routes):
+def ours_xds(folder, plain, routes, clusters):
     """Envoy's messages as our proxy takes them in."""
-    listeners, clusters = envoy_resources(plain, routes)
+    listeners, clusters = envoy_resources(plain, routes, clusters)
     for index, listener in enumerate(listeners):
         # Nothing that our control plane never says.
         manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
@@ -118,10 +118,10 @@ async def suite():
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     chosen = [case for case in cases() if wanted in case["name"]]
     ours, theirs = lanes(len(chosen), 11000, 21000), lanes(len(chosen), 31000, 41000)
-    routes = [case["route"] for case in chosen]
+    routes, clusters = ([case[key] for case in chosen] for key in ("route", "cluster"))
     report, beside = Report("routes"), Report("routes beside Envoy")
     with tempfile.TemporaryDirectory(prefix="sluice-conformance-") as folder:
-        ours_xds(folder, ours, routes)
+        ours_xds(folder, ours, routes, clusters)
         async with Ours(arguments=["--xds", folder]):
             for case, (status, fields, upstream) in zip(chosen, await asyncio.gather(*map(asked, ours, chosen))):
                 flags = fields.get(FLAG, "-")
@@ -129,7 +129,7 @@ async def suite():
     if not os.environ.get("ENVOY"):
         beside.skip("no stock Envoy could be installed")
         return report.end()
-    async with Envoy(theirs, routes) as envoy:
+    async with Envoy(theirs, routes, clusters) as envoy:
         for index, (case, (status, fields, upstream)) in enumerate(zip(chosen, await asyncio.gather(*map(asked, theirs, chosen)))):
             flags = await envoy.flags(index)
             found = problems(case, case | case.get("envoy", {}), status, fields, flags, upstream)
