@@ -9,8 +9,11 @@ use std::fmt::Debug;
 
 use crate::worker::fuzz::{answer, hello, request};
 
+/// Panics on bytes that break what must hold.
+pub type Target = fn(&[u8]);
+
 /// What can be fuzzed. The names are those of the folders in `tests/fuzz/corpus`.
-pub const TARGETS: [(&str, fn(&[u8])); 4] =
+pub const TARGETS: [(&str, Target); 4] =
     [("request", request), ("answer", answer), ("hello", hello), ("xds", xds::run)];
 
 /// # Panics
