@@ -9,7 +9,7 @@ use std::fmt::Debug;
 
 use crate::worker::fuzz::{answer, hello, request};
 
-/// Panics on bytes that break what must hold.
+/// Panics where what must hold of these bytes does not.
 pub type Target = fn(&[u8]);
 
 /// What can be fuzzed. The names are those of the folders in `tests/fuzz/corpus`.
@@ -69,7 +69,7 @@ mod tests {
         inputs
     }
 
-    fn all(name: &str, run: fn(&[u8])) {
+    fn all(name: &str, run: Target) {
         let inputs = corpus(name);
         let hold = |what: &str, bytes: &[u8]| {
             let held = panic::catch_unwind(|| run(bytes));

@@ -5,7 +5,7 @@
 mod target {
     use std::{env, sync::LazyLock};
 
-    static RUN: LazyLock<fn(&[u8])> = LazyLock::new(|| {
+    static RUN: LazyLock<sluice_proxy::fuzz::Target> = LazyLock::new(|| {
         let wanted = env::var("FUZZ_TARGET").unwrap_or_default();
         let all = sluice_proxy::fuzz::TARGETS;
         let found = all.iter().find(|(name, _)| *name == wanted);
