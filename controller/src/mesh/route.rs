@@ -401,7 +401,7 @@ mod tests {
         let outliers = said.outlier_detection.unwrap();
         assert_eq!(
             (
-                outliers.consecutive_5xx,
+                outliers.enforcing_consecutive_5xx,
                 outliers.consecutive_gateway_failure,
                 outliers.base_ejection_time.unwrap().seconds
             ),

@@ -156,14 +156,21 @@ fn connect_timeout(message: &Message) -> Result<Duration, ConfigError> {
     let Some(timeout) = message.connect_timeout else {
         return Ok(DEFAULT);
     };
-    match Duration::try_from(timeout) {
-        Ok(timeout) if timeout >= Duration::from_millis(1) && timeout <= Duration::from_secs(3600) => Ok(timeout),
-        Ok(_) | Err(_) => Err(ConfigError::invalid(
+    match duration(timeout) {
+        Some(timeout) if timeout >= Duration::from_millis(1) && timeout <= Duration::from_secs(3600) => Ok(timeout),
+        Some(_) | None => Err(ConfigError::invalid(
             "connect_timeout",
             format!("{}s {}ns", timeout.seconds, timeout.nanos),
             "it must be from 1 ms to 1 h",
         )),
     }
+}
+
+/// `None` if it is negative, or not in the form that protobuf asks for. `Duration::try_from` negates what is negative, which
+/// overflows with the least number of seconds.
+pub(super) fn duration(said: prost_types::Duration) -> Option<Duration> {
+    let nanos = u32::try_from(said.nanos).ok().filter(|nanos| *nanos < 1_000_000_000)?;
+    Some(Duration::new(u64::try_from(said.seconds).ok()?, nanos))
 }
 
 fn labels(message: &Message) -> Result<Option<MetricLabels>, ConfigError> {

@@ -11,7 +11,7 @@ use sluice_xds::envoy::config::{
     },
 };
 
-use super::{ConfigError, affinity, cors, fault, matching, mirror, rewrite, tls};
+use super::{ConfigError, affinity, cluster, cors, fault, matching, mirror, rewrite, tls};
 use crate::{
     metrics::GrpcStatus,
     snapshot::{CorsPolicy, Fault, HeaderChanges, Mirror, Policy, RetryOn, RetryPolicy, RouteMatch},
@@ -161,9 +161,9 @@ pub(super) fn duration(
     field: impl FnOnce() -> String,
 ) -> Result<Option<Duration>, ConfigError> {
     let Some(said) = said else { return Ok(None) };
-    let read = Duration::try_from(*said).map_err(|_| {
+    let read = cluster::duration(*said).ok_or_else(|| {
         let said = format!("{} s {} ns", said.seconds, said.nanos);
-        ConfigError::invalid(field(), said, "it must not be negative")
+        ConfigError::invalid(field(), said, "it must not be negative, nor have 10^9 ns or more beside its seconds")
     })?;
     Ok((!read.is_zero()).then_some(read))
 }

@@ -15,7 +15,7 @@ use sluice_xds::envoy::{
     r#type::v3::Percent,
 };
 
-use super::ConfigError;
+use super::{ConfigError, cluster};
 use crate::snapshot::{ConnectionPolicy, Limits, Outliers, SlowStart, TrafficPolicy};
 
 /// Envoy's default (`healthy_panic_threshold`).
@@ -179,7 +179,7 @@ fn duration(
     field: impl FnOnce() -> String,
 ) -> Result<Option<Duration>, ConfigError> {
     let Some(said) = said else { return Ok(None) };
-    Duration::try_from(*said).map(Some).map_err(|_| {
+    cluster::duration(*said).map(Some).ok_or_else(|| {
         let said = format!("{} s {} ns", said.seconds, said.nanos);
         ConfigError::invalid(field(), said, "it must not be negative")
     })

@@ -146,9 +146,12 @@ fn a_routes_timeout_is_served_and_zero_is_none() {
         let snapshot = accept(&mut resources, TypeUrl::Route, &[resource(WEB, version, &timed)]);
         assert_eq!(policy(&snapshot).timeout, expected);
     }
-    let negative = resource(WEB, "4", &timed(route(WEB, &[(A, 100)]), -1, 0));
-    let reason = reason(TypeUrl::Route, negative);
-    assert!(reason.contains("virtual_hosts[0].routes[0].route.timeout"), "{reason}");
+    // The least number has no negative.
+    for (seconds, nanos) in [(-1, 0), (0, -1), (i64::MIN, 0), (i64::MIN, 1), (0, i32::MIN), (1, i32::MAX)] {
+        let negative = resource(WEB, "4", &timed(route(WEB, &[(A, 100)]), seconds, nanos));
+        let reason = reason(TypeUrl::Route, negative);
+        assert!(reason.contains("virtual_hosts[0].routes[0].route.timeout"), "{reason}");
+    }
 }
 
 #[test]

@@ -48,6 +48,8 @@ async fn helm_upgrade_and_helm_rollback_under_load_lose_no_request_and_restart_n
     let before = application_pods(&stage).await;
     let at = unix_ms();
     cluster.helm(&["rollback", "sluice", "-n", SYSTEM, "--wait", "--timeout", "280s"]).await.unwrap();
+    // What the Pod of the test prints.
+    let _says = expect(&["sluice-test/passed"]);
     cluster.helm(&["test", "sluice", "-n", SYSTEM, "--timeout", "120s"]).await.unwrap();
     println!("rolled back within {} ms", unix_ms() - at);
     assert_eq!(before, application_pods(&stage).await);
