@@ -166,11 +166,13 @@ fn connect_timeout(message: &Message) -> Result<Duration, ConfigError> {
     }
 }
 
-/// `None` if it is negative, or not in the form that protobuf asks for. `Duration::try_from` negates what is negative, which
-/// overflows with the least number of seconds.
+/// `None` if it is negative, or not one by protobuf's rules (`google/protobuf/duration.proto`). `Duration::try_from` takes seconds
+/// whose milliseconds fit nowhere, and negates what is negative, which overflows with the least number.
 pub(super) fn duration(said: prost_types::Duration) -> Option<Duration> {
+    const MOST_SECONDS: u64 = 315_576_000_000;
+    let seconds = u64::try_from(said.seconds).ok().filter(|seconds| *seconds <= MOST_SECONDS)?;
     let nanos = u32::try_from(said.nanos).ok().filter(|nanos| *nanos < 1_000_000_000)?;
-    Some(Duration::new(u64::try_from(said.seconds).ok()?, nanos))
+    Some(Duration::new(seconds, nanos))
 }
 
 fn labels(message: &Message) -> Result<Option<MetricLabels>, ConfigError> {

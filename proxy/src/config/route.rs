@@ -163,7 +163,11 @@ pub(super) fn duration(
     let Some(said) = said else { return Ok(None) };
     let read = cluster::duration(*said).ok_or_else(|| {
         let said = format!("{} s {} ns", said.seconds, said.nanos);
-        ConfigError::invalid(field(), said, "it must not be negative, nor have 10^9 ns or more beside its seconds")
+        ConfigError::invalid(
+            field(),
+            said,
+            "it must be from 0 to 10,000 years, with less than 10^9 ns beside its seconds",
+        )
     })?;
     Ok((!read.is_zero()).then_some(read))
 }

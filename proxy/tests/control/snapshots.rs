@@ -146,10 +146,11 @@ fn a_routes_timeout_is_served_and_zero_is_none() {
         let snapshot = accept(&mut resources, TypeUrl::Route, &[resource(WEB, version, &timed)]);
         assert_eq!(policy(&snapshot).timeout, expected);
     }
-    // The least number has no negative.
-    for (seconds, nanos) in [(-1, 0), (0, -1), (i64::MIN, 0), (i64::MIN, 1), (0, i32::MIN), (1, i32::MAX)] {
-        let negative = resource(WEB, "4", &timed(route(WEB, &[(A, 100)]), seconds, nanos));
-        let reason = reason(TypeUrl::Route, negative);
+    // The least number has no negative, and the milliseconds of the greatest fit nowhere.
+    let bad = [(-1, 0), (0, -1), (i64::MIN, 0), (i64::MIN, 1), (0, i32::MIN), (1, i32::MAX), (i64::MAX, 0)];
+    for (seconds, nanos) in bad {
+        let bad = resource(WEB, "4", &timed(route(WEB, &[(A, 100)]), seconds, nanos));
+        let reason = reason(TypeUrl::Route, bad);
         assert!(reason.contains("virtual_hosts[0].routes[0].route.timeout"), "{reason}");
     }
 }
