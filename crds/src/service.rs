@@ -193,14 +193,14 @@ const HEADER_VALUE: &str = "^[ -$&-~]*$";
 pub struct Rewrite {
     /// In place of the prefix that `match` names; of the whole path where it names an exact path or a regex. Without `match`, in place of the leading `/`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 1024), regex(pattern = "^/[!-~]*$"))]
+    #[schemars(length(min = 1, max = 1024), regex(pattern = "^/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*$"))]
     pub uri: Option<String>,
     /// By a regular expression.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uri_regex_rewrite: Option<RegexRewrite>,
     /// In place of the host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 255), regex(pattern = "^[A-Za-z0-9.:_\\[\\]-]+$"))]
+    #[schemars(length(min = 1, max = 255), regex(pattern = "^([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\])(:[0-9]{1,5})?$"))]
     pub authority: Option<String>,
     /// Refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]

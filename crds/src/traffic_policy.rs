@@ -51,7 +51,10 @@ pub struct ConnectionPool {
 /// Limits of connections.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("!has(self.tcpKeepalive) && !has(self.maxConnectionDuration)").message("spec.service.trafficPolicy.connectionPool.tcp.tcpKeepalive and maxConnectionDuration are not supported in this version; remove them"))]
+#[x_kube(
+    validation = Rule::new("!has(self.connectTimeout) || (duration(self.connectTimeout) >= duration('1ms') && duration(self.connectTimeout) <= duration('1h'))").message("spec.service.trafficPolicy.connectionPool.tcp.connectTimeout: from 1ms to 1h"),
+    validation = Rule::new("!has(self.tcpKeepalive) && !has(self.maxConnectionDuration)").message("spec.service.trafficPolicy.connectionPool.tcp.tcpKeepalive and maxConnectionDuration are not supported in this version; remove them")
+)]
 pub struct TcpSettings {
     /// Most connections to the Pods of a revision, of each proxy of the fleet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -112,6 +115,7 @@ pub struct HttpSettings {
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("has(self.consecutive5xxErrors) || has(self.consecutiveGatewayErrors)").message("spec.service.trafficPolicy.outlierDetection: say consecutive5xxErrors or consecutiveGatewayErrors"),
+    validation = Rule::new("!has(self.baseEjectionTime) || duration(self.baseEjectionTime) > duration('0s')").message("spec.service.trafficPolicy.outlierDetection.baseEjectionTime must be above 0"),
     validation = Rule::new("!has(self.consecutiveErrors) && !has(self.splitExternalLocalOriginErrors) && !has(self.consecutiveLocalOriginFailures) && !has(self.minHealthPercent) && !has(self.interval)").message("spec.service.trafficPolicy.outlierDetection.consecutiveErrors, splitExternalLocalOriginErrors, consecutiveLocalOriginFailures, minHealthPercent and interval are not supported: failures are counted as they come (consecutive5xxErrors, consecutiveGatewayErrors). Remove them")
 )]
 pub struct OutlierDetection {
@@ -162,6 +166,7 @@ fn default_ejection_percent() -> i32 {
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("!has(self.simple) || self.simple in ['LEAST_REQUEST', 'LEAST_CONN', 'UNSPECIFIED']").message("spec.service.trafficPolicy.loadBalancer.simple: Sluice chooses by LEAST_REQUEST only; remove it"),
+    validation = Rule::new("!has(self.warmupDurationSecs) || duration(self.warmupDurationSecs) > duration('0s')").message("spec.service.trafficPolicy.loadBalancer.warmupDurationSecs must be above 0"),
     validation = Rule::new("!has(self.consistentHash) && !has(self.localityLbSetting) && !has(self.warmup)").message("spec.service.trafficPolicy.loadBalancer.consistentHash, localityLbSetting and warmup are not supported in this version (warmupDurationSecs is). Remove them")
 )]
 pub struct LoadBalancer {

@@ -286,6 +286,29 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
             "spec.service.trafficPolicy.outlierDetection.consecutiveErrors, splitExternalLocalOriginErrors, consecutiveLocalOriginFailures, minHealthPercent and interval are not supported: failures are counted as they come (consecutive5xxErrors, consecutiveGatewayErrors). Remove them",
         ),
         (
+            vec![("/spec/service/trafficPolicy", json!({"connectionPool": {"tcp": {"connectTimeout": "0s"}}}))],
+            "spec.service.trafficPolicy.connectionPool.tcp.connectTimeout: from 1ms to 1h",
+        ),
+        (
+            vec![(
+                "/spec/service/trafficPolicy",
+                json!({"outlierDetection": {"consecutive5xxErrors": 3, "baseEjectionTime": "0s"}}),
+            )],
+            "spec.service.trafficPolicy.outlierDetection.baseEjectionTime must be above 0",
+        ),
+        (
+            vec![("/spec/service/trafficPolicy", json!({"loadBalancer": {"warmupDurationSecs": "0ms"}}))],
+            "spec.service.trafficPolicy.loadBalancer.warmupDurationSecs must be above 0",
+        ),
+        (
+            vec![("/spec/service/rewrite", json!({"uri": "/a?b"}))],
+            "spec.service.rewrite.uri in body should match '^/[A-Za-z0-9._~!$&\'()*+,;=:@%/-]*$'",
+        ),
+        (
+            vec![("/spec/service/rewrite", json!({"authority": "web:http"}))],
+            "spec.service.rewrite.authority in body should match '^([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\])(:[0-9]{1,5})?$'",
+        ),
+        (
             vec![("/spec/service/trafficPolicy", json!({"loadBalancer": {"simple": "ROUND_ROBIN"}}))],
             "spec.service.trafficPolicy.loadBalancer.simple: Sluice chooses by LEAST_REQUEST only; remove it",
         ),
@@ -735,7 +758,7 @@ async fn a_status_as_full_as_it_can_be_is_kept_whole() {
     });
     let status = json!({
         "observedGeneration": 1, "phase": "Progressing", "stage": "Judge", "stageSince": at,
-        "traffic": {"primary": "aaaa", "canary": "bbbb", "weight": 10}, "requestedWeight": 10, "effectiveWeight": 10,
+        "traffic": {"primary": "aaaa", "canary": "bbbb", "weight": 10, "match": [{"headers": {"x": {"exact": "y"}}, "ignoreUriCase": true}]}, "requestedWeight": 10, "effectiveWeight": 10,
         "weight": "10", "step": 0, "progress": "1/5", "acknowledgedAt": at,
         "plan": {
             "revision": "bbbb", "primary": "aaaa", "startedAt": at, "steps": [{"weight": 10}], "analysis": canary()["spec"]["analysis"]
