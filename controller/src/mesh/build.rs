@@ -444,7 +444,7 @@ mod tests {
                 cluster::v3::Cluster,
                 endpoint::v3::{ClusterLoadAssignment, lb_endpoint::HostIdentifier},
                 listener::v3::{Listener, filter},
-                route::v3::{Route, RouteAction, RouteConfiguration, route, route_action::ClusterSpecifier},
+                route::v3::{RouteConfiguration, route, route_action::ClusterSpecifier},
             },
             extensions::filters::network::tcp_proxy::v3::{TcpProxy, tcp_proxy},
         },
@@ -560,16 +560,6 @@ mod tests {
         );
     }
 
-    /// The route of the shop's port, and where it leads.
-    fn route_of(shop: &Shop) -> (Route, RouteAction) {
-        let snapshot = build(&shop.inputs());
-        let config: RouteConfiguration =
-            unpack(&snapshot.fleet.get(TypeUrl::Route, "shop/web:80").unwrap().body).unwrap();
-        let route = config.virtual_hosts[0].routes[0].clone();
-        let Some(route::Action::Route(action)) = route.action.clone() else { panic!() };
-        (route, action)
-    }
-
     #[test]
     fn a_further_service_is_split_like_the_first_and_counted_under_its_name() {
         let mut shop = Shop::new();
@@ -596,45 +586,6 @@ mod tests {
         assert!(format!("{:?}", cluster.metadata).contains("StringValue(\"web\")"), "{:?}", cluster.metadata);
         let sidecar = &snapshot.sidecars[&RevisionKey { canary: shop.key(), revision: "aaa".into() }];
         assert!(sidecar.get(TypeUrl::Cluster, "local/9090").is_some(), "the sidecar leads to its port");
-    }
-
-    #[test]
-    fn retries_and_headers_are_said_where_something_is_forwarded() {
-        let mut shop = Shop::new();
-        shop.traffic("aaa", None, 0);
-        let (plain, action) = route_of(&shop);
-        assert!(action.retry_policy.is_none() && plain.request_headers_to_add.is_empty());
-
-        shop.canary["spec"]["service"]["retries"] =
-            json!({"attempts": 3, "perTryTimeout": "2s", "retryOn": "5xx, reset"});
-        shop.canary["spec"]["service"]["headers"] = json!({
-            "request": {"set": {"x-team": "shop"}, "add": {"x-hop": "fleet"}},
-            "response": {"remove": ["server"]},
-        });
-        let (said, action) = route_of(&shop);
-        let retry = action.retry_policy.as_ref().unwrap();
-        assert_eq!((retry.retry_on.as_str(), retry.num_retries), ("5xx,reset", Some(3)));
-        assert_eq!(retry.per_try_timeout.map(|timeout| timeout.seconds), Some(2));
-        let added: Vec<_> = said
-            .request_headers_to_add
-            .iter()
-            .map(|one| (one.header.as_ref().unwrap().key.as_str(), one.append_action))
-            .collect();
-        assert_eq!(added, [("x-team", 2), ("x-hop", 0)], "set, then added");
-        assert_eq!(
-            (said.response_headers_to_remove, said.response_headers_to_add.len()),
-            (vec!["server".to_owned()], 0)
-        );
-    }
-
-    #[test]
-    fn a_timeout_is_said_and_so_is_that_there_is_none() {
-        let mut shop = Shop::new();
-        shop.traffic("aaa", None, 0);
-        let timeout = |shop: &Shop| route_of(shop).1.timeout.map(|timeout| (timeout.seconds, timeout.nanos));
-        assert_eq!(timeout(&shop), Some((0, 0)), "Envoy would take 15 s otherwise");
-        shop.canary["spec"]["service"]["timeout"] = json!("1m500ms");
-        assert_eq!(timeout(&shop), Some((60, 500_000_000)));
     }
 
     #[test]

@@ -85,3 +85,43 @@ pub(super) fn connections(policy: Option<&TrafficPolicy>) -> Option<HttpProtocol
         ..HttpProtocolOptions::default()
     })
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use serde_json::json;
+    use sluice_xds::{TypeUrl, envoy::config::cluster::v3::Cluster, unpack};
+
+    use crate::mesh::{build, testing::Shop};
+
+    #[test]
+    fn limits_are_said_of_each_cluster_and_nothing_is_limited_by_default() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", Some("bbb"), 20);
+        let cluster = |shop: &Shop| {
+            let snapshot = build(&shop.inputs());
+            unpack::<Cluster>(&snapshot.fleet.get(TypeUrl::Cluster, "shop/web:80/bbb").unwrap().body).unwrap()
+        };
+        let plain = cluster(&shop);
+        assert_eq!((plain.circuit_breakers, plain.outlier_detection, plain.lb_config), (None, None, None));
+        shop.canary["spec"]["service"]["trafficPolicy"] = json!({
+            "connectionPool": {"tcp": {"connectTimeout": "3s"}, "http": {"http2MaxRequests": 50}},
+            "outlierDetection": {"consecutiveGatewayErrors": 4, "maxEjectionPercent": 20},
+            "loadBalancer": {"warmupDurationSecs": "1m"},
+        });
+        let said = cluster(&shop);
+        let limits = &said.circuit_breakers.as_ref().unwrap().thresholds[0];
+        assert_eq!((limits.max_requests, limits.max_connections, limits.max_retries), (Some(50), Some(u32::MAX), None));
+        assert_eq!(said.connect_timeout.unwrap().seconds, 3);
+        let outliers = said.outlier_detection.unwrap();
+        assert_eq!(
+            (
+                outliers.enforcing_consecutive_5xx,
+                outliers.consecutive_gateway_failure,
+                outliers.base_ejection_time.unwrap().seconds
+            ),
+            (Some(0), Some(4), 30)
+        );
+        assert!(said.lb_config.is_some());
+    }
+}

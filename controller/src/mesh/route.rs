@@ -236,7 +236,7 @@ mod tests {
     use serde_json::json;
     use sluice_xds::{
         TypeUrl,
-        envoy::config::{cluster::v3::Cluster, listener::v3::Listener, route::v3::RouteConfiguration},
+        envoy::config::{listener::v3::Listener, route::v3::RouteConfiguration},
         unpack,
     };
 
@@ -381,32 +381,34 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_said_of_each_cluster_and_nothing_is_limited_by_default() {
-        let mut shop = shop(20);
-        let cluster = |shop: &Shop| {
-            let snapshot = build(&shop.inputs());
-            unpack::<Cluster>(&snapshot.fleet.get(TypeUrl::Cluster, "shop/web:80/bbb").unwrap().body).unwrap()
-        };
-        let plain = cluster(&shop);
-        assert_eq!((plain.circuit_breakers, plain.outlier_detection, plain.lb_config), (None, None, None));
-        shop.canary["spec"]["service"]["trafficPolicy"] = json!({
-            "connectionPool": {"tcp": {"connectTimeout": "3s"}, "http": {"http2MaxRequests": 50}},
-            "outlierDetection": {"consecutiveGatewayErrors": 4, "maxEjectionPercent": 20},
-            "loadBalancer": {"warmupDurationSecs": "1m"},
+    fn retries_and_headers_are_said_where_something_is_forwarded() {
+        let mut shop = shop(0);
+        let [plain] = &routes(&shop, "shop/web:80")[..] else { panic!() };
+        assert!(action(plain).retry_policy.is_none() && plain.request_headers_to_add.is_empty());
+
+        shop.canary["spec"]["service"]["retries"] =
+            json!({"attempts": 3, "perTryTimeout": "2s", "retryOn": "5xx, reset"});
+        shop.canary["spec"]["service"]["headers"] = json!({
+            "request": {"set": {"x-team": "shop"}, "add": {"x-hop": "fleet"}},
+            "response": {"remove": ["server"]},
         });
-        let said = cluster(&shop);
-        let limits = &said.circuit_breakers.as_ref().unwrap().thresholds[0];
-        assert_eq!((limits.max_requests, limits.max_connections, limits.max_retries), (Some(50), Some(u32::MAX), None));
-        assert_eq!(said.connect_timeout.unwrap().seconds, 3);
-        let outliers = said.outlier_detection.unwrap();
-        assert_eq!(
-            (
-                outliers.enforcing_consecutive_5xx,
-                outliers.consecutive_gateway_failure,
-                outliers.base_ejection_time.unwrap().seconds
-            ),
-            (Some(0), Some(4), 30)
-        );
-        assert!(said.lb_config.is_some());
+        let [said] = &routes(&shop, "shop/web:80")[..] else { panic!() };
+        let retry = action(said).retry_policy.as_ref().unwrap();
+        assert_eq!((retry.retry_on.as_str(), retry.num_retries), ("5xx,reset", Some(3)));
+        assert_eq!(retry.per_try_timeout.map(|timeout| timeout.seconds), Some(2));
+        let added = said.request_headers_to_add.iter();
+        let added: Vec<_> = added.map(|one| (one.header.as_ref().unwrap().key.as_str(), one.append_action)).collect();
+        assert_eq!(added, [("x-team", 2), ("x-hop", 0)], "set, then added");
+        assert_eq!(said.response_headers_to_remove, ["server"]);
+        assert!(said.response_headers_to_add.is_empty());
+    }
+
+    #[test]
+    fn a_timeout_is_said_and_so_is_that_there_is_none() {
+        let mut shop = shop(0);
+        let timeout = |shop: &Shop| action(&routes(shop, "shop/web:80")[0]).timeout.map(|it| (it.seconds, it.nanos));
+        assert_eq!(timeout(&shop), Some((0, 0)), "Envoy would take 15 s otherwise");
+        shop.canary["spec"]["service"]["timeout"] = json!("1m500ms");
+        assert_eq!(timeout(&shop), Some((60, 500_000_000)));
     }
 }
