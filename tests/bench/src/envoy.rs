@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::{
     certificates::{CLIENT, SERVER_NAME, UPSTREAM},
-    job::{self, Job, Protocol, ROUTES, Security, Service, WEIGHTS},
+    job::{self, Job, Protocol, Security, Service, WEIGHTS},
 };
 
 pub(crate) fn config(job: &Job) -> Value {
@@ -44,9 +44,7 @@ fn http(job: &Job) -> Value {
                 },
             })
         };
-        let others = if job.services.len() > 1 { ROUTES - 1 } else { 0 };
-        let routes: Vec<Value> =
-            (0..others).map(|n| format!("/other/{n}/")).chain(["/".to_owned()]).map(route).collect();
+        let routes: Vec<Value> = job.prefixes().map(route).collect();
         let domain = if job.services.len() > 1 { &service.host } else { "*" };
         json!({"name": service.host, "domains": [domain], "routes": routes})
     };

@@ -17,7 +17,7 @@ pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 pub(crate) const RETRIES: u32 = 2;
 /// Routes of a service where a row asks for many: all but the last match other paths.
-pub(crate) const ROUTES: usize = 10;
+const ROUTES: usize = 10;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Protocol {
@@ -60,6 +60,14 @@ pub(crate) struct Job {
     pub(crate) services: Vec<Service>,
     /// With the certificates.
     pub(crate) folder: PathBuf,
+}
+
+impl Job {
+    /// Of the routes of a service, in order: the last one takes every request, and those before it none.
+    pub(crate) fn prefixes(&self) -> impl Iterator<Item = String> {
+        let others = if self.services.len() > 1 { ROUTES - 1 } else { 0 };
+        (0..others).map(|n| format!("/other/{n}/")).chain(["/".to_owned()])
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -216,7 +216,7 @@ pub(crate) const ROWS: &[Row] = &[
         ..SMALL
     },
     Row {
-        name: "1,000 services of 10 endpoints, against 1",
+        name: "1,000 services of 10 endpoints, 10 routes each, against 1",
         endpoints: 10,
         peers: &[peer("sluice, 1", Proxy::Sluice, 1), peer("sluice, 1000", Proxy::Sluice, 1000)],
         figures: &[cpu("CPU per request, share of that with 1 service", Compare::Share, 1.1, None)],

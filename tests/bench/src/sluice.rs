@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 use sluice_proxy::{
     metrics::Metrics,
     snapshot::{
-        Action, ClientTls, Cluster, FilterChain, Listener, MetricLabels, Policy, Protocol, RetryOn, RetryPolicy,
-        ServerTls, Snapshot, Split, TrafficPolicy, Upstream,
+        Action, ClientTls, Cluster, FilterChain, Listener, MetricLabels, Policy, Protocol, RetryOn, RetryPolicy, Route,
+        RouteMatch, ServerTls, Snapshot, Split, StringMatch, StringRule, TrafficPolicy, Upstream,
     },
     tls::IdentityHandle,
     workers::{self, Options, Timing, Workers},
@@ -54,7 +54,15 @@ fn snapshot(job: &Job) -> Snapshot {
         let targets = service.revisions.iter().enumerate().map(|(revision, endpoints)| {
             (Arc::new(cluster(job, &service.host, revision, endpoints)), WEIGHTS[revision])
         });
-        let split = Split { targets: targets.collect(), mirrors: Vec::new() };
+        let targets: Vec<_> = targets.collect();
+        let split = || Split { targets: targets.clone(), mirrors: Vec::new() };
+        let route = |prefix: String| Route {
+            matches: RouteMatch {
+                path: StringMatch { rule: StringRule::Prefix(prefix), ignore_case: false },
+                ..RouteMatch::default()
+            },
+            action: Action::Forward { split: split(), policy: Arc::clone(&policy) },
+        };
         let mtls = job.downstream == Security::Mtls;
         let chain = FilterChain {
             server_name: mtls.then(|| SERVER_NAME.to_owned()),
@@ -65,9 +73,9 @@ fn snapshot(job: &Job) -> Snapshot {
                 },
             }),
             protocol: match job.protocol {
-                job::Protocol::Tcp => Protocol::Tcp(split),
+                job::Protocol::Tcp => Protocol::Tcp(split()),
                 job::Protocol::Http1 | job::Protocol::Http2 | job::Protocol::Grpc | job::Protocol::WebSocket => {
-                    Protocol::http(Action::Forward { split, policy: Arc::clone(&policy) })
+                    Protocol::Http(job.prefixes().map(route).collect())
                 }
             },
         };
