@@ -20,7 +20,21 @@ async fn insiders_test_a_version_that_nobody_else_reaches_before_it_is_promoted(
     }
     analysis.insert("iterations".to_owned(), json!(2));
     analysis.insert("match".to_owned(), json!([{"headers": {"x-user": {"exact": "insider"}}}]));
-    spec["service"]["match"] = json!([{"uri": {"exact": "/"}, "method": {"exact": "GET"}}]);
+    // All that may be said of a Service is taken in by every proxy: else nothing would be taken over.
+    spec["service"] = json!({
+        "match": [{"uri": {"exact": "/"}, "method": {"exact": "GET"}}],
+        "rewrite": {"authority": "hello.internal:8080"},
+        "corsPolicy": {"allowOrigins": [{"regex": "https://.*[.]example[.]com"}], "allowMethods": ["GET"], "maxAge": "1h"},
+        "trafficPolicy": {
+            "connectionPool": {
+                "tcp": {"maxConnections": 100, "connectTimeout": "2s"},
+                "http": {"http1MaxPendingRequests": 100, "http2MaxRequests": 100, "maxRetries": 3,
+                    "maxRequestsPerConnection": 1000, "idleTimeout": "1m"},
+            },
+            "outlierDetection": {"consecutive5xxErrors": 5, "consecutiveGatewayErrors": 5},
+            "loadBalancer": {"warmupDurationSecs": "1s"},
+        },
+    });
     let Some(stage) = adopted("insiders", Use::Shared, &[], spec).await else { return };
     let arguments = ["--target", "hello:80", "--rate", "60", "--header", "x-user: insider"];
     let insiders = Load::start(&stage.app.cluster, &stage.app.namespace, "insiders", &arguments).await.unwrap();
