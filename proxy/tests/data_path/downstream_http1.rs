@@ -380,9 +380,10 @@ async fn an_idle_connection_is_closed_in_its_time_and_a_half_sent_head_in_its() 
     {
         let proxy = proxy_to(&app, quick(idle, header)).await;
         let mut stream = connect(proxy.address).await;
+        // Before the proxy's clock begins, which is before the client has its answer.
+        let started = std::time::Instant::now();
         stream.write_all(next).await.unwrap();
         answer(&mut stream).await;
-        let started = std::time::Instant::now();
         stream.write_all(sent.as_bytes()).await.unwrap();
         assert_eq!(soon("the close", stream.read(&mut [0])).await.unwrap(), 0);
         assert!(started.elapsed() >= Duration::from_millis(least), "{sent:?} after {:?}", started.elapsed());

@@ -307,7 +307,8 @@ async fn a_client_that_begins_no_handshake_is_closed() {
         let read = soon("the end", stream.read(&mut [0; 16])).await;
         assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
     }
-    assert_eq!(sidecar.metric("sluice_tls_failures_total{listener=\"inbound\"}"), 2);
+    let failures = || sidecar.metric("sluice_tls_failures_total{listener=\"inbound\"}");
+    eventually("both are counted", || failures() == 2).await;
 }
 
 #[tokio::test]
