@@ -475,8 +475,10 @@ impl Election {
     /// The Lease with us as its new holder. Every acquisition counts as a transition, our own former lease's too: it is the
     /// epoch.
     fn taken(&self, lease: Option<&Lease>) -> Lease {
+        // A Lease that is gone was ours or not: what it said counts on.
+        let seen = [lease.map(epoch_of), self.latest.as_ref().map(|latest| latest.epoch)];
         let highest = self.shared.highest.load(Ordering::Relaxed);
-        let epoch = lease.map(epoch_of).unwrap_or_default().max(highest) + 1;
+        let epoch = seen.into_iter().flatten().fold(highest, u64::max) + 1;
         let now = MicroTime(Timestamp::now());
         Lease {
             metadata: lease.map_or_else(

@@ -67,6 +67,16 @@ impl Replica {
         Self { handle, cut_off, stop, task }
     }
 
+    /// It knows who leads, and waits.
+    async fn sees(&self, leader: &str) {
+        let seen = async {
+            while self.handle.holder().as_deref() != Some(leader) {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(SOON, seen).await.expect("the standby sees no leader");
+    }
+
     /// Its epoch, once it leads one that `wanted` accepts.
     async fn leads(&self, wanted: impl Fn(u64) -> bool) -> u64 {
         let mut epochs = self.handle.watch();
@@ -90,13 +100,7 @@ async fn one_of_two_leads_and_the_other_takes_over_when_it_is_gone() {
     let first = Replica::start(&client, &namespace, "first");
     assert_eq!(first.leads(|_| true).await, 1);
     let second = Replica::start(&client, &namespace, "second");
-    // The standby has seen who leads, and waits.
-    let seen = async {
-        while second.handle.holder().as_deref() != Some("first") {
-            tokio::task::yield_now().await;
-        }
-    };
-    timeout(SOON, seen).await.expect("the standby sees no leader");
+    second.sees("first").await;
     assert!(first.handle.may_write() && !second.handle.may_write());
 
     let alone = first.handle.clone();
@@ -184,6 +188,20 @@ async fn a_lease_that_was_deleted_is_made_again_with_a_higher_epoch() {
     assert_eq!(lease(&client, &namespace).await.spec.unwrap().lease_transitions, Some(2));
 }
 
+#[tokio::test]
+async fn a_standby_counts_on_from_a_lease_that_was_deleted() {
+    let Some((client, _)) = server::client().await else { return };
+    let namespace = server::namespace(&client, "lease-deleted-standby").await;
+    let first = Replica::start(&client, &namespace, "first");
+    assert_eq!(first.leads(|_| true).await, 1);
+    let second = Replica::start(&client, &namespace, "second");
+    second.sees("first").await;
+    drop(first);
+    let api: Api<Lease> = Api::namespaced(client.clone(), &namespace);
+    api.delete(NAME, &DeleteParams::default()).await.unwrap();
+    assert_eq!(second.leads(|_| true).await, 2);
+}
+
 /// What a restore of etcd leaves: the object of before, whoever has written since.
 #[tokio::test]
 async fn replicas_end_when_the_lease_says_what_it_said_long_before() {
@@ -203,9 +221,7 @@ async fn replicas_end_when_the_lease_says_what_it_said_long_before() {
         if renewed_before {
             restored["renewTime"] = "2026-01-01T00:00:00.000000Z".into();
         }
-        while standby.handle.holder().as_deref() != Some("leader") {
-            tokio::task::yield_now().await;
-        }
+        standby.sees("leader").await;
         api.patch(NAME, &PatchParams::default(), &Patch::Merge(&serde_json::json!({ "spec": restored })))
             .await
             .unwrap();
