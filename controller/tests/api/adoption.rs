@@ -74,8 +74,7 @@ async fn a_running_application_is_taken_over_and_keeps_its_configuration() {
         assert_eq!(companion.spec.unwrap().ports.unwrap()[0].name.as_deref(), Some("http"));
     }
     assert_eq!(world.judge.asked_dry.load(Ordering::SeqCst), 0, "nothing to judge, nothing asked");
-    let reasons = world.told.reasons();
-    assert!(reasons.contains(&"TakenOver"), "{reasons:?}");
+    world.until_told("TakenOver").await;
 }
 
 #[tokio::test]

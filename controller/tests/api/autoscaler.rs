@@ -107,7 +107,7 @@ async fn the_copy_of_an_autoscaler_scales_the_canary_follows_and_goes_with_it() 
     api.delete("web", &DeleteParams::default()).await.unwrap();
     let message = until_warned(&world, "AutoscalerNotFound").await;
     assert!(message.contains("HorizontalPodAutoscaler web") && message.contains("stays as it was"), "{message}");
-    world.until("an event says so too", || async { world.told.reasons().contains(&"Warning").then_some(()) }).await;
+    world.until_told("Warning").await;
     assert_eq!(world.status("web").await.stage, Stage::Settled);
     until_copy(&world, "the copy stays", |_| true).await;
 

@@ -116,7 +116,7 @@ async fn a_breach_of_the_guard_takes_the_traffic_back_whatever_the_gates_say() {
     assert_eq!((status.rollback.unwrap().reason.as_str(), status.failed_checks), ("GuardBreached", 0));
     assert_eq!(status.guard.unwrap().canary.bad, 9);
     assert!(!world.fleet.cuts.lock().unwrap().is_empty(), "the fleet was told at once");
-    assert!(world.told.reasons().contains(&"GuardBreached"));
+    world.until_told("GuardBreached").await;
     assert_eq!(world.guard.watched(&world.key("web")), None);
 }
 

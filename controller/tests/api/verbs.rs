@@ -47,7 +47,7 @@ async fn promote_abort_retry_and_rollback_do_what_they_say_and_each_value_counts
     say(&world, "promote").await;
     let (outcome, message) = until_answered(&world, "promote").await;
     assert_eq!(outcome, ActionOutcome::Refused, "{message}");
-    assert!(world.told.reasons().contains(&"ActionRefused"));
+    world.until_told("ActionRefused").await;
     say(&world, &format!("abort:{second}")).await;
     let status = world.until_status("web", "taken back", |status| status.phase == Phase::Failed).await;
     assert_eq!(condition(&status, "Stalled"), (ConditionStatus::True, "Aborted".to_owned()));
@@ -165,7 +165,7 @@ async fn rollout_undo_goes_straight_back_and_scales_nothing_down_and_rollout_res
     assert_eq!(status.plan.as_ref().unwrap().unjudged.as_deref(), Some("Rollback"));
     assert_eq!(condition(&status, "Promoted"), (ConditionStatus::True, "Rollback".to_owned()));
     assert_eq!(world.get("web").await.spec.replicas, Some(3), "nobody meant to scale");
-    assert!(world.told.reasons().contains(&"ReplicasKept"));
+    world.until_told("ReplicasKept").await;
 
     *world.judge.verdict.lock().unwrap() = None;
     kubectl(&world, "rollout restart deployment/web").await;

@@ -432,6 +432,12 @@ impl World {
         self.deployments().patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap()
     }
 
+    /// Waits for an event of this reason: it comes after the status that it is about.
+    pub async fn until_told(&self, reason: &str) {
+        let told = || async { self.told.reasons().contains(&reason).then_some(()) };
+        self.until(&format!("event {reason}"), told).await;
+    }
+
     /// Waits until `seen` yields something, and looks again whenever the world may have changed.
     pub async fn until<T, F: Future<Output = Option<T>>>(&self, what: &str, seen: impl Fn() -> F) -> T {
         let wait = async {
