@@ -25,10 +25,11 @@ use tokio::{
 use tokio_rustls::{LazyConfigAcceptor, StartHandshake};
 
 use super::{
+    batch::Batch,
     body::{ClientBody, RequestBody},
     http1::server::{self, Sent},
     pool::{CONNECTION_WINDOW, LocalExecutor, STREAM_WINDOW},
-    request,
+    relay, request,
     serving::{Chain, Protocol},
     slot::Slot,
     stream::{Socket, Stream},
@@ -351,7 +352,7 @@ async fn serve_http1(connection: &Rc<Connection>, stream: Stream) {
                 connection.tunnel.set(true);
                 if let (Some(mut stream), Some((mut upstream, _lease))) = (client.into_stream(), body.into_tunnel()) {
                     // The lease counts as load while the tunnel is open.
-                    let _ = Box::pin(tcp::copy(&mut stream, &mut upstream)).await;
+                    let _ = Box::pin(relay::both_ways(&mut stream, &mut upstream)).await;
                 }
                 return;
             }
@@ -417,7 +418,7 @@ async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_concurrent_streams(MAX_STREAMS)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(Batch::new(stream)), service);
     let mut served = pin!(served);
     let mut timer = pin!(sleep(connection.look_every()));
     let mut told = false;

@@ -2,6 +2,7 @@
 //! request. A new snapshot is applied between two polls, so that each request sees one configuration, whole.
 
 mod affinity;
+mod batch;
 mod body;
 mod cluster;
 mod connection;
@@ -16,6 +17,7 @@ mod load;
 mod matching;
 mod mirror;
 mod pool;
+mod relay;
 mod request;
 mod retry;
 mod rewrite;
@@ -24,6 +26,7 @@ mod slot;
 mod stream;
 mod tally;
 mod tcp;
+mod thread;
 
 use std::{
     cell::RefCell,

@@ -29,6 +29,7 @@ use tokio_rustls::TlsConnector;
 
 use super::{
     Shared,
+    batch::Batch,
     body::{RequestBody, UpstreamBody},
     health::Health,
     http1::{
@@ -174,7 +175,7 @@ impl Connector {
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
-            .handshake(TokioIo::new(stream))
+            .handshake(TokioIo::new(Batch::new(stream)))
             .await
             .map_err(|error| ConnectError::Http(address, error.into()))?;
         tokio::task::spawn_local(connection.map(drop));

@@ -2,25 +2,22 @@
 
 use std::{io, net::SocketAddr};
 
-use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
-
 use super::{
     connection::Connection,
     pool::{Outstanding, Wire},
+    relay,
     serving::Split,
     stream::Stream,
 };
 use crate::{failure::Failure, metrics::Retry};
 
 const MAX_TRIES: u32 = 3;
-/// Two of them per connection.
-const BUFFER: usize = 16 * 1024;
 
 /// Passes a connection's bytes to an endpoint of one revision, and back.
 pub(super) async fn proxy(connection: &Connection, split: &Split, mut client: Stream) {
     match connect(connection, split).await {
         Ok((mut upstream, _outstanding)) => {
-            if let Err(error) = copy(&mut client, &mut upstream).await
+            if let Err(error) = relay::both_ways(&mut client, &mut upstream).await
                 && error.kind() == io::ErrorKind::ConnectionReset
             {
                 // A reset stays one: an orderly end would make truncated data look whole.
@@ -65,13 +62,4 @@ async fn connect(connection: &Connection, split: &Split) -> Result<(Stream, Outs
         }
     }
     Err(if failed.is_empty() { Failure::NoHealthyUpstream } else { Failure::ConnectFailed })
-}
-
-/// Copies both ways until both have ended; the end of one is passed on while the other still flows.
-pub(super) async fn copy<A, B>(a: &mut A, b: &mut B) -> io::Result<()>
-where
-    A: AsyncRead + AsyncWrite + Unpin + ?Sized,
-    B: AsyncRead + AsyncWrite + Unpin + ?Sized,
-{
-    copy_bidirectional_with_sizes(a, b, BUFFER, BUFFER).await.map(drop)
 }

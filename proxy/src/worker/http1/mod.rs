@@ -13,7 +13,6 @@ mod head;
 #[cfg(test)]
 mod properties;
 pub(super) mod server;
-mod thread;
 
 use std::{
     future::Future,
@@ -28,15 +27,15 @@ use tokio::io::{AsyncReadExt, AsyncWrite};
 
 use self::body::Encoder;
 pub(super) use self::head::Malformed;
-use super::{body::BodyError, stream::Stream};
+use super::{body::BodyError, stream::Stream, thread};
 
 /// Bytes that one read asks for, at least and at most: twice as many after each that got all it asked for.
-const READ: usize = 8 * 1024;
+pub(super) const READ: usize = 8 * 1024;
 const MAX_READ: usize = 64 * 1024;
 /// Read with less room than this would cost a system call for a few bytes.
 const MIN_ROOM: usize = 4 * 1024;
 /// Up to here a part of a body is copied behind what is to be written before it, in bytes.
-const COPY: usize = 4 * 1024;
+pub(super) const COPY: usize = 4 * 1024;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {

@@ -7,7 +7,7 @@ use bytes::BytesMut;
 use jiff::{Timestamp, fmt::rfc2822::DateTimePrinter};
 use tokio::time::{Duration, Instant};
 
-use super::{COPY, READ};
+use super::http1::{COPY, READ};
 
 /// Buffers of either kind that are kept.
 const MAX_SPARE: usize = 64;
