@@ -4,6 +4,8 @@ ARG RUST_VERSION=1.95.0
 FROM rust:${RUST_VERSION}-bookworm AS build
 WORKDIR /src
 COPY . .
+# For kernels of arm64 with any size of pages; those of the machine that builds would be taken.
+ENV JEMALLOC_SYS_WITH_LG_PAGE=16
 RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/src/target \
     cargo build --locked --release --bins -p sluice-controller -p sluice-proxy -p sluice-hello -p sluice-load \
     && mkdir /out \

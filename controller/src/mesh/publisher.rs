@@ -206,6 +206,7 @@ impl Publisher {
         let mut terms = self.lease.watch();
         let mut map: Option<ConfigMap> = None;
         let mut read = false;
+        let mut told = false;
         loop {
             changes.mark_unchanged();
             terms.mark_unchanged();
@@ -218,9 +219,13 @@ impl Publisher {
                     Ok(found) => {
                         map = found;
                         read = true;
+                        told = false;
                     }
                     Err(error) => {
-                        tracing::warn!(%error, "ConfigMap {namespace}/{} could not be read", ports::CONFIG_MAP);
+                        // Once for each time that it cannot be reached, not once a second.
+                        if !std::mem::replace(&mut told, true) {
+                            tracing::warn!(%error, "ConfigMap {namespace}/{} could not be read; it is tried again", ports::CONFIG_MAP);
+                        }
                         again = Some(Instant::now() + RETRY);
                     }
                 }

@@ -13,6 +13,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use futures::FutureExt;
 use http::{HeaderValue, Request};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -410,8 +411,8 @@ impl Patience {
 async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
     let service = service_fn(|request: Request<Incoming>| {
         let request = request.map(|body| RequestBody::Once(ClientBody::Http2(body)));
-        let answer = request::serve(Rc::clone(connection), request);
-        async { Ok::<_, Infallible>(answer.await) }
+        // In a box: hyper passes it on by value several times.
+        Box::pin(request::serve(Rc::clone(connection), request)).map(Ok::<_, Infallible>)
     });
     let served = http2::Builder::new(LocalExecutor)
         .timer(TokioTimer::new())

@@ -27,6 +27,10 @@ use std::path::{Path, PathBuf};
 use clap::{Parser, Subcommand};
 use serde::de::DeserializeOwned;
 
+/// That of the proxy.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 #[derive(Parser)]
 struct Cli {
     #[command(subcommand)]
