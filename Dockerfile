@@ -4,10 +4,10 @@ ARG RUST_VERSION=1.95.0
 FROM rust:${RUST_VERSION}-bookworm AS build
 WORKDIR /src
 COPY . .
-# For kernels of arm64 with any size of pages; those of the machine that builds would be taken.
-ENV JEMALLOC_SYS_WITH_LG_PAGE=16
+# jemalloc would take the size of pages of the machine that builds; kernels of arm64 have up to 64 KiB.
 RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/src/target \
-    cargo build --locked --release --bins -p sluice-controller -p sluice-proxy -p sluice-hello -p sluice-load \
+    if [ "$(uname -m)" = aarch64 ]; then export JEMALLOC_SYS_WITH_LG_PAGE=16; fi \
+    && cargo build --locked --release --bins -p sluice-controller -p sluice-proxy -p sluice-hello -p sluice-load \
     && mkdir /out \
     && cp target/release/sluice-controller target/release/sluice-proxy target/release/sluice-hello target/release/sluice-load /out
 
