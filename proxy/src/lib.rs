@@ -16,5 +16,6 @@ pub mod pattern;
 pub mod process;
 pub mod snapshot;
 pub mod tls;
+pub mod trace;
 mod worker;
 pub mod workers;

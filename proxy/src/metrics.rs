@@ -109,6 +109,19 @@ impl GrpcStatus {
         })
     }
 
+    /// The code with this name, such as `UNAVAILABLE`.
+    #[must_use]
+    pub fn of_name(name: &str) -> Option<Self> {
+        let code = GRPC[1..].iter().position(|known| *known == name)?;
+        u8::try_from(code).ok().map(Self)
+    }
+
+    /// Whether it says that the server failed.
+    #[must_use]
+    pub fn is_bad(self) -> bool {
+        BAD_GRPC.contains(&(usize::from(self.0) + 1))
+    }
+
     #[must_use]
     pub fn code(self) -> u8 {
         self.0
@@ -279,6 +292,19 @@ impl Retry {
     ];
 }
 
+/// Why a span never reached the collector.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SpanLost {
+    /// As many waited as may.
+    QueueFull,
+    /// The collector did not take it.
+    ExportFailed,
+}
+
+impl SpanLost {
+    const ALL: [(Self, &'static str); 2] = [(Self::QueueFull, "queue_full"), (Self::ExportFailed, "export_failed")];
+}
+
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct ListenerShard {
@@ -360,6 +386,10 @@ pub struct Metrics {
     families: Mutex<Families>,
     /// Written by any thread, but only when the log cannot keep up.
     access_log_dropped: AtomicU64,
+    /// Written by the thread that sends spans.
+    spans_exported: AtomicU64,
+    /// Written by any thread, but only when the collector cannot keep up.
+    spans_lost: [AtomicU64; SpanLost::ALL.len()],
 }
 
 /// Weak, so that the series of a removed cluster or listener go away with its last user, a draining connection.
@@ -379,6 +409,8 @@ impl Metrics {
             threads,
             families: Mutex::default(),
             access_log_dropped: AtomicU64::new(0),
+            spans_exported: AtomicU64::new(0),
+            spans_lost: Default::default(),
         })
     }
 
@@ -443,6 +475,14 @@ impl Metrics {
 
     pub fn access_log_dropped(&self) {
         self.access_log_dropped.fetch_add(1, Relaxed);
+    }
+
+    pub fn spans_exported(&self, count: usize) {
+        self.spans_exported.fetch_add(count as u64, Relaxed);
+    }
+
+    pub fn spans_lost(&self, why: SpanLost, count: usize) {
+        self.spans_lost[why as usize].fetch_add(count as u64, Relaxed);
     }
 
     /// The Prometheus text exposition format, version 0.0.4.
@@ -538,6 +578,13 @@ impl Metrics {
         }
         head(&mut out, "sluice_access_log_dropped_total", "counter", "Lines that the access log could not take.");
         line(&mut out, "sluice_access_log_dropped_total", "", self.access_log_dropped.load(Relaxed));
+        head(&mut out, "sluice_spans_exported_total", "counter", "Spans that the collector has taken.");
+        line(&mut out, "sluice_spans_exported_total", "", self.spans_exported.load(Relaxed));
+        head(&mut out, "sluice_spans_dropped_total", "counter", "Spans that never reached the collector.");
+        for (why, name) in SpanLost::ALL {
+            let labels = format!("reason=\"{name}\"");
+            line(&mut out, "sluice_spans_dropped_total", &labels, self.spans_lost[why as usize].load(Relaxed));
+        }
         out
     }
 }
@@ -684,6 +731,32 @@ mod tests {
         let slow = |limit| metrics.outcomes(&labels(), limit).slow;
         assert_eq!((slow(Duration::from_millis(500)), slow(Duration::from_micros(500_001))), (2, 1));
         assert_eq!((slow(Duration::ZERO), slow(Duration::from_secs(60)), slow(Duration::from_secs(61))), (0, 1, 0));
+    }
+
+    #[test]
+    fn series_of_a_revision_and_a_listener_are_as_many_as_the_documents_say() {
+        let metrics = Metrics::new("m", 2);
+        let count = || metrics.render().lines().filter(|line| !line.starts_with('#')).count();
+        let process = count();
+        let listener = metrics.listener("l", 0);
+        assert_eq!(count() - process, 24);
+        let revision = metrics.revision(&labels(), 0);
+        assert_eq!(count() - process - 24, 4 + 2 * 31);
+        for status in (100..1000).map(|status| StatusCode::from_u16(status).unwrap()) {
+            for grpc in 0..=u8::MAX {
+                // As requests are recorded: a 5xx has none.
+                let grpc = GrpcStatus::parse(grpc.to_string().as_bytes());
+                let grpc = Some(grpc).filter(|_| status.as_u16() < 500);
+                revision.record(status, grpc, Duration::from_micros(u64::from(status.as_u16())), None);
+            }
+            revision.record(status, None, Duration::from_secs(u64::from(status.as_u16())), Some(Duration::ZERO));
+        }
+        for flag in Flag::ALL {
+            listener.local_error(flag);
+        }
+        assert_eq!(count() - process - 24, 55 + 2 * 31);
+        let _mirror = metrics.mirror(&labels(), 1);
+        assert_eq!(count() - process - 24, 55 + 2 * 31 + 9);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use tokio::{
 };
 
 use crate::{
-    access_log::AccessLog,
+    access_log::{AccessLog, Filter},
     admin::{self, Admin, Port},
     ads::{Apply, Client, Introduction, State},
     controller::Controller,
@@ -18,11 +18,14 @@ use crate::{
     metrics::Metrics,
     snapshot::Snapshot,
     tls::IdentityHandle,
+    trace::{self, TraceError, Tracer},
     workers::{Options, Role, Timing, Workers, WorkersError},
 };
 
 /// The port of `/healthz/*` and `/metrics`.
 pub const HEALTH_PORT: u16 = 20444;
+/// For the spans that wait when the process ends.
+const LAST_SPANS: Duration = Duration::from_secs(2);
 /// The port of the admin server, on localhost.
 pub const ADMIN_PORT: u16 = 20445;
 
@@ -61,6 +64,18 @@ pub struct Settings {
     #[arg(long, env = "SLUICE_ACCESS_LOG", default_value = "off", value_parser = access_log)]
     pub access_log: bool,
 
+    /// Which requests have a line there: a JSON list of rules, of which one must match. Default: all.
+    #[arg(long, env = "SLUICE_ACCESS_LOG_FILTER", default_value = "")]
+    pub access_log_filter: Filter,
+
+    /// Namespace of this Pod, for its spans.
+    #[arg(long, env = "POD_NAMESPACE", default_value = "")]
+    pub pod_namespace: String,
+
+    /// Of the fleet alone.
+    #[command(flatten)]
+    pub tracing: trace::Settings,
+
     /// The zone of this Pod's node: endpoints of it are preferred where their Service asks for that. Default: not known.
     #[arg(long, env = "SLUICE_ZONE", default_value = "")]
     pub zone: String,
@@ -97,6 +112,8 @@ pub enum ProcessError {
     Workers(#[from] WorkersError),
     #[error("cannot start the access log: {0}")]
     AccessLog(#[source] io::Error),
+    #[error(transparent)]
+    Trace(#[from] TraceError),
     #[error("cannot listen on {address} for {what}: {source}; is another proxy running in this Pod?")]
     Listen { address: String, what: &'static str, source: io::Error },
     #[error("cannot watch signals: {0}")]
@@ -117,16 +134,25 @@ pub async fn run(role: Role, settings: Settings) -> Result<(), ProcessError> {
     let metrics = Metrics::new(settings.pod_name.clone(), threads.get());
     let identity = IdentityHandle::default();
     let access_log = if settings.access_log {
-        Some(AccessLog::stdout(Arc::clone(&metrics)).map_err(ProcessError::AccessLog)?)
+        let log = AccessLog::stdout(Arc::clone(&metrics)).map_err(ProcessError::AccessLog)?;
+        Some(log.filtered(settings.access_log_filter.clone()))
     } else {
         None
     };
+    let tracer = tracer(role, &settings, &metrics)?;
     let mut timing = Timing::of(role);
     if role == Role::Sidecar {
         // Its SIGTERM comes after the application has ended (KEP-753): nobody is to be waited for.
         timing.settle = Duration::ZERO;
     }
-    let options = Options { role, timing, metrics: Arc::clone(&metrics), identity: identity.clone(), access_log };
+    let options = Options {
+        role,
+        timing,
+        metrics: Arc::clone(&metrics),
+        identity: identity.clone(),
+        access_log,
+        tracer: tracer.clone(),
+    };
     let workers = Arc::new(Workers::start(&options)?);
     drop(options);
 
@@ -193,7 +219,33 @@ pub async fn run(role: Role, settings: Settings) -> Result<(), ProcessError> {
     drop(admin);
     let ending = tokio::task::spawn_blocking(move || drop(workers));
     let _ = tokio::time::timeout(Duration::from_secs(1), ending).await;
+    if let Some(tracer) = tracer {
+        // On a thread of its own: the connection to the collector needs this one.
+        let _ = tokio::task::spawn_blocking(move || tracer.shutdown(LAST_SPANS)).await;
+    }
     Ok(())
+}
+
+fn tracer(role: Role, settings: &Settings, metrics: &Arc<Metrics>) -> Result<Option<Tracer>, TraceError> {
+    let trace::Settings { otlp_endpoint, otlp_certificate, traces_sampler_arg, service_name, spans_queue } =
+        settings.tracing.clone();
+    let Some(endpoint) = otlp_endpoint else { return Ok(None) };
+    if role == Role::Sidecar {
+        tracing::warn!("OTEL_EXPORTER_OTLP_ENDPOINT is ignored: spans are made by the fleet alone");
+        return Ok(None);
+    }
+    tracing::info!(collector = %endpoint, ratio = traces_sampler_arg, "tracing");
+    let options = trace::Options {
+        endpoint,
+        certificate: otlp_certificate,
+        ratio: traces_sampler_arg,
+        queue: spans_queue,
+        delay: None,
+        service_name,
+        pod: settings.pod_name.clone(),
+        namespace: settings.pod_namespace.clone(),
+    };
+    Tracer::start(&options, Arc::clone(metrics)).map(Some)
 }
 
 fn listen(settings: &Settings) -> Result<(tokio::net::TcpListener, tokio::net::TcpListener), ProcessError> {
@@ -303,5 +355,47 @@ mod tests {
         assert_eq!(worker_count(Role::Sidecar, None).get(), 1);
         assert_eq!(worker_count(Role::Sidecar, NonZeroUsize::new(3)).get(), 3);
         assert!(worker_count(Role::Fleet, None).get() >= 1);
+    }
+    fn told(arguments: &[&str]) -> Result<Settings, String> {
+        #[derive(Debug, clap::Parser)]
+        struct Cli {
+            #[command(flatten)]
+            settings: Settings,
+        }
+        let least = ["proxy", "--pod-name=p", "--controller=c:1", "--controller-id=spiffe://test/ns/a/sa/b"];
+        let parsed = <Cli as clap::Parser>::try_parse_from(least.iter().chain(arguments));
+        parsed.map(|cli| cli.settings).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn nothing_is_traced_or_logged_unless_it_is_asked_for() {
+        let settings = told(&[]).unwrap();
+        assert!(settings.tracing.otlp_endpoint.is_none() && !settings.access_log);
+        assert_eq!(settings.access_log_filter, Filter::default());
+        assert!(tracer(Role::Fleet, &settings, &Metrics::new("p", 1)).unwrap().is_none());
+        // As a chart may set it.
+        assert!(told(&["--otlp-endpoint="]).unwrap().tracing.otlp_endpoint.is_none());
+    }
+
+    #[tokio::test]
+    async fn the_fleet_alone_makes_spans() {
+        let settings = told(&["--otlp-endpoint=http://127.0.0.1:1", "--traces-sampler-arg=0.01"]).unwrap();
+        let metrics = Metrics::new("p", 1);
+        assert!(tracer(Role::Sidecar, &settings, &metrics).unwrap().is_none());
+        assert!(tracer(Role::Fleet, &settings, &metrics).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_setting_that_cannot_be_is_refused_with_what_to_write() {
+        let table = [
+            ("--otlp-endpoint=otel:4317", "http://otel-collector.observability:4317"),
+            ("--traces-sampler-arg=1.5", "a number from 0 to 1"),
+            ("--spans-queue=0", "--spans-queue"),
+            ("--access-log-filter=errors", "JSON list of rules"),
+        ];
+        for (argument, expected) in table {
+            let error = told(&[argument]).unwrap_err();
+            assert!(error.contains(expected), "{argument}: {error}");
+        }
     }
 }

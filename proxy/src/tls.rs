@@ -141,7 +141,7 @@ impl fmt::Debug for IdentityHandle {
 }
 
 /// The one provider of cryptography of this process, always named, so that no process-wide default is needed.
-fn provider() -> Arc<CryptoProvider> {
+pub(crate) fn provider() -> Arc<CryptoProvider> {
     static PROVIDER: std::sync::LazyLock<Arc<CryptoProvider>> =
         std::sync::LazyLock::new(|| Arc::new(rustls::crypto::aws_lc_rs::default_provider()));
     PROVIDER.clone()

@@ -26,6 +26,7 @@ use crate::{
     metrics::Metrics,
     snapshot::{self, FilterChain, Listener, Snapshot},
     tls::IdentityHandle,
+    trace::Tracer,
     worker::{self, Command, Shared},
 };
 
@@ -94,6 +95,8 @@ pub struct Options {
     pub metrics: Arc<Metrics>,
     pub identity: IdentityHandle,
     pub access_log: Option<AccessLog>,
+    /// Without it requests have no spans, and their trace context passes as it came.
+    pub tracer: Option<Tracer>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -296,6 +299,7 @@ fn start(index: usize, options: &Options) -> Result<Thread, WorkersError> {
         identity: options.identity.clone(),
         metrics: Arc::clone(&options.metrics),
         access_log: options.access_log.clone(),
+        tracer: options.tracer.clone(),
     };
     // One snapshot and one drain at a time; a sender waits if there are more.
     let (commands, receiver) = mpsc::channel(4);

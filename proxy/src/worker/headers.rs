@@ -15,7 +15,7 @@ use crate::{
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+pub(super) const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 
 /// Refuses a request whose host two implementations may understand differently, and makes the target origin-form with
 /// a fitting Host, as a server wants it (RFC 9112, 3.2). What is ambiguous about framing (RFC 9112, 11.2) `http1`

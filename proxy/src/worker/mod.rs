@@ -27,6 +27,7 @@ mod stream;
 mod tally;
 mod tcp;
 mod thread;
+mod trace;
 
 use std::{
     cell::RefCell,
@@ -53,6 +54,7 @@ use crate::{
     metrics::Metrics,
     snapshot::{self, Snapshot},
     tls::IdentityHandle,
+    trace::Tracer,
     workers::{Role, Timing},
 };
 
@@ -67,6 +69,7 @@ pub(crate) struct Shared {
     pub(crate) identity: IdentityHandle,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) access_log: Option<AccessLog>,
+    pub(crate) tracer: Option<Tracer>,
 }
 
 pub(crate) enum Command {
@@ -251,9 +254,9 @@ async fn sweep(worker: Rc<Worker>) {
 const CLIENT_QUIET: Duration = Duration::from_secs(60);
 const UPSTREAM_QUIET: Duration = Duration::from_secs(15);
 
-/// For both ends of a proxied connection: no delay of small writes, and an end for peers that vanished without a word. The
+/// For both ends of a proxied connection, and towards a collector: no delay of small writes, and an end for peers that vanished without a word. The
 /// kernel does so without a cost for requests; PINGs of HTTP/2 would be punished by gRPC servers (gRFC A8), too.
-fn prepare_socket(stream: &TcpStream, quiet: Duration) {
+pub(crate) fn prepare_socket(stream: &TcpStream, quiet: Duration) {
     let _ = stream.set_nodelay(true);
     let socket = socket2::SockRef::from(stream);
     let keepalive = socket2::TcpKeepalive::new().with_time(quiet).with_interval(Duration::from_secs(5)).with_retries(3);

@@ -148,6 +148,7 @@ async fn forward(
         }
         Role::Sidecar => {}
     }
+    tally.pass_trace_on(&mut parts.headers);
     if wire == Wire::Http1 {
         if parts.version == Version::HTTP_10 && !parts.headers.contains_key(header::HOST) {
             // We speak HTTP/1.1 onwards, which needs one.

@@ -1,14 +1,19 @@
-//! One request's account: what is counted and logged of it, exactly once, whichever way it ends.
+//! One request's account: what is counted, logged and traced of it, exactly once, whichever way it ends.
 
 use std::{net::SocketAddr, rc::Rc, time::Duration};
 
-use http::{StatusCode, Version, header, request};
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, Version, header, request};
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use super::{cluster::Cluster, connection::Connection};
+use super::{
+    cluster::Cluster,
+    connection::Connection,
+    headers::FORWARDED_PROTO,
+    trace::{End, Trace},
+};
 use crate::{
-    access_log::Entry,
+    access_log::{Entry, Outcome},
     failure::{Failure, Flag},
     metrics::GrpcStatus,
 };
@@ -28,18 +33,20 @@ pub(super) struct Tally {
     attempts: u32,
     bytes: u64,
     finished: bool,
-    log: Option<Box<Logged>>,
+    trace: Option<Box<Trace>>,
+    head: Option<Box<Head>>,
 }
 
-/// Kept only when the access log is on.
-struct Logged {
-    time: Timestamp,
-    protocol: &'static str,
-    method: http::Method,
-    authority: String,
-    path: String,
-    user_agent: String,
-    upstream: Option<SocketAddr>,
+/// Of the request's head, as it was received. Kept only for the access log and for a span; nothing is copied for it.
+pub(super) struct Head {
+    pub(super) time: Timestamp,
+    pub(super) version: Version,
+    pub(super) method: Method,
+    pub(super) uri: Uri,
+    pub(super) scheme: &'static str,
+    host: Option<HeaderValue>,
+    user_agent: Option<HeaderValue>,
+    pub(super) upstream: Option<SocketAddr>,
     /// For how long a fault held it up. What is counted is without it.
     delayed: Duration,
 }
@@ -47,8 +54,15 @@ struct Logged {
 impl Tally {
     /// A request begins: its headers have been received.
     pub(super) fn start(connection: Rc<Connection>, parts: &request::Parts, grpc: bool) -> Self {
+        let tracer = connection.slot.worker.tracer.as_ref();
+        let trace = tracer.and_then(|tracer| Trace::begin(tracer, &parts.headers));
+        Self::new(connection, parts, grpc, trace)
+    }
+
+    fn new(connection: Rc<Connection>, parts: &request::Parts, grpc: bool, trace: Option<Box<Trace>>) -> Self {
         connection.request_started();
-        let log = connection.slot.worker.access_log.as_ref().map(|_| Box::new(Logged::new(parts)));
+        let kept = connection.slot.worker.access_log.is_some() || trace.as_ref().is_some_and(|it| it.is_sampled());
+        let head = kept.then(|| Box::new(Head::new(parts, connection.is_tls())));
         Self {
             connection,
             started: Instant::now(),
@@ -63,17 +77,25 @@ impl Tally {
             attempts: 0,
             bytes: 0,
             finished: false,
-            log,
+            trace,
+            head,
         }
     }
 
-    /// A request ends before it could be read.
+    /// A request ends before it could be read. It belongs to no trace.
     pub(super) fn unread(connection: Rc<Connection>) -> Self {
-        let (mut parts, ()) = http::Request::new(()).into_parts();
+        let (mut parts, ()) = Request::new(()).into_parts();
         // As access logs say it of what is not known.
-        parts.method = http::Method::from_bytes(b"-").unwrap_or_default();
-        parts.uri = http::Uri::default();
-        Self::start(connection, &parts, false)
+        parts.method = Method::from_bytes(b"-").unwrap_or_default();
+        parts.uri = Uri::default();
+        Self::new(connection, &parts, false, None)
+    }
+
+    /// Tells the upstream of the trace, where tracing is on.
+    pub(super) fn pass_trace_on(&self, headers: &mut HeaderMap) {
+        if let Some(trace) = &self.trace {
+            trace.pass_on(headers);
+        }
     }
 
     pub(super) fn connection(&self) -> &Rc<Connection> {
@@ -97,8 +119,8 @@ impl Tally {
     /// What is measured begins now.
     pub(super) fn delay_ends(&mut self) {
         let before = std::mem::replace(&mut self.started, Instant::now());
-        if let Some(log) = &mut self.log {
-            log.delayed = self.started.duration_since(before);
+        if let Some(head) = &mut self.head {
+            head.delayed = self.started.duration_since(before);
         }
     }
 
@@ -109,8 +131,8 @@ impl Tally {
 
     pub(super) fn attempted(&mut self, upstream: SocketAddr) {
         self.attempts += 1;
-        if let Some(log) = &mut self.log {
-            log.upstream = Some(upstream);
+        if let Some(head) = &mut self.head {
+            head.upstream = Some(upstream);
         }
     }
 
@@ -152,12 +174,12 @@ impl Tally {
         self.ended = Some(now);
         if let Some(metrics) = self.cluster.as_ref().and_then(|cluster| cluster.metrics.as_ref()) {
             // A 5xx is bad by its class already; with a bad grpc_status too, a sum over both would count it twice.
-            let grpc = (self.grpc && !self.status.is_server_error())
+            let grpc = (self.grpc && self.status.as_u16() < 500)
                 .then(|| self.grpc_status.unwrap_or_else(|| GrpcStatus::of_http(self.status)));
             let first_byte = self.first_byte.map(|at| at.duration_since(self.started));
             metrics.record(self.status, grpc, now.duration_since(self.started), first_byte);
         }
-        self.write_log(now);
+        self.tell(now);
     }
 
     /// This proxy answers, or breaks off, by itself.
@@ -180,33 +202,55 @@ impl Tally {
         self.connection.slot.metrics.upgraded();
         self.status = StatusCode::SWITCHING_PROTOCOLS;
         self.finished = true;
-        self.write_log(Instant::now());
+        self.tell(Instant::now());
     }
 
-    fn write_log(&self, now: Instant) {
-        let (Some(logged), Some(log)) = (&self.log, &self.connection.slot.worker.access_log) else {
-            return;
-        };
-        let milliseconds = |at: Instant| (at.duration_since(self.started) + logged.delayed).as_secs_f64() * 1e3;
-        log.write(&Entry {
-            time: logged.time.to_string(),
-            listener: &self.connection.slot.name,
-            peer: self.connection.peer.to_string(),
-            protocol: logged.protocol,
-            method: logged.method.as_str(),
-            authority: &logged.authority,
-            path: &logged.path,
-            user_agent: &logged.user_agent,
+    /// Writes the line and hands over the span, where it has them.
+    fn tell(&self, now: Instant) {
+        let Some(head) = &self.head else { return };
+        let worker = &self.connection.slot.worker;
+        let since_head = |at: Instant| at.duration_since(self.started) + head.delayed;
+        let outcome = Outcome {
             status: self.status.as_u16(),
-            grpc_status: self.grpc_status.map(GrpcStatus::name),
-            flag: self.flag.map(Flag::name),
-            cluster: self.cluster.as_ref().map(|cluster| cluster.config.name.as_str()),
-            upstream: logged.upstream.map(|address| address.to_string()),
-            attempts: self.attempts,
-            duration_ms: milliseconds(now),
-            first_byte_ms: self.first_byte.map(milliseconds),
-            response_bytes: self.bytes,
-        });
+            grpc_status: self.grpc_status,
+            flag: self.flag,
+            duration: since_head(now),
+        };
+        if let Some(log) = worker.access_log.as_ref().filter(|log| log.wants(&outcome)) {
+            let milliseconds = |duration: Duration| duration.as_secs_f64() * 1e3;
+            log.write(&Entry {
+                time: head.time.to_string(),
+                listener: &self.connection.slot.name,
+                peer: self.connection.peer.to_string(),
+                protocol: head.protocol(),
+                method: head.method.as_str(),
+                authority: head.authority(),
+                path: head.uri.path_and_query().map_or("", |path| path.as_str()),
+                user_agent: head.user_agent(),
+                status: outcome.status,
+                grpc_status: self.grpc_status.map(GrpcStatus::name),
+                flag: self.flag.map(Flag::name),
+                cluster: self.cluster.as_ref().map(|cluster| cluster.config.name.as_str()),
+                upstream: head.upstream.map(|address| address.to_string()),
+                attempts: self.attempts,
+                duration_ms: milliseconds(outcome.duration),
+                first_byte_ms: self.first_byte.map(|at| milliseconds(since_head(at))),
+                response_bytes: self.bytes,
+                trace_id: self.trace.as_ref().map(|trace| trace.id()),
+            });
+        }
+        if let (Some(tracer), Some(trace)) = (&worker.tracer, self.trace.as_ref().filter(|it| it.is_sampled())) {
+            let aborted = !self.finished;
+            let end = End {
+                outcome,
+                status: (!aborted || self.first_byte.is_some()).then_some(self.status),
+                grpc: self.grpc,
+                aborted,
+                attempts: self.attempts,
+                cluster: self.cluster.as_ref().map(|cluster| &*cluster.config),
+            };
+            tracer.hand_over(trace.span(tracer, &self.connection, head, &end));
+        }
     }
 }
 
@@ -217,7 +261,7 @@ impl Drop for Tally {
             // Patience with a fault of ours is not expected.
             let delayed = self.flag == Some(Flag::DelayInjected);
             self.flag = Some(Flag::DownstreamTermination);
-            self.write_log(Instant::now());
+            self.tell(Instant::now());
             if self.first_byte.is_none() && !delayed {
                 self.connection.given_up_unanswered(self.started);
             }
@@ -226,27 +270,50 @@ impl Drop for Tally {
     }
 }
 
-impl Logged {
-    fn new(parts: &request::Parts) -> Self {
-        let text = |name| {
-            let value = parts.headers.get(name).and_then(|value: &http::HeaderValue| value.to_str().ok());
-            value.unwrap_or_default().to_owned()
-        };
-        let authority = parts.uri.authority().map_or_else(|| text(header::HOST), ToString::to_string);
-        let protocol = match parts.version {
-            Version::HTTP_10 => "HTTP/1.0",
-            Version::HTTP_2 => "HTTP/2",
-            _ => "HTTP/1.1",
+impl Head {
+    fn new(parts: &request::Parts, tls: bool) -> Self {
+        // What the first proxy noted, as far as it is a scheme that is served here.
+        let scheme = match parts.headers.get(FORWARDED_PROTO).map(HeaderValue::as_bytes) {
+            Some(b"https") => "https",
+            Some(b"http") => "http",
+            Some(_) | None => {
+                if tls {
+                    "https"
+                } else {
+                    "http"
+                }
+            }
         };
         Self {
             time: Timestamp::now(),
-            protocol,
+            version: parts.version,
             method: parts.method.clone(),
-            authority,
-            path: parts.uri.path_and_query().map_or_else(String::new, ToString::to_string),
-            user_agent: text(header::USER_AGENT),
+            uri: parts.uri.clone(),
+            scheme,
+            host: parts.headers.get(header::HOST).cloned(),
+            user_agent: parts.headers.get(header::USER_AGENT).cloned(),
             upstream: None,
             delayed: Duration::ZERO,
         }
     }
+
+    pub(super) fn authority(&self) -> &str {
+        self.uri.authority().map_or_else(|| text(self.host.as_ref()), |authority| authority.as_str())
+    }
+
+    pub(super) fn user_agent(&self) -> &str {
+        text(self.user_agent.as_ref())
+    }
+
+    fn protocol(&self) -> &'static str {
+        match self.version {
+            Version::HTTP_10 => "HTTP/1.0",
+            Version::HTTP_2 => "HTTP/2",
+            _ => "HTTP/1.1",
+        }
+    }
+}
+
+fn text(value: Option<&HeaderValue>) -> &str {
+    value.and_then(|value| value.to_str().ok()).unwrap_or_default()
 }

@@ -23,6 +23,7 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 
 use crate::{
+    collector::{Collector, attribute},
     pki::{CONTROLLER, Ca, FLEET, Projected},
     resources::{
         cluster, endpoints, inbound, listener, local_cluster, plain_cluster, resource, route, tcp_listener, unavailable,
@@ -56,13 +57,25 @@ impl Drop for Proxy {
 
 impl Proxy {
     fn start(role: &str, ca: &Ca, controller: SocketAddr) -> Self {
-        Self::launch(Command::new(env!("CARGO_BIN_EXE_sluice-proxy")), Stdio::inherit(), role, ca, controller)
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sluice-proxy"));
+        command.env_clear();
+        Self::launch(command, Stdio::inherit(), role, ca, controller)
+    }
+
+    /// One of the fleet that sends a span of each request there.
+    fn traced(ca: &Ca, controller: SocketAddr, collector: SocketAddr) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sluice-proxy"));
+        command.env_clear().env("OTEL_EXPORTER_OTLP_ENDPOINT", format!("http://{collector}"));
+        // Longer than the test: they are sent when the process ends.
+        command.env("OTEL_BSP_SCHEDULE_DELAY", "600000").env("OTEL_EXPORTER_OTLP_HEADERS", "x-token=secret");
+        Self::launch(command, Stdio::inherit(), "fleet", ca, controller)
     }
 
     /// One of the fleet that may have so many files open, and the lines of its log.
     fn with_files(files: u32, ca: &Ca, controller: SocketAddr) -> (Self, mpsc::UnboundedReceiver<String>) {
         let mut command = Command::new("/bin/sh");
         let script = "ulimit -n \"$0\" && exec \"$@\"";
+        command.env_clear();
         command.args(["-c", script, &files.to_string(), env!("CARGO_BIN_EXE_sluice-proxy")]);
         let mut proxy = Self::launch(command, Stdio::piped(), "fleet", ca, controller);
         let log = BufReader::new(proxy.child.stderr.take().unwrap());
@@ -82,7 +95,7 @@ impl Proxy {
         let admin = SocketAddr::from(([127, 0, 0, 1], free_port()));
         let child = command
             .args([role, "--health-address", &health.to_string(), "--admin-address", &admin.to_string()])
-            .env_clear()
+            .env("POD_NAMESPACE", "sluice-system")
             .env("POD_NAME", format!("{role}-0"))
             .env("SLUICE_CONTROLLER", controller.to_string())
             .env("SLUICE_CONTROLLER_ID", CONTROLLER)
@@ -230,7 +243,8 @@ async fn a_request_goes_through_fleet_and_sidecar_to_the_application_until_both_
     let ca = Ca::new();
     let mut server = Server::start(&ca).await;
     let (application, _application_task) = application().await;
-    let mut fleet = Proxy::start("fleet", &ca, server.address);
+    let collector = Collector::start(SocketAddr::from(([127, 0, 0, 1], 0)), None).await;
+    let mut fleet = Proxy::traced(&ca, server.address, collector.address);
     let mut sidecar = Proxy::start("sidecar", &ca, server.address);
     fleet.wait_for("/healthz/startup", StatusCode::OK).await;
     let reason = fleet.wait_for("/healthz/ready", StatusCode::SERVICE_UNAVAILABLE).await;
@@ -304,6 +318,14 @@ async fn a_request_goes_through_fleet_and_sidecar_to_the_application_until_both_
     fleet.wait_for("/healthz/ready", StatusCode::SERVICE_UNAVAILABLE).await;
     assert_eq!(ask(Version::HTTP_11).await.unwrap().0, StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(fleet.ended().await, Some(0));
+
+    // Two before the drain, two during it, and two refusals.
+    let spans = collector.wait_for(6).await;
+    assert_eq!(attribute(&collector.resource(), "service.name"), "sluice-fleet");
+    assert_eq!(attribute(&collector.resource(), "k8s.pod.name"), "fleet-0");
+    assert_eq!(attribute(&collector.resource(), "k8s.namespace.name"), "sluice-system");
+    assert_eq!(collector.metadata("x-token"), "secret");
+    assert!(spans.iter().all(|span| attribute(&span.attributes, "url.path") == "/cart"), "{spans:?}");
 }
 
 #[tokio::test]

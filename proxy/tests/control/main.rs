@@ -8,6 +8,8 @@
 mod ads;
 mod binary;
 mod clusters;
+#[path = "../data_path/collector.rs"]
+mod collector;
 mod identity;
 mod outcomes;
 mod pki;

@@ -320,16 +320,6 @@ async fn a_half_sent_head_ends_its_connection_and_an_idle_one_stays() {
 
 #[tokio::test]
 async fn the_access_log_says_what_was_served_and_why_not() {
-    #[derive(Clone, Default)]
-    struct Lines(Arc<Mutex<Vec<u8>>>);
-    impl std::io::Write for Lines {
-        fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
-            std::io::Write::write(&mut *self.0.lock().unwrap(), data)
-        }
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
     let (app, lines) = (App::named("a").await, Lines::default());
     let output = lines.clone();
     let proxy = Proxy::with(Role::Fleet, Default::default(), |options| {
@@ -340,9 +330,7 @@ async fn the_access_log_says_what_was_served_and_why_not() {
     Http1::connect(proxy.address).await.get("/x?y=z").await;
     proxy.serve(http_to([(cluster("a", &[]), 100)])).await;
     Http1::connect(proxy.address).await.get("/").await;
-    let read = || String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
-    eventually("two lines", || read().lines().count() == 2).await;
-    let entries: Vec<serde_json::Value> = read().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let entries = lines.wait_for(2).await;
     assert_eq!(entries[0]["path"], "/x?y=z");
     assert_eq!(
         (&entries[0]["status"], &entries[0]["attempts"], &entries[0]["response_bytes"]),

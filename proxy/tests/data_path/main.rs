@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod affinity;
+mod collector;
 mod configuration;
 mod downstream_http1;
 mod drain;
@@ -16,6 +17,8 @@ mod retries;
 mod routing;
 mod support;
 mod tcp;
+mod telemetry;
 mod timeouts;
 mod tls;
+mod trace;
 mod upstream_http1;

@@ -152,8 +152,14 @@ impl Proxy {
 
     pub(crate) fn with(role: Role, identity: IdentityHandle, change: impl FnOnce(&mut Options)) -> Self {
         let metrics = Metrics::new("test", 2);
-        let mut options =
-            Options { role, timing: Timing::of(role), metrics: metrics.clone(), identity, access_log: None };
+        let mut options = Options {
+            role,
+            timing: Timing::of(role),
+            metrics: metrics.clone(),
+            identity,
+            access_log: None,
+            tracer: None,
+        };
         options.timing.settle = Duration::ZERO;
         change(&mut options);
         let workers = Workers::start(&options).unwrap();
@@ -262,6 +268,7 @@ pub(crate) fn mesh_cluster(revision: &str, sidecars: &[&Proxy]) -> Cluster {
 pub(crate) struct Ca {
     issuer: Issuer<'static, KeyPair>,
     root: CertificateDer<'static>,
+    root_pem: String,
 }
 
 impl Ca {
@@ -271,8 +278,9 @@ impl Ca {
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
         params.distinguished_name.push(DnType::CommonName, "test root");
         let key = KeyPair::generate().unwrap();
-        let root = params.self_signed(&key).unwrap().der().clone();
-        Self { issuer: Issuer::new(params, key), root }
+        let root = params.self_signed(&key).unwrap();
+        let (root, root_pem) = (root.der().clone(), root.pem());
+        Self { issuer: Issuer::new(params, key), root, root_pem }
     }
 
     pub(crate) fn issue(
@@ -293,6 +301,10 @@ impl Ca {
 
     pub(crate) fn roots(&self) -> Vec<CertificateDer<'static>> {
         vec![self.root.clone()]
+    }
+
+    pub(crate) fn root_pem(&self) -> &str {
+        &self.root_pem
     }
 
     pub(crate) fn identity(&self, id: &str) -> IdentityHandle {
@@ -396,6 +408,29 @@ pub(crate) fn call(path: &str) -> Request<AnyBody> {
         .header("te", "trailers")
         .body(full("message"))
         .unwrap()
+}
+
+/// What the access log writes.
+#[derive(Clone, Default)]
+pub(crate) struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Lines {
+    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+        std::io::Write::write(&mut *self.0.lock().unwrap(), data)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Lines {
+    /// Waits until so many lines are written.
+    pub(crate) async fn wait_for(&self, count: usize) -> Vec<serde_json::Value> {
+        let read = || String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+        eventually("the lines", || read().lines().count() >= count).await;
+        read().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
 }
 
 /// Which requests an application got, for looking at afterwards.

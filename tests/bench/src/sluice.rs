@@ -30,7 +30,7 @@ pub(crate) fn run(job: &Job) -> anyhow::Result<()> {
     };
     let metrics = Metrics::new("bench", 1);
     let timing = Timing::of(role);
-    let workers = Workers::start(&Options { role, timing, metrics, identity, access_log: None })?;
+    let workers = Workers::start(&Options { role, timing, metrics, identity, access_log: None, tracer: None })?;
     let snapshot = snapshot(job);
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let report = workers.apply(&snapshot).await?;

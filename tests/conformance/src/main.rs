@@ -73,6 +73,7 @@ fn main() -> anyhow::Result<()> {
         metrics: Metrics::new("conformance", 1),
         identity: identity(&cli.certificates)?,
         access_log: None,
+        tracer: None,
     })?;
     let plain = cli.plain.iter().map(|pair| listener(*pair, None));
     let tls = cli.tls.iter().map(|pair| listener(*pair, Some(ServerTls { client_id: CLIENT.to_owned() })));

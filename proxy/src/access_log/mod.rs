@@ -3,6 +3,8 @@
 //! Workers never wait for it: lines go through a bounded queue to a thread of its own; when that is full (nobody reads
 //! our output), lines are dropped and counted in `sluice_access_log_dropped_total`.
 
+mod filter;
+
 use std::{
     io::{self, BufWriter, Write},
     sync::{
@@ -14,6 +16,7 @@ use std::{
 
 use serde::Serialize;
 
+pub use self::filter::{Filter, Outcome};
 use crate::metrics::Metrics;
 
 /// Lines that may wait to be written.
@@ -44,12 +47,16 @@ pub struct Entry<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_byte_ms: Option<f64>,
     pub response_bytes: u64,
+    /// Where tracing is on and the request has a trace, sampled or not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace_id: Option<String>,
 }
 
 #[derive(Debug, Clone)]
 pub struct AccessLog {
     lines: SyncSender<String>,
     metrics: Arc<Metrics>,
+    filter: Arc<Filter>,
 }
 
 impl AccessLog {
@@ -83,7 +90,19 @@ impl AccessLog {
                 }
             }
         })?;
-        Ok(Self { lines, metrics })
+        Ok(Self { lines, metrics, filter: Arc::default() })
+    }
+
+    /// Has lines only for what `filter` wants.
+    #[must_use]
+    pub fn filtered(self, filter: Filter) -> Self {
+        Self { filter: Arc::new(filter), ..self }
+    }
+
+    /// Whether a request that ended so has a line. To be asked before its entry is made.
+    #[must_use]
+    pub fn wants(&self, outcome: &Outcome) -> bool {
+        self.filter.wants(outcome)
     }
 
     pub fn write(&self, entry: &Entry<'_>) {
