@@ -29,7 +29,9 @@ async fn certificates_that_live_for_a_minute_are_renewed_under_load() {
     stage.nothing_failed().await;
     installation::upgrade(&cluster, &["certificateSeconds=86400"]).await;
     cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "deployment/sluice-fleet"], None).await.unwrap();
+    // While a member that ended still drains, it is in slices.
     installation::complete(&cluster, "sluice-fleet").await;
+    installation::fleet_is_ready(&cluster, 2).await;
     stage.end().await;
 }
 
@@ -80,6 +82,8 @@ async fn another_root_takes_over_under_load() {
     stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
     installation::upgrade(&cluster, &["certificateSeconds=86400", "ca.spreadSeconds=300"]).await;
     cluster.kubectl(&["-n", SYSTEM, "rollout", "restart", "deployment/sluice-fleet"], None).await.unwrap();
+    // While a member that ended still drains, it is in slices.
     installation::complete(&cluster, "sluice-fleet").await;
+    installation::fleet_is_ready(&cluster, 2).await;
     stage.end().await;
 }
