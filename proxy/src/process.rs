@@ -16,6 +16,7 @@ use crate::{
     controller::Controller,
     identity::Renewer,
     metrics::Metrics,
+    overload::{self, Memory, Overload},
     snapshot::Snapshot,
     tls::IdentityHandle,
     workers::{Options, Role, Timing, Workers, WorkersError},
@@ -65,6 +66,11 @@ pub struct Settings {
     #[arg(long, env = "SLUICE_ZONE", default_value = "")]
     pub zone: String,
 
+    /// Memory in bytes, of which the overload manager takes care in place of the cgroup's limit. Default: the cgroup's; without
+    /// one nothing is done.
+    #[arg(long, env = "SLUICE_MEMORY_LIMIT_BYTES")]
+    pub memory_limit_bytes: Option<u64>,
+
     /// Address of `/healthz/*` and `/metrics`. Default: port 20444 of every address.
     #[arg(long, hide = true)]
     pub health_address: Option<SocketAddr>,
@@ -105,11 +111,12 @@ pub enum ProcessError {
     Task(String),
 }
 
-/// Runs a proxy until SIGTERM or SIGINT, drains it, and returns.
+/// Runs a proxy until SIGTERM or SIGINT, drains it, and returns. `release` gives memory that the allocator holds in reserve
+/// back to the system.
 ///
 /// # Errors
 /// When it cannot start, or a part that must run for ever has ended.
-pub async fn run(role: Role, settings: Settings) -> Result<(), ProcessError> {
+pub async fn run(role: Role, settings: Settings, release: fn()) -> Result<(), ProcessError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(ProcessError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(ProcessError::Signals)?;
 
@@ -126,7 +133,21 @@ pub async fn run(role: Role, settings: Settings) -> Result<(), ProcessError> {
         // Its SIGTERM comes after the application has ended (KEP-753): nobody is to be waited for.
         timing.settle = Duration::ZERO;
     }
-    let options = Options { role, timing, metrics: Arc::clone(&metrics), identity: identity.clone(), access_log };
+    let overload = match overload::raise_open_files() {
+        Ok(files) => Overload::with_files(files),
+        Err(error) => {
+            tracing::warn!(%error, "the limit of open files cannot be raised, and connections are not bounded by it");
+            Overload::default()
+        }
+    };
+    let options = Options {
+        role,
+        timing,
+        metrics: Arc::clone(&metrics),
+        identity: identity.clone(),
+        access_log,
+        overload: overload.clone(),
+    };
     let workers = Arc::new(Workers::start(&options)?);
     drop(options);
 
@@ -142,6 +163,7 @@ pub async fn run(role: Role, settings: Settings) -> Result<(), ProcessError> {
         role,
         workers: Arc::clone(&workers),
         metrics: Arc::clone(&metrics),
+        overload: overload.clone(),
         ads: Arc::clone(&state),
         certificate: renewer.current(),
         draining: watch::Sender::new(false),
@@ -168,6 +190,9 @@ pub async fn run(role: Role, settings: Settings) -> Result<(), ProcessError> {
     tasks.spawn(Arc::clone(&admin).serve(local, Port::Admin));
     tasks.spawn(renewer.run());
     tasks.spawn(client.run());
+    if let Some(memory) = Memory::find(settings.memory_limit_bytes) {
+        tasks.spawn(overload.watch(memory, release));
+    }
     tracing::info!(?role, workers = threads, pod = settings.pod_name, "started");
 
     tokio::select! {

@@ -17,6 +17,7 @@ mod matching;
 mod mirror;
 mod pool;
 mod request;
+mod resets;
 mod retry;
 mod rewrite;
 mod serving;
@@ -48,6 +49,7 @@ use self::{
 use crate::{
     access_log::AccessLog,
     metrics::Metrics,
+    overload::{Action, Overload},
     snapshot::{self, Snapshot},
     tls::IdentityHandle,
     workers::{Role, Timing},
@@ -64,6 +66,7 @@ pub(crate) struct Shared {
     pub(crate) identity: IdentityHandle,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) access_log: Option<AccessLog>,
+    pub(crate) overload: Overload,
 }
 
 pub(crate) enum Command {
@@ -240,6 +243,11 @@ async fn sweep(worker: Rc<Worker>) {
             cluster.each_endpoint(|endpoint| endpoint.sweep(&cluster.connector, now));
         }
         worker.removed.borrow_mut().retain(|slot| !slot.is_over());
+        if worker.shared.overload.is_active(Action::DisableKeepalive) {
+            for slot in worker.slots.borrow().values() {
+                slot.drain_idle();
+            }
+        }
     }
 }
 
