@@ -120,6 +120,13 @@ pub struct Settings {
     /// The fleet's `SLUICE_DRAIN_SECONDS`: so long a member that is out of every slice may still serve open connections.
     #[arg(long, env = "SLUICE_FLEET_DRAIN_SECONDS", default_value_t = 60)]
     pub fleet_drain_seconds: u64,
+    /// Most connections from clients of each member of the fleet, for each port of a Service. 0 is any number.
+    #[arg(long, env = "SLUICE_FLEET_CONNECTIONS_PER_SERVICE", default_value_t = 4096)]
+    pub fleet_connections_per_service: u32,
+    /// Most open requests of each member of the fleet, for each revision behind a port of a Service. A Canary may ask for less.
+    /// 0 is any number.
+    #[arg(long, env = "SLUICE_FLEET_REQUESTS_PER_SERVICE", default_value_t = 2048)]
+    pub fleet_requests_per_service: u32,
     /// Image of the sidecar.
     #[arg(long, env = "SLUICE_PROXY_IMAGE")]
     pub proxy_image: String,
@@ -251,6 +258,10 @@ impl Settings {
             fleet: self.fleet.clone(),
             release_namespace: self.pod_namespace.clone(),
             watched_namespace: self.watched_namespace(),
+            limits: mesh::Limits {
+                connections: Some(self.fleet_connections_per_service).filter(|most| *most > 0),
+                requests: Some(self.fleet_requests_per_service).filter(|most| *most > 0),
+            },
         })
     }
 
@@ -295,6 +306,12 @@ mod tests {
         ];
         let CommandLine::Run(settings) = CommandLine::read(controller).unwrap() else { panic!("a command") };
         assert_eq!(settings.protection, Protection::Webhook);
+        let limits = settings.mesh().unwrap().limits;
+        assert_eq!(limits, mesh::Limits { connections: Some(4096), requests: Some(2048) });
+        let unlimited =
+            [&controller[..], &["--fleet-connections-per-service=0", "--fleet-requests-per-service=0"]].concat();
+        let CommandLine::Run(unlimited) = CommandLine::read(unlimited).unwrap() else { panic!("a command") };
+        assert_eq!(unlimited.mesh().unwrap().limits, mesh::Limits::default());
         assert!(settings.dns_names().contains(&"sluice-webhook.sluice-system.svc".to_owned()));
         assert!(CommandLine::read(&controller[..3]).is_err(), "the rest is required");
 

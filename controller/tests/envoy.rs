@@ -27,7 +27,7 @@ use sluice_controller::{
     ads::{Ads, Leadership, Members},
     cache::{CanaryKey, Touches},
     identity::{Peer, PeerIdentity},
-    mesh::{Inputs, RevisionFacts, RevisionKey, Settings, Snapshot, build, ports::PortKey, wanted_ports},
+    mesh::{Inputs, Limits, RevisionFacts, RevisionKey, Settings, Snapshot, build, ports::PortKey, wanted_ports},
 };
 use sluice_crds::{Backend, Traffic};
 use sluice_xds::{
@@ -270,6 +270,7 @@ fn settings() -> Arc<Settings> {
         fleet: "default".to_owned(),
         release_namespace: "sluice-system".to_owned(),
         watched_namespace: None,
+        limits: Limits { connections: Some(4096), requests: Some(2048) },
     })
 }
 

@@ -78,11 +78,13 @@ pub struct TcpSettings {
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("!has(self.h2UpgradePolicy) && !has(self.useClientProtocol) && !has(self.maxConcurrentStreams)").message("spec.service.trafficPolicy.connectionPool.http.h2UpgradePolicy, useClientProtocol and maxConcurrentStreams are not supported in this version: the application is spoken to as the client speaks. Remove them"))]
 pub struct HttpSettings {
-    /// Most requests of HTTP/1.1 that wait for a connection, of each proxy of the fleet.
+    /// Most requests of HTTP/1.1 that wait for a connection, of each proxy of the fleet. Never more than the installation's
+    /// `fleet.limits.requestsPerService`, which holds in place of a greater number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub http1_max_pending_requests: Option<i32>,
-    /// Most requests that are open at once, of each proxy of the fleet; of HTTP/1.1 and of HTTP/2.
+    /// Most requests that are open at once, of each proxy of the fleet; of HTTP/1.1 and of HTTP/2. Never more than the
+    /// installation's `fleet.limits.requestsPerService`, which holds in place of a greater number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub http2_max_requests: Option<i32>,

@@ -27,6 +27,7 @@ use crate::{
     ads::State,
     identity::Certificate,
     metrics::Metrics,
+    overload::Overload,
     workers::{Role, Workers},
 };
 
@@ -43,6 +44,7 @@ pub struct Admin {
     pub role: Role,
     pub workers: Arc<Workers>,
     pub metrics: Arc<Metrics>,
+    pub overload: Overload,
     pub ads: Arc<State>,
     pub certificate: watch::Receiver<Option<Arc<Certificate>>>,
     /// True once this proxy is on its way out.
@@ -168,6 +170,7 @@ impl Admin {
 
     fn metrics(&self) -> String {
         let mut text = self.metrics.render();
+        self.overload.render(&mut text);
         self.ads.render(&mut text);
         if let Some(certificate) = self.certificate.borrow().as_ref() {
             text.push_str(&certificate_series(certificate.not_after));

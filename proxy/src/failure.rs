@@ -25,6 +25,9 @@ pub enum Failure {
     UpstreamTimeout,
     #[error("the upstream did not answer in HTTP as asked")]
     UpstreamProtocol,
+    /// No revision was drawn yet.
+    #[error("this proxy is short of memory; the request was not processed")]
+    Overloaded,
     #[error("nothing is configured to serve this")]
     NoRoute,
     #[error("the request is not valid: {0}")]
@@ -67,10 +70,11 @@ pub enum Flag {
     DownstreamTermination,
     FaultInjected,
     DelayInjected,
+    OverloadManager,
 }
 
 impl Flag {
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::NoHealthyUpstream,
         Self::UpstreamConnectionFailure,
         Self::UpstreamOverflow,
@@ -84,6 +88,7 @@ impl Flag {
         Self::DownstreamTermination,
         Self::FaultInjected,
         Self::DelayInjected,
+        Self::OverloadManager,
     ];
 
     #[must_use]
@@ -103,6 +108,7 @@ impl Flag {
             Self::DownstreamTermination => "DC",
             Self::FaultInjected => "FI",
             Self::DelayInjected => "DI",
+            Self::OverloadManager => "OM",
         }
     }
 }
@@ -118,6 +124,7 @@ impl Failure {
             Self::UpstreamReset => (StatusCode::SERVICE_UNAVAILABLE, Flag::UpstreamConnectionTermination),
             Self::UpstreamTimeout => (StatusCode::GATEWAY_TIMEOUT, Flag::UpstreamRequestTimeout),
             Self::UpstreamProtocol => (StatusCode::BAD_GATEWAY, Flag::UpstreamProtocolError),
+            Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, Flag::OverloadManager),
             Self::NoRoute => (StatusCode::NOT_FOUND, Flag::NoRoute),
             Self::BadRequest(_) => (StatusCode::BAD_REQUEST, Flag::DownstreamProtocolError),
             Self::HeadTooLarge => (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, Flag::DownstreamProtocolError),
@@ -150,6 +157,7 @@ impl Failure {
             | Self::UpstreamReset
             | Self::UpstreamTimeout
             | Self::UpstreamProtocol
+            | Self::Overloaded
             | Self::NoRoute
             | Self::Unauthorized
             | Self::DirectResponse(_)
@@ -213,6 +221,7 @@ mod tests {
             (Failure::UpstreamReset, 503, "UC", "14"),
             (Failure::UpstreamTimeout, 504, "UT", "14"),
             (Failure::UpstreamProtocol, 502, "UPE", "14"),
+            (Failure::Overloaded, 503, "OM", "14"),
             (Failure::NoRoute, 404, "NR", "12"),
             (Failure::BadRequest("no host"), 400, "DPE", "13"),
             (Failure::HeadTooLarge, 431, "DPE", "2"),

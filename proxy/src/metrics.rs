@@ -15,7 +15,7 @@ use http::StatusCode;
 
 use sluice_xds::sluice::guard::v1::Outcomes;
 
-use crate::{failure::Flag, snapshot::MetricLabels};
+use crate::{failure::Flag, refused::Refused, snapshot::MetricLabels};
 
 /// Upper bounds of the duration buckets in microseconds. Fixed for good: gates compare quantiles across versions.
 const BOUNDS_US: [u64; 28] = [
@@ -316,7 +316,17 @@ struct ListenerShard {
     upgrades: Cell,
     delays: Cell,
     local_errors: [Cell; Flag::ALL.len()],
+    refused: RefusedCells,
     retries: [Cell; Retry::ALL.len()],
+}
+
+#[derive(Debug)]
+struct RefusedCells([Cell; Refused::ALL.len()]);
+
+impl Default for RefusedCells {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| Cell::default()))
+    }
 }
 
 #[derive(Debug)]
@@ -345,6 +355,12 @@ impl ListenerMetrics {
         self.shard().open.sub(1);
     }
 
+    /// How many are open now, on all threads.
+    #[must_use]
+    pub fn open(&self) -> u64 {
+        self.series.shards.iter().fold(0, |sum, shard| sum.wrapping_add(shard.open.get()))
+    }
+
     pub fn request_started(&self) {
         self.shard().active.add(1);
     }
@@ -371,6 +387,10 @@ impl ListenerMetrics {
 
     pub fn local_error(&self, flag: Flag) {
         self.shard().local_errors[flag as usize].add(1);
+    }
+
+    pub fn refused(&self, why: Refused) {
+        self.shard().refused.0[why as usize].add(1);
     }
 
     pub fn retried(&self, why: Retry) {
@@ -559,6 +579,18 @@ impl Metrics {
                 let count = series.shards.iter().map(|shard| shard.local_errors[flag as usize].get()).sum();
                 let labels = format!("{labels},flag=\"{}\"", flag.name());
                 line(&mut out, "sluice_local_errors_total", &labels, count);
+            }
+        }
+        let help =
+            "Connections, requests and breaches of protocol that were refused before any upstream saw them, by reason.";
+        head(&mut out, "sluice_refused_total", "counter", help);
+        for (labels, series) in &listeners {
+            for (why, name) in Refused::ALL {
+                let count: u64 = series.shards.iter().map(|shard| shard.refused.0[why as usize].get()).sum();
+                // There may be ten thousand listeners, and most reasons never occur.
+                if count > 0 {
+                    line(&mut out, "sluice_refused_total", &format!("{labels},reason=\"{name}\""), count);
+                }
             }
         }
         head(&mut out, "sluice_retries_total", "counter", "Requests sent again, within their revision.");

@@ -16,6 +16,7 @@ use crate::{
     controller::Controller,
     identity::Renewer,
     metrics::Metrics,
+    overload::{self, Memory, Overload},
     snapshot::Snapshot,
     tls::IdentityHandle,
     trace::{self, TraceError, Tracer},
@@ -79,6 +80,11 @@ pub struct Settings {
     /// The zone of this Pod's node: endpoints of it are preferred where their Service asks for that. Default: not known.
     #[arg(long, env = "SLUICE_ZONE", default_value = "")]
     pub zone: String,
+
+    /// Memory in bytes, of which the overload manager takes care in place of the cgroup's limit. Default: the cgroup's; without
+    /// one nothing is done.
+    #[arg(long, env = "SLUICE_MEMORY_LIMIT_BYTES")]
+    pub memory_limit_bytes: Option<u64>,
 
     /// Address of `/healthz/*` and `/metrics`. Default: port 20444 of every address.
     #[arg(long, hide = true)]
@@ -145,6 +151,13 @@ pub async fn run(role: Role, settings: Settings) -> Result<(), ProcessError> {
         // Its SIGTERM comes after the application has ended (KEP-753): nobody is to be waited for.
         timing.settle = Duration::ZERO;
     }
+    let overload = match overload::raise_open_files() {
+        Ok(files) => Overload::with_files(files),
+        Err(error) => {
+            tracing::warn!(%error, "the limit of open files cannot be raised, and connections are not bounded by it");
+            Overload::default()
+        }
+    };
     let options = Options {
         role,
         timing,
@@ -152,6 +165,7 @@ pub async fn run(role: Role, settings: Settings) -> Result<(), ProcessError> {
         identity: identity.clone(),
         access_log,
         tracer: tracer.clone(),
+        overload: overload.clone(),
     };
     let workers = Arc::new(Workers::start(&options)?);
     drop(options);
@@ -168,6 +182,7 @@ pub async fn run(role: Role, settings: Settings) -> Result<(), ProcessError> {
         role,
         workers: Arc::clone(&workers),
         metrics: Arc::clone(&metrics),
+        overload: overload.clone(),
         ads: Arc::clone(&state),
         certificate: renewer.current(),
         draining: watch::Sender::new(false),
@@ -194,6 +209,9 @@ pub async fn run(role: Role, settings: Settings) -> Result<(), ProcessError> {
     tasks.spawn(Arc::clone(&admin).serve(local, Port::Admin));
     tasks.spawn(renewer.run());
     tasks.spawn(client.run());
+    if let Some(memory) = Memory::find(settings.memory_limit_bytes) {
+        tasks.spawn(overload.watch(memory));
+    }
     tracing::info!(?role, workers = threads, pod = settings.pod_name, "started");
 
     tokio::select! {

@@ -22,6 +22,8 @@ pub struct Listener {
     pub name: String,
     pub address: SocketAddr,
     pub chains: Vec<FilterChain>,
+    /// Most connections from clients at once, in this process. One more is closed as it comes.
+    pub max_connections: Option<u64>,
 }
 
 #[derive(Debug, PartialEq)]

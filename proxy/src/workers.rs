@@ -24,6 +24,7 @@ use tokio::{
 use crate::{
     access_log::AccessLog,
     metrics::Metrics,
+    overload::Overload,
     snapshot::{self, FilterChain, Listener, Snapshot},
     tls::IdentityHandle,
     trace::Tracer,
@@ -97,6 +98,7 @@ pub struct Options {
     pub access_log: Option<AccessLog>,
     /// Without it requests have no spans, and their trace context passes as it came.
     pub tracer: Option<Tracer>,
+    pub overload: Overload,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -136,6 +138,7 @@ pub struct Drained {
 pub struct Workers {
     threads: Vec<Thread>,
     settle: Duration,
+    overload: Overload,
     /// What is served now. Held while a snapshot is being applied, so that they are applied in order.
     current: Mutex<BTreeMap<String, Arc<Listener>>>,
 }
@@ -157,7 +160,12 @@ impl Workers {
             return Err(WorkersError::NoThreads);
         }
         let threads = (0..count).map(|index| start(index, options)).collect::<Result<_, _>>()?;
-        Ok(Self { threads, settle: options.timing.settle, current: Mutex::default() })
+        Ok(Self {
+            threads,
+            settle: options.timing.settle,
+            overload: options.overload.clone(),
+            current: Mutex::default(),
+        })
     }
 
     /// Switches all threads to a snapshot. When it returns, no request that starts later uses an older one.
@@ -195,6 +203,7 @@ impl Workers {
                 }
             }
         }
+        self.overload.listens_on(next.len() * self.threads.len());
         let snapshot = Arc::new(Snapshot { listeners: next });
         let mut switched = Vec::with_capacity(self.threads.len());
         for (index, (thread, sockets)) in self.threads.iter().zip(sockets).enumerate() {
@@ -300,6 +309,7 @@ fn start(index: usize, options: &Options) -> Result<Thread, WorkersError> {
         metrics: Arc::clone(&options.metrics),
         access_log: options.access_log.clone(),
         tracer: options.tracer.clone(),
+        overload: options.overload.clone(),
     };
     // One snapshot and one drain at a time; a sender waits if there are more.
     let (commands, receiver) = mpsc::channel(4);

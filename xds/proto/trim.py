@@ -43,6 +43,7 @@ KEEP = {
         "HeaderValueOption.HeaderAppendAction": None,
         "TransportSocket": "name typed_config",
         "ControlPlane": "identifier",
+        "RuntimeFeatureFlag": "default_value",
         "RuntimeFractionalPercent": "default_value",
     },
     "envoy.config.core.v3.config_source_pb2": {
@@ -130,6 +131,9 @@ KEEP = {
     "envoy.extensions.filters.http.router.v3.router_pb2": {"Router": "suppress_envoy_headers"},
     "envoy.extensions.filters.listener.http_inspector.v3.http_inspector_pb2": {"HttpInspector": ""},
     "envoy.extensions.filters.listener.tls_inspector.v3.tls_inspector_pb2": {"TlsInspector": ""},
+    "envoy.extensions.filters.network.connection_limit.v3.connection_limit_pb2": {
+        "ConnectionLimit": "stat_prefix max_connections delay runtime_enabled",
+    },
     "envoy.extensions.filters.network.http_connection_manager.v3.http_connection_manager_pb2": {
         "HttpConnectionManager": "codec_type stat_prefix rds route_config http_filters common_http_protocol_options"
         " http2_protocol_options server_header_transformation stream_idle_timeout request_timeout use_remote_address"

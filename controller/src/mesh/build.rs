@@ -192,15 +192,16 @@ impl OneService<'_> {
                 }
                 parts.resources.push((kind, name.clone(), resource));
             };
+            let limits = self.inputs.settings.limits;
             match port.protocol {
                 Protocol::Http => {
-                    carry(TypeUrl::Listener, encode::http_listener(&name, fleet_port, route::filters(spec)));
+                    carry(TypeUrl::Listener, encode::http_listener(&name, fleet_port, route::filters(spec), limits));
                     carry(TypeUrl::Route, route::route(&name, destinations.as_ref(), spec));
                 }
                 Protocol::Tcp => {
                     // Bytes match nothing.
                     let split = destinations.map(|to| to.all).unwrap_or_else(|| vec![(format!("{name}/{NONE}"), 100)]);
-                    carry(TypeUrl::Listener, encode::tcp_listener(&name, fleet_port, &split));
+                    carry(TypeUrl::Listener, encode::tcp_listener(&name, fleet_port, &split, limits));
                     if self.backends().next().is_none() {
                         self.empty_cluster(&name, parts);
                     }
@@ -262,6 +263,7 @@ impl OneService<'_> {
             protocol: port.protocol,
             tls,
             policy: self.canary.spec.service.traffic_policy.as_ref(),
+            limits: self.inputs.settings.limits,
         };
         parts.resources.push((TypeUrl::Cluster, cluster.clone(), message.encode()));
         let endpoints = encode::endpoints(&cluster, &addresses);
@@ -278,6 +280,7 @@ impl OneService<'_> {
             protocol: Protocol::Tcp,
             tls: None,
             policy: None,
+            limits: self.inputs.settings.limits,
         };
         parts.resources.push((TypeUrl::Cluster, cluster.clone(), message.encode()));
         let endpoints = encode::endpoints(&cluster, &BTreeSet::new());
@@ -472,7 +475,8 @@ mod tests {
             };
         }
         let listener: Listener = unpack(&view.get(TypeUrl::Listener, name).unwrap().body).unwrap();
-        let filter::ConfigType::TypedConfig(any) = listener.filter_chains[0].filters[0].config_type.as_ref().unwrap();
+        let filter::ConfigType::TypedConfig(any) =
+            listener.filter_chains[0].filters.last().unwrap().config_type.as_ref().unwrap();
         let proxy: TcpProxy = unpack(any).unwrap();
         match proxy.cluster_specifier.unwrap() {
             tcp_proxy::ClusterSpecifier::WeightedClusters(all) => {

@@ -39,6 +39,7 @@ use sluice_xds::{
                 http::router::v3::Router,
                 listener::tls_inspector::v3::TlsInspector,
                 network::{
+                    connection_limit::v3::ConnectionLimit,
                     http_connection_manager::v3::{
                         HttpConnectionManager, HttpFilter, Rds,
                         http_connection_manager::{CodecType, RouteSpecifier, UpgradeConfig},
@@ -64,7 +65,7 @@ use sluice_xds::{
     pack,
 };
 
-use super::{Resource, policy, service::Protocol};
+use super::{Limits, Resource, policy, service::Protocol};
 
 /// Where sidecars listen.
 pub(super) const SIDECAR_PORT: u16 = 20443;
@@ -99,6 +100,7 @@ pub(super) struct FleetCluster<'a> {
     /// SNI and identity of the revision's sidecars; plaintext without.
     pub(super) tls: Option<(String, SpiffeId)>,
     pub(super) policy: Option<&'a TrafficPolicy>,
+    pub(super) limits: Limits,
 }
 
 impl FleetCluster<'_> {
@@ -113,7 +115,7 @@ impl FleetCluster<'_> {
             lb_policy: LbPolicy::LeastRequest.into(),
             lb_config: policy::slow_start(self.policy),
             connect_timeout: Some(policy::connect_timeout(self.policy).unwrap_or(seconds(1))),
-            circuit_breakers: policy::circuit_breakers(self.policy),
+            circuit_breakers: policy::circuit_breakers(self.policy, self.limits),
             outlier_detection: policy::outlier_detection(self.policy),
             typed_extension_protocol_options: as_downstream(policy::connections(self.policy)),
             transport_socket: self.tls.as_ref().map(|(sni, id)| upstream_tls(sni, id, self.protocol)),
@@ -143,21 +145,21 @@ pub(crate) fn endpoints(name: &str, addresses: &BTreeSet<SocketAddr>) -> Resourc
 
 /// A port of a Service, split by request. Its route has the same name.
 /// `filters`: those before the router.
-pub(super) fn http_listener(name: &str, port: u16, filters: Vec<HttpFilter>) -> Resource {
+pub(super) fn http_listener(name: &str, port: u16, filters: Vec<HttpFilter>, limits: Limits) -> Resource {
     let routes = RouteSpecifier::Rds(Rds { config_source: Some(from_ads()), route_config_name: name.to_owned() });
     let filter = http_filter_chain(name, routes, filters);
     let needs = BTreeSet::from([(TypeUrl::Route, name.to_owned())]);
-    resource(&fleet_listener(name, port, filter), needs)
+    resource(&fleet_listener(name, port, filter, limits), needs)
 }
 
 /// A port of a Service, split by connection. The split must not be empty.
-pub(super) fn tcp_listener(name: &str, port: u16, split: &Split) -> Resource {
+pub(super) fn tcp_listener(name: &str, port: u16, split: &Split, limits: Limits) -> Resource {
     let clusters = split
         .iter()
         .map(|(name, weight)| tcp_proxy::weighted_cluster::ClusterWeight { name: name.clone(), weight: *weight });
     let weighted = tcp_proxy::WeightedCluster { clusters: clusters.collect() };
     let filter = tcp_filter(name, tcp_proxy::ClusterSpecifier::WeightedClusters(weighted));
-    resource(&fleet_listener(name, port, filter), needs_of(split))
+    resource(&fleet_listener(name, port, filter, limits), needs_of(split))
 }
 
 /// The split of an HTTP port, and how its requests are forwarded; without a split, the answer is 503.
@@ -166,12 +168,26 @@ pub(super) fn needs_of(split: &Split) -> BTreeSet<(TypeUrl, String)> {
     split.iter().flat_map(|(name, _)| both(name)).collect()
 }
 
-fn fleet_listener(name: &str, port: u16, filter: Filter) -> Listener {
+fn fleet_listener(name: &str, port: u16, filter: Filter, limits: Limits) -> Listener {
+    let mut filters: Vec<_> = limits.connections.map(|most| connection_limit(name, most)).into_iter().collect();
+    filters.push(filter);
     Listener {
         name: name.to_owned(),
         address: Some(address(IpAddr::from([0, 0, 0, 0]), port)),
-        filter_chains: vec![FilterChain { filters: vec![filter], ..FilterChain::default() }],
+        filter_chains: vec![FilterChain { filters, ..FilterChain::default() }],
         ..Listener::default()
+    }
+}
+
+fn connection_limit(stat_prefix: &str, most: u32) -> Filter {
+    let limit = ConnectionLimit {
+        stat_prefix: stat_prefix.to_owned(),
+        max_connections: Some(most.into()),
+        ..ConnectionLimit::default()
+    };
+    Filter {
+        name: "envoy.filters.network.connection_limit".to_owned(),
+        config_type: Some(filter::ConfigType::TypedConfig(pack(&limit))),
     }
 }
 

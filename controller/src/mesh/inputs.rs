@@ -30,6 +30,16 @@ pub struct Settings {
     pub release_namespace: String,
     /// The one namespace that the cache watches, if it does not watch all.
     pub watched_namespace: Option<String>,
+    pub limits: Limits,
+}
+
+/// What one Service may take of each member of the fleet, so that it leaves something to the others. `None` is any number.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections from clients, for each port.
+    pub connections: Option<u32>,
+    /// Open requests, for each revision behind a port.
+    pub requests: Option<u32>,
 }
 
 /// Facts, all from one instant of the cache.

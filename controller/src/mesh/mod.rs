@@ -27,7 +27,7 @@ use sluice_xds::TypeUrl;
 use crate::cache::CanaryKey;
 
 pub use build::{build, wanted_ports};
-pub use inputs::{Inputs, RevisionFacts, Settings, target_port};
+pub use inputs::{Inputs, Limits, RevisionFacts, Settings, target_port};
 pub use publisher::{CatchUp, CatchUpError, Publisher, PublisherHandle};
 pub use service::{Protocol, protocol};
 

@@ -10,7 +10,7 @@ use sluice_xds::envoy::config::{
     core::v3::HttpProtocolOptions,
 };
 
-use super::{encode::seconds, route::duration};
+use super::{Limits, encode::seconds, route::duration};
 
 /// The base time of an ejection grows with each one up to this (Envoy's default).
 const LONGEST_EJECTION: i64 = 300;
@@ -31,18 +31,20 @@ pub(super) fn connect_timeout(policy: Option<&TrafficPolicy>) -> Option<prost_ty
     tcp(policy)?.connect_timeout.as_deref().and_then(duration)
 }
 
-/// What is not said has no limit: Envoy's default of 1024 would be one that no user asked for (circuit_breaker.proto).
-pub(super) fn circuit_breakers(policy: Option<&TrafficPolicy>) -> Option<CircuitBreakers> {
+/// What neither the Canary nor the installation says has no limit: Envoy's default of 1024 would be one that nobody asked for
+/// (circuit_breaker.proto). The installation's limit of requests holds whatever the Canary says; those that wait are among them.
+pub(super) fn circuit_breakers(policy: Option<&TrafficPolicy>, limits: Limits) -> Option<CircuitBreakers> {
     let (tcp, http) = (tcp(policy), http(policy));
-    if tcp.is_none() && http.is_none() {
+    if tcp.is_none() && http.is_none() && limits.requests.is_none() {
         return None;
     }
     let limit = |said: Option<i32>| Some(count(said).unwrap_or(u32::MAX));
+    let of_requests = |said: Option<i32>| limit(said).map(|said| said.min(limits.requests.unwrap_or(u32::MAX)));
     Some(CircuitBreakers {
         thresholds: vec![Thresholds {
             max_connections: limit(tcp.and_then(|tcp| tcp.max_connections)),
-            max_pending_requests: limit(http.and_then(|http| http.http1_max_pending_requests)),
-            max_requests: limit(http.and_then(|http| http.http2_max_requests)),
+            max_pending_requests: of_requests(http.and_then(|http| http.http1_max_pending_requests)),
+            max_requests: of_requests(http.and_then(|http| http.http2_max_requests)),
             // Without one the budget of retries holds.
             max_retries: count(http.and_then(|http| http.max_retries)),
             ..Thresholds::default()
@@ -90,12 +92,40 @@ pub(super) fn connections(policy: Option<&TrafficPolicy>) -> Option<HttpProtocol
 mod tests {
     #![allow(clippy::unwrap_used)]
     use serde_json::json;
-    use sluice_xds::{TypeUrl, envoy::config::cluster::v3::Cluster, unpack};
+    use sluice_xds::{
+        TypeUrl,
+        envoy::{
+            config::{
+                cluster::v3::Cluster,
+                listener::v3::{Listener, filter::ConfigType},
+            },
+            extensions::filters::network::connection_limit::v3::ConnectionLimit,
+        },
+        unpack,
+    };
 
-    use crate::mesh::{build, testing::Shop};
+    use crate::mesh::{Limits, build, testing::Shop};
 
     #[test]
-    fn limits_are_said_of_each_cluster_and_nothing_is_limited_by_default() {
+    fn each_port_of_the_fleet_has_its_limit_of_connections() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", None, 0);
+        let filters = |shop: &Shop| {
+            let snapshot = build(&shop.inputs());
+            let listener: Listener =
+                unpack(&snapshot.fleet.get(TypeUrl::Listener, "shop/web:80").unwrap().body).unwrap();
+            listener.filter_chains[0].filters.clone()
+        };
+        let said = filters(&shop);
+        let ConfigType::TypedConfig(first) = said[0].config_type.as_ref().unwrap();
+        let limit: ConnectionLimit = unpack(first).unwrap();
+        assert_eq!((said.len(), limit.stat_prefix.as_str(), limit.max_connections), (2, "shop/web:80", Some(4096)));
+        shop.limits = Limits::default();
+        assert_eq!(filters(&shop).len(), 1);
+    }
+
+    #[test]
+    fn a_cluster_has_what_its_canary_says_within_what_the_installation_allows_to_each_service() {
         let mut shop = Shop::new();
         shop.traffic("aaa", Some("bbb"), 20);
         let cluster = |shop: &Shop| {
@@ -103,7 +133,17 @@ mod tests {
             unpack::<Cluster>(&snapshot.fleet.get(TypeUrl::Cluster, "shop/web:80/bbb").unwrap().body).unwrap()
         };
         let plain = cluster(&shop);
-        assert_eq!((plain.circuit_breakers, plain.outlier_detection, plain.lb_config), (None, None, None));
+        assert_eq!((plain.outlier_detection, plain.lb_config), (None, None));
+        let limits = &plain.circuit_breakers.unwrap().thresholds[0];
+        let of_requests = (limits.max_requests, limits.max_pending_requests);
+        assert_eq!((of_requests, limits.max_connections), ((Some(2048), Some(2048)), Some(u32::MAX)));
+        shop.limits = Limits::default();
+        assert_eq!(cluster(&shop).circuit_breakers, None, "nothing is limited");
+        shop.limits = Limits { requests: Some(2048), connections: None };
+        shop.canary["spec"]["service"]["trafficPolicy"] =
+            json!({"connectionPool": {"http": {"http2MaxRequests": 5000, "http1MaxPendingRequests": 10}}});
+        let limits = &cluster(&shop).circuit_breakers.unwrap().thresholds[0];
+        assert_eq!((limits.max_requests, limits.max_pending_requests), (Some(2048), Some(10)), "less, never more");
         shop.canary["spec"]["service"]["trafficPolicy"] = json!({
             "connectionPool": {"tcp": {"connectTimeout": "3s"}, "http": {"http2MaxRequests": 50}},
             "outlierDetection": {"consecutiveGatewayErrors": 4, "maxEjectionPercent": 20},

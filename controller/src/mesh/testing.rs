@@ -19,7 +19,10 @@ use sluice_xds::{
             route::v3::RouteConfiguration,
         },
         extensions::{
-            filters::network::{http_connection_manager::v3::HttpConnectionManager, tcp_proxy::v3::TcpProxy},
+            filters::network::{
+                connection_limit::v3::ConnectionLimit, http_connection_manager::v3::HttpConnectionManager,
+                tcp_proxy::v3::TcpProxy,
+            },
             transport_sockets::tls::v3::{DownstreamTlsContext, UpstreamTlsContext},
             upstreams::http::v3::HttpProtocolOptions,
         },
@@ -27,7 +30,7 @@ use sluice_xds::{
     unpack,
 };
 
-use super::{Inputs, Settings, Snapshot, View, ports::Allocation, wanted_ports};
+use super::{Inputs, Limits, Settings, Snapshot, View, ports::Allocation, wanted_ports};
 use crate::cache::CanaryKey;
 
 pub(crate) struct Shop {
@@ -40,6 +43,7 @@ pub(crate) struct Shop {
     pub(crate) foreign_companions: bool,
     pub(crate) pods: Vec<Value>,
     pub(crate) originals: Vec<Value>,
+    pub(crate) limits: Limits,
 }
 
 fn read<T: DeserializeOwned>(value: &Value) -> Arc<T> {
@@ -81,6 +85,7 @@ impl Shop {
             foreign_companions: false,
             pods: Vec::new(),
             originals: Vec::new(),
+            limits: settings().limits,
         }
     }
 
@@ -119,7 +124,7 @@ impl Shop {
             }))
         };
         let ours = if self.foreign_companions { json!({}) } else { json!({"sluice.dev/canary": "web"}) };
-        let mut inputs = Inputs::empty(settings());
+        let mut inputs = Inputs::empty(Arc::new(Settings { limits: self.limits, ..Settings::clone(&settings()) }));
         inputs.canaries = vec![read(&self.canary)];
         inputs.services =
             vec![service("web", json!({})), service("web-primary", ours.clone()), service("web-canary", ours)];
@@ -137,6 +142,7 @@ pub(crate) fn settings() -> Arc<Settings> {
         fleet: "default".to_owned(),
         release_namespace: "sluice-system".to_owned(),
         watched_namespace: None,
+        limits: Limits { connections: Some(4096), requests: Some(2048) },
     })
 }
 
@@ -212,6 +218,7 @@ fn describe_any(any: &Any, lines: &mut Vec<String>) {
             }
         }
         "HttpConnectionManager" => drop(text::<HttpConnectionManager>(any, lines)),
+        "ConnectionLimit" => drop(text::<ConnectionLimit>(any, lines)),
         "TcpProxy" => drop(text::<TcpProxy>(any, lines)),
         "UpstreamTlsContext" => drop(text::<UpstreamTlsContext>(any, lines)),
         "DownstreamTlsContext" => drop(text::<DownstreamTlsContext>(any, lines)),

@@ -14,6 +14,7 @@ use sluice_xds::{
             http::{cors::v3::Cors, fault::v3::HttpFault, router::v3::Router},
             listener::{http_inspector::v3::HttpInspector, tls_inspector::v3::TlsInspector},
             network::{
+                connection_limit::v3::ConnectionLimit,
                 http_connection_manager::v3::{
                     HttpConnectionManager,
                     http_connection_manager::{CodecType, RouteSpecifier},
@@ -40,6 +41,7 @@ const OWN_PORTS: [u16; 2] = [20444, 20445];
 pub(super) struct Listener {
     pub(super) address: SocketAddr,
     pub(super) chains: Vec<Chain>,
+    pub(super) max_connections: Option<u64>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -97,12 +99,13 @@ pub(super) fn parse(message: &Message) -> Result<Listener, ConfigError> {
         }
     }
 
+    let mut max_connections = None;
     let mut chains = Vec::with_capacity(message.filter_chains.len() + 1);
     for (at, chain) in message.filter_chains.iter().enumerate() {
-        chains.push(parse_chain(chain, &format!("filter_chains[{at}]"))?);
+        chains.push(parse_chain(chain, &format!("filter_chains[{at}]"), &mut max_connections)?);
     }
     if let Some(chain) = &message.default_filter_chain {
-        let chain = parse_chain(chain, "default_filter_chain")?;
+        let chain = parse_chain(chain, "default_filter_chain", &mut max_connections)?;
         if chain.server_name.is_some() {
             return Err(ConfigError::invalid(
                 "default_filter_chain.filter_chain_match",
@@ -113,7 +116,15 @@ pub(super) fn parse(message: &Message) -> Result<Listener, ConfigError> {
         chains.push(chain);
     }
     distinct(&chains)?;
-    Ok(Listener { address, chains })
+    if max_connections.is_some() && chains.len() > 1 {
+        let found = format!("{} filter chains", chains.len());
+        return Err(ConfigError::unsupported(
+            "filter_chains with a ConnectionLimit",
+            found,
+            "it where there is one chain",
+        ));
+    }
+    Ok(Listener { address, chains, max_connections })
 }
 
 /// Each connection has exactly one chain: by its SNI, or the one without a name.
@@ -136,14 +147,23 @@ fn distinct(chains: &[Chain]) -> Result<(), ConfigError> {
     Ok(())
 }
 
-fn parse_chain(chain: &FilterChain, field: &str) -> Result<Chain, ConfigError> {
+/// `limit` is where a limit of connections goes to: who it is for is not known before a connection is accepted.
+fn parse_chain(chain: &FilterChain, field: &str, limit: &mut Option<u64>) -> Result<Chain, ConfigError> {
     let tls = chain.transport_socket.as_ref().map(tls::server).transpose()?;
     let server_name = server_name(chain, tls.is_some(), &format!("{field}.filter_chain_match"))?;
-    let [filter] = chain.filters.as_slice() else {
-        let found = format!("{} filters", chain.filters.len());
-        return Err(ConfigError::unsupported(format!("{field}.filters"), found, "exactly one"));
+    let filter = match chain.filters.as_slice() {
+        [filter] => filter,
+        [first, filter] => {
+            *limit = connection_limit(first, &format!("{field}.filters[0]"))?;
+            filter
+        }
+        several => {
+            let found = format!("{} filters", several.len());
+            let supported = "HttpConnectionManager or TcpProxy, and at most a ConnectionLimit before it";
+            return Err(ConfigError::unsupported(format!("{field}.filters"), found, supported));
+        }
     };
-    let protocol = protocol(filter, &format!("{field}.filters[0]"))?;
+    let protocol = protocol(filter, &format!("{field}.filters[{}]", chain.filters.len() - 1))?;
     Ok(Chain { server_name, tls, protocol })
 }
 
@@ -177,6 +197,29 @@ fn server_name(chain: &FilterChain, tls: bool, field: &str) -> Result<Option<Str
             let found = several.join(", ");
             Err(ConfigError::unsupported(format!("{field}.server_names"), found, "one name for each chain"))
         }
+    }
+}
+
+/// How many connections there may be; `None` if it is switched off.
+fn connection_limit(filter: &Filter, field: &str) -> Result<Option<u64>, ConfigError> {
+    let Some(FilterConfig::TypedConfig(any)) = &filter.config_type else {
+        return Err(ConfigError::missing(format!("{field}.typed_config")));
+    };
+    let field = format!("{field}.typed_config");
+    if !is_type(&any.type_url, &ConnectionLimit::full_name()) {
+        return Err(ConfigError::unsupported(field, &any.type_url, "ConnectionLimit before the last filter"));
+    }
+    let limit: ConnectionLimit = tls::read(any, &field)?;
+    // Envoy would hold a connection that is refused for so long (connection_limit.proto).
+    if let Some(delay) = limit.delay.filter(|delay| (delay.seconds, delay.nanos) != (0, 0)) {
+        let found = format!("{} s {} ns", delay.seconds, delay.nanos);
+        return Err(ConfigError::unsupported(format!("{field}.delay"), found, "no delay"));
+    }
+    let enabled = limit.runtime_enabled.and_then(|flag| flag.default_value).unwrap_or(true);
+    match limit.max_connections {
+        None => Err(ConfigError::missing(format!("{field}.max_connections"))),
+        Some(0) => Err(ConfigError::invalid(format!("{field}.max_connections"), 0, "it must be above 0")),
+        Some(most) => Ok(enabled.then_some(most)),
     }
 }
 

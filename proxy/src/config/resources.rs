@@ -433,7 +433,8 @@ impl Resources {
             };
             chains.push(FilterChain { server_name: chain.server_name.clone(), tls: chain.tls.clone(), protocol });
         }
-        Some(Listener { name: name.to_owned(), address: listener.address, chains })
+        let max_connections = listener.max_connections;
+        Some(Listener { name: name.to_owned(), address: listener.address, chains, max_connections })
     }
 
     fn cluster(&self, name: &str) -> Option<&Arc<Cluster>> {

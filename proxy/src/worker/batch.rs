@@ -197,7 +197,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + 'static> AsyncWrite for Batch<S> {
         let inner = &mut *self.0.borrow_mut();
         let ended = match inner.poll_send(cx) {
             Poll::Ready(Ok(())) => Pin::new(&mut inner.stream).poll_shutdown(cx),
-            sent => sent,
+            sent @ (Poll::Ready(Err(_)) | Poll::Pending) => sent,
         };
         inner.written(ended)
     }

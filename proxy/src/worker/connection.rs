@@ -31,18 +31,24 @@ use super::{
     http1::server::{self, Sent},
     pool::{CONNECTION_WINDOW, LocalExecutor, STREAM_WINDOW},
     relay, request,
+    resets::Resets,
     serving::{Chain, Protocol},
     slot::Slot,
     stream::{Socket, Stream},
     tcp,
 };
 use crate::{
+    overload::Action,
+    refused::Refused,
     tls::{ALPN_H2, ALPN_HTTP1},
     workers::Role,
 };
 
 /// Requests that one client may have open on one HTTP/2 connection.
 const MAX_STREAMS: u32 = 256;
+/// Most bytes of one HTTP/2 answer that wait for the client. The windows that a client grants may be any size, and hyper's
+/// default of 400 KiB would be 100 MiB for one connection that reads nothing.
+const SEND_BUFFER: usize = 64 * 1024;
 /// After so many requests on a connection, a client that gave most of them up within a second, unanswered, is cut off: it costs more
 /// than it asks for ("Rapid Reset", CVE-2023-44487). The figures are Envoy's (`overload.premature_reset_total_stream_count`).
 const LOOK_AT_RESETS: u32 = 500;
@@ -157,7 +163,8 @@ impl Connection {
             return;
         }
         self.given_up.set(self.given_up.get() + 1);
-        if self.begun.get() >= LOOK_AT_RESETS && self.given_up.get() > self.begun.get() / 2 {
+        if !self.cut.get() && self.begun.get() >= LOOK_AT_RESETS && self.given_up.get() > self.begun.get() / 2 {
+            self.slot.metrics.refused(Refused::RapidReset);
             tracing::debug!(listener = self.slot.name, peer = %self.peer, "cut off: most of its requests were given up");
             self.cut();
         }
@@ -201,6 +208,16 @@ impl Connection {
 
     pub(super) fn is_draining(&self) -> bool {
         self.draining.get()
+    }
+
+    /// Whether an answer of HTTP/1.1 is its last.
+    pub(super) fn ends_after_answer(&self) -> bool {
+        self.is_draining() || self.slot.worker.overload.is_active(Action::DisableKeepalive)
+    }
+
+    /// Whether it has had no request for so long, and has not been asked to end yet.
+    pub(super) fn is_idle(&self, least: Duration) -> bool {
+        !self.is_draining() && !self.is_in_use() && self.quiet_since.get().elapsed() >= least
     }
 
     /// Ends the connection at once.
@@ -265,6 +282,7 @@ async fn serve(connection: &Rc<Connection>, stream: TcpStream) {
             Ok(accepted) => Some(accepted),
             Err(error) => {
                 connection.slot.metrics.tls_failed();
+                connection.slot.metrics.refused(Refused::in_handshake(&error));
                 tracing::debug!(listener = connection.slot.name, peer = %connection.peer, %error, "TLS refused");
                 None
             }
@@ -305,7 +323,8 @@ pub(super) async fn hello<S: AsyncRead + AsyncWrite + Unpin>(
     let server_name = hello.client_hello().server_name().map(str::to_owned);
     let chain = serving.chain_for(server_name.as_deref());
     let Some((chain, (_, config))) = chain.and_then(|chain| Some((chain, chain.tls.as_ref()?))) else {
-        return Err(io::Error::other(format!("no filter chain for the server name {server_name:?}")));
+        let words = format!("no filter chain for the server name {server_name:?}");
+        return Err(io::Error::new(io::ErrorKind::NotFound, words));
     };
     Ok((Rc::clone(chain), Arc::clone(config), hello))
 }
@@ -401,6 +420,9 @@ impl Patience {
             let until = self.begun.map(|begun| begun + timing.header).or(quiet_until);
             let look_again = now + connection.look_every();
             if until.is_some_and(|until| until <= now) {
+                if self.begun.is_some() {
+                    connection.slot.metrics.refused(Refused::HeadTimeout);
+                }
                 return Poll::Ready(());
             }
             self.timer.as_mut().reset(until.map_or(look_again, |until| until.min(look_again)));
@@ -419,7 +441,11 @@ async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_concurrent_streams(MAX_STREAMS)
-        .serve_connection(TokioIo::new(Batch::new(stream)), service);
+        .max_send_buf_size(SEND_BUFFER)
+        .serve_connection(
+            TokioIo::new(Resets::of(Batch::new(stream), connection.slot.metrics.clone())),
+            service,
+        );
     let mut served = pin!(served);
     let mut timer = pin!(sleep(connection.look_every()));
     let mut told = false;
@@ -445,6 +471,9 @@ async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
         }
     });
     if let Err(error) = result.await {
+        if let Some(why) = Refused::by_http2(&error) {
+            connection.slot.metrics.refused(why);
+        }
         tracing::debug!(listener = connection.slot.name, peer = %connection.peer, %error, "connection ended");
     }
 }

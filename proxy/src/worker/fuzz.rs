@@ -111,7 +111,12 @@ fn serving() -> Serving {
         let protocol = Protocol::Http(Vec::new());
         Rc::new(Chain { server_name: Some(server_name.to_owned()), tls: Some((tls, config)), protocol })
     };
-    let listener = Listener { name: "inbound".to_owned(), address: ([127, 0, 0, 1], 20443).into(), chains: Vec::new() };
+    let listener = Listener {
+        name: "inbound".to_owned(),
+        address: ([127, 0, 0, 1], 20443).into(),
+        chains: Vec::new(),
+        max_connections: None,
+    };
     Serving { listener: Arc::new(listener), chains: vec![chain("p8080.abc"), chain("p8081.abc")] }
 }
 

@@ -19,6 +19,7 @@ mod mirror;
 mod pool;
 mod relay;
 mod request;
+mod resets;
 mod retry;
 mod rewrite;
 mod serving;
@@ -52,6 +53,7 @@ use self::{
 use crate::{
     access_log::AccessLog,
     metrics::Metrics,
+    overload::{Action, Overload},
     snapshot::{self, Snapshot},
     tls::IdentityHandle,
     trace::Tracer,
@@ -70,6 +72,7 @@ pub(crate) struct Shared {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) access_log: Option<AccessLog>,
     pub(crate) tracer: Option<Tracer>,
+    pub(crate) overload: Overload,
 }
 
 pub(crate) enum Command {
@@ -246,6 +249,11 @@ async fn sweep(worker: Rc<Worker>) {
             cluster.each_endpoint(|endpoint| endpoint.sweep(&cluster.connector, now));
         }
         worker.removed.borrow_mut().retain(|slot| !slot.is_over());
+        if worker.shared.overload.is_active(Action::DisableKeepalive) {
+            for slot in worker.slots.borrow().values() {
+                slot.drain_idle();
+            }
+        }
     }
 }
 

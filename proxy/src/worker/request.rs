@@ -25,6 +25,7 @@ use super::{
 use crate::{
     failure::{Failure, NOT_PROCESSED, is_grpc},
     metrics::{GrpcStatus, Retry},
+    overload,
 };
 
 /// Endpoints tried for one request that is certain not to have been processed.
@@ -37,10 +38,20 @@ pub(super) async fn serve(connection: Rc<Connection>, request: Request<RequestBo
     let waits_for_100 = parts.headers.contains_key(header::EXPECT);
     let mut tally = Tally::start(connection, &parts, is_grpc(&parts.headers));
     let mut grant = None;
-    let answer = forward(&mut tally, parts, &mut unread, &mut grant).await;
-    if matches!(answer, Err(Refusal::Failure(_) | Refusal::NotProcessed | Refusal::Preflight(_)))
+    let worker = &tally.connection().slot.worker;
+    // Before anything is drawn or read for it. A fleet may find room with another sidecar.
+    let overloaded = worker.overload.is_active(overload::Action::StopRequests).then(|| match worker.role {
+        Role::Fleet => Refusal::Failure(Failure::Overloaded),
+        Role::Sidecar => Refusal::NotProcessed(Failure::Overloaded),
+    });
+    let reads_on = !waits_for_100 && overloaded.is_none();
+    let answer = match overloaded {
+        None => forward(&mut tally, parts, &mut unread, &mut grant).await,
+        Some(refusal) => Err(refusal),
+    };
+    if matches!(answer, Err(Refusal::Failure(_) | Refusal::NotProcessed(_) | Refusal::Preflight(_)))
         && version != Version::HTTP_2
-        && !waits_for_100
+        && reads_on
     {
         unread.discard().await;
     }
@@ -50,10 +61,10 @@ pub(super) async fn serve(connection: Rc<Connection>, request: Request<RequestBo
             tally.fail(&failure, Instant::now());
             local(&failure, tally)
         }
-        Err(Refusal::NotProcessed) => {
-            tally.fail(&Failure::ConnectFailed, Instant::now());
+        Err(Refusal::NotProcessed(failure)) => {
+            tally.fail(&failure, Instant::now());
             // For the fleet, not for a client: its form does not depend on what was asked.
-            let mut response = Failure::ConnectFailed.response(false).map(|body| ResponseBody::local(body, tally));
+            let mut response = failure.response(false).map(|body| ResponseBody::local(body, tally));
             response.headers_mut().insert(NOT_PROCESSED, HeaderValue::from_static("1"));
             response
         }
@@ -72,7 +83,7 @@ pub(super) async fn serve(connection: Rc<Connection>, request: Request<RequestBo
     if let Some(grant) = grant {
         grant.write(response.headers_mut());
     }
-    let draining = response.body().connection().is_draining();
+    let draining = response.body().connection().ends_after_answer();
     if draining && version != Version::HTTP_2 {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
@@ -105,8 +116,8 @@ struct Answer {
 /// Why the answer is not simply an upstream's.
 enum Refusal {
     Failure(Failure),
-    /// The application cannot be reached and has not seen the request; the fleet tries another endpoint.
-    NotProcessed,
+    /// The application has not seen the request; the fleet tries another endpoint.
+    NotProcessed(Failure),
     /// What a browser asks before its request is answered here, with these headers.
     Preflight(HeaderMap),
     /// Both sides have switched: bytes are passed from now on.
@@ -440,7 +451,7 @@ async fn send(
     }
     // Whichever way it got here, no application has seen the last try.
     Err(match connection.slot.worker.role {
-        Role::Sidecar => Refusal::NotProcessed,
+        Role::Sidecar => Refusal::NotProcessed(Failure::ConnectFailed),
         Role::Fleet if tried => Failure::ConnectFailed.into(),
         Role::Fleet => Failure::NoHealthyUpstream.into(),
     })

@@ -23,7 +23,12 @@ use super::{
     connection::{self, Connection},
     serving::Serving,
 };
-use crate::metrics::ListenerMetrics;
+use crate::{metrics::ListenerMetrics, refused::Refused};
+
+/// Under pressure, a connection without a request for so long is idle, and so many of a listener are asked to end at once,
+/// by each thread with each sweep.
+const IDLE: Duration = Duration::from_secs(1);
+const IDLE_AT_ONCE: usize = 64;
 
 pub(super) struct Slot {
     pub(super) worker: Rc<Shared>,
@@ -91,6 +96,7 @@ impl Slot {
         let connection = make(id);
         self.connections.borrow_mut().insert(id, Rc::clone(&connection));
         self.open.send_modify(|open| *open += 1);
+        self.worker.overload.opened();
         self.metrics.opened();
         connection
     }
@@ -98,7 +104,29 @@ impl Slot {
     pub(super) fn closed(&self, id: u64) {
         if self.connections.borrow_mut().remove(&id).is_some() {
             self.open.send_modify(|open| *open -= 1);
+            self.worker.overload.closed();
             self.metrics.closed();
+        }
+    }
+
+    /// Whether there is room for one more connection: in the process, and of this listener, on all of its threads.
+    fn admit(&self) -> Result<(), Refused> {
+        self.worker.overload.admit_connection()?;
+        let most = self.serving.borrow().listener.max_connections;
+        if most.is_some_and(|most| self.metrics.open() >= most) {
+            return Err(Refused::ConnectionLimit);
+        }
+        Ok(())
+    }
+
+    /// Asks some of the connections that are idle to end. Not all: they would all be made anew at once.
+    pub(super) fn drain_idle(&self) {
+        let idle: Vec<_> = {
+            let open = self.connections.borrow();
+            open.values().filter(|connection| connection.is_idle(IDLE)).take(IDLE_AT_ONCE).cloned().collect()
+        };
+        for connection in idle {
+            connection.drain();
         }
     }
 
@@ -206,6 +234,12 @@ async fn accept(slot: Rc<Slot>, socket: TcpListener, stop: CancellationToken) {
 }
 
 fn start(slot: &Rc<Slot>, stream: TcpStream, peer: SocketAddr) {
+    if let Err(why) = slot.admit() {
+        slot.metrics.refused(why);
+        // A reset leaves nothing behind; an end in order would leave TIME_WAIT, for each of a flood.
+        let _ = stream.set_zero_linger();
+        return;
+    }
     if let Some(connection) = Connection::accepted(slot, &stream, peer) {
         tokio::task::spawn_local(connection::run(connection, stream));
     }
@@ -220,5 +254,17 @@ impl Backoff {
         let pause = Duration::from_millis(10) * 2_u32.pow(self.0.min(7));
         self.0 += 1;
         pause.min(Duration::from_secs(1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_file_descriptors_the_pauses_grow_up_to_a_second() {
+        let mut pause = Backoff::default();
+        let pauses: Vec<_> = (0..9).map(|_| pause.next().as_millis()).collect();
+        assert_eq!(pauses, [10, 20, 40, 80, 160, 320, 640, 1000, 1000]);
     }
 }

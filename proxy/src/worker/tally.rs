@@ -16,6 +16,7 @@ use crate::{
     access_log::{Entry, Outcome},
     failure::{Failure, Flag},
     metrics::GrpcStatus,
+    refused::Refused,
 };
 
 pub(super) struct Tally {
@@ -191,6 +192,9 @@ impl Tally {
             return; // Counted when dropped.
         }
         self.connection.slot.metrics.local_error(flag);
+        if let Some(why) = Refused::by(failure) {
+            self.connection.slot.metrics.refused(why);
+        }
         // What the client sees of a gRPC call is 200 and our code.
         self.status = if self.grpc { StatusCode::OK } else { status };
         self.set_grpc_status(code);

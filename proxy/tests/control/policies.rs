@@ -37,7 +37,7 @@ use sluice_xds::{
 };
 
 use crate::{
-    resources::{endpoints, listener, plain_cluster, resource, route},
+    resources::{endpoints, inbound, listener, plain_cluster, resource, route},
     snapshots::{A, B, WEB, accept, fleet, reason},
 };
 
@@ -280,4 +280,63 @@ fn the_filter_for_faults_stands_before_the_router_and_says_nothing_itself() {
     let own = HttpFault { abort: Some(abort(ErrorType::HttpStatus(503), 100)), ..HttpFault::default() };
     let reason = reason(TypeUrl::Listener, resource(WEB, "2", &filtered(&own, true)));
     assert!(reason.contains("http_filters[0].typed_config is 'a fault'"), "{reason}");
+}
+
+#[test]
+fn a_listener_may_bound_its_connections_before_its_last_filter_and_in_no_other_way() {
+    use sluice_xds::envoy::{
+        config::{
+            core::v3::RuntimeFeatureFlag,
+            listener::v3::{Filter, Listener, filter::ConfigType},
+        },
+        extensions::filters::network::connection_limit::v3::ConnectionLimit,
+    };
+    let most = |max_connections| ConnectionLimit {
+        stat_prefix: WEB.to_owned(),
+        max_connections: Some(max_connections),
+        ..ConnectionLimit::default()
+    };
+    let filter = |limit: &ConnectionLimit| Filter {
+        name: "envoy.filters.network.connection_limit".to_owned(),
+        config_type: Some(ConfigType::TypedConfig(pack(limit))),
+    };
+    let with = |limit: &ConnectionLimit| {
+        let mut message = listener(WEB, 20001);
+        message.filter_chains[0].filters.insert(0, filter(limit));
+        message
+    };
+    let served = |message: &Listener| {
+        accept(&mut fleet(), TypeUrl::Listener, &[resource(WEB, "2", message)]).listeners[WEB].max_connections
+    };
+    assert_eq!(served(&listener(WEB, 20001)), None);
+    assert_eq!(served(&with(&most(4096))), Some(4096));
+    let off = RuntimeFeatureFlag { default_value: Some(false) };
+    assert_eq!(served(&with(&ConnectionLimit { runtime_enabled: Some(off), ..most(1) })), None);
+
+    let delay = Some(prost_types::Duration { seconds: 1, nanos: 0 });
+    let mut twice = with(&most(1));
+    twice.filter_chains[0].filters.insert(0, filter(&most(1)));
+    let mut last = with(&most(1));
+    last.filter_chains[0].filters.swap(0, 1);
+    let table = [
+        (with(&ConnectionLimit { delay, ..most(1) }), "filters[0].typed_config.delay is '1 s 0 ns'"),
+        (
+            with(&ConnectionLimit { max_connections: None, ..most(1) }),
+            "filters[0].typed_config.max_connections is missing",
+        ),
+        (with(&most(0)), "filters[0].typed_config.max_connections is '0'"),
+        (twice, "filters is '3 filters'"),
+        (
+            last,
+            "filters[0].typed_config is 'type.googleapis.com/envoy.extensions.filters.network.http_connection_manager",
+        ),
+    ];
+    for (message, expected) in table {
+        let reason = reason(TypeUrl::Listener, resource(WEB, "2", &message));
+        assert!(reason.contains(expected), "'{reason}' does not contain '{expected}'");
+    }
+    let mut sidecar = inbound(20443, &[(8080, "p8080.abc"), (9090, "p9090.abc")], "spiffe://test/ns/a/sa/b");
+    sidecar.filter_chains[1].filters.insert(0, filter(&most(1)));
+    let reason = reason(TypeUrl::Listener, resource("inbound", "1", &sidecar));
+    assert!(reason.contains("filter_chains with a ConnectionLimit is '2 filter chains'"), "{reason}");
 }

@@ -134,7 +134,8 @@ async fn a_listener_that_cannot_be_served_is_named_and_the_others_are_served() {
         tls: tls.then(|| ServerTls { client_id: FLEET.into() }),
         protocol: target(),
     };
-    let listener = |name: &str, address, chains| Arc::new(Listener { name: name.into(), address, chains });
+    let listener =
+        |name: &str, address, chains| Arc::new(Listener { name: name.into(), address, chains, max_connections: None });
     let report = proxy
         .workers
         .apply(&snapshot([

@@ -1,6 +1,6 @@
 //! What a client may say in HTTP/1.1, byte for byte, what it may not, and what it gets.
 
-use std::{net::SocketAddr, sync::atomic::Ordering::SeqCst, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, sync::atomic::Ordering::SeqCst, time::Duration};
 
 use bytes::Bytes;
 use http::Response;
@@ -68,41 +68,42 @@ async fn what_is_no_request_is_refused_counted_and_never_seen_by_the_application
     let proxy = proxy_to(&app, |_| {}).await;
     let post = |lines: &str| format!("POST / HTTP/1.1\r\nhost: a\r\n{lines}\r\n\r\n");
     let table = [
-        ("GARBAGE\r\n\r\n".into(), 400),
-        ("GET / HTTP/1.1\r\n\r\n".into(), 400),
-        ("GET  / HTTP/1.1\r\nhost: a\r\n\r\n".into(), 400),
-        ("GET /a b HTTP/1.1\r\nhost: a\r\n\r\n".into(), 400),
-        ("GET / HTTP/3.0\r\nhost: a\r\n\r\n".into(), 400),
-        ("GET a:80 HTTP/1.1\r\nhost: a\r\n\r\n".into(), 400),
-        ("GET * HTTP/1.1\r\nhost: a\r\n\r\n".into(), 400),
-        ("GET / HTTP/1.1\rhost: a\r\n\r\n".into(), 400),
-        ("GET / HTTP/1.1\r\nhost: a\r\nx: a\rb\r\n\r\n".into(), 400),
-        ("GET / HTTP/1.1\r\nhost: a\r\nx: a\0b\r\n\r\n".into(), 400),
-        ("GET / HTTP/1.1\r\nhost: a\r\nx: y\r\n folded\r\n\r\n".into(), 400),
-        ("GET / HTTP/1.1\r\n host: a\r\n\r\n".into(), 400),
-        ("GET / HTTP/1.1\r\nhost : a\r\n\r\n".into(), 400),
-        ("GET / HTTP/1.1\r\nhost: a\r\nx(y: z\r\n\r\n".into(), 400),
-        ("GET / HTTP/1.1\r\nhost: a\r\n: z\r\n\r\n".into(), 400),
-        (post("content-length: 5\r\ncontent-length: 6"), 400),
-        (post("content-length: 5, 5"), 400),
-        (post("content-length: +5"), 400),
-        (post("content-length: 5x"), 400),
-        (post("content-length: 18446744073709551616"), 400),
-        (post("content-length:"), 400),
-        (post("content-length: 5\r\ntransfer-encoding: chunked"), 400),
-        (post("transfer-encoding: chunked\r\ncontent-length: 0"), 400),
-        (post("transfer-encoding: chunked, gzip"), 400),
-        (post("transfer-encoding: xchunked"), 400),
-        (post("transfer-encoding:"), 400),
-        (post("transfer-encoding: gzip, chunked"), 501),
-        (post("transfer-encoding: chunked\r\ntransfer-encoding: chunked"), 501),
-        ("POST / HTTP/1.0\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n".into(), 400),
-        (post(&"x: y\r\n".repeat(101)), 431),
-        (post(&format!("x: {}", "y".repeat(70_000))), 431),
-        (format!("GET /{} HTTP/1.1\r\nhost: a\r\n\r\n", "x".repeat(40_000)), 414),
-        (format!("GET /{}", "x".repeat(70_000)), 414),
+        ("GARBAGE\r\n\r\n".into(), 400, "first_line"),
+        ("GET / HTTP/1.1\r\n\r\n".into(), 400, "host"),
+        ("GET  / HTTP/1.1\r\nhost: a\r\n\r\n".into(), 400, "first_line"),
+        ("GET /a b HTTP/1.1\r\nhost: a\r\n\r\n".into(), 400, "version"),
+        ("GET / HTTP/3.0\r\nhost: a\r\n\r\n".into(), 400, "version"),
+        ("GET a:80 HTTP/1.1\r\nhost: a\r\n\r\n".into(), 400, "target"),
+        ("GET * HTTP/1.1\r\nhost: a\r\n\r\n".into(), 400, "target"),
+        ("GET / HTTP/1.1\rhost: a\r\n\r\n".into(), 400, "line_ending"),
+        ("GET / HTTP/1.1\r\nhost: a\r\nx: a\rb\r\n\r\n".into(), 400, "header_value"),
+        ("GET / HTTP/1.1\r\nhost: a\r\nx: a\0b\r\n\r\n".into(), 400, "header_value"),
+        ("GET / HTTP/1.1\r\nhost: a\r\nx: y\r\n folded\r\n\r\n".into(), 400, "header_name"),
+        ("GET / HTTP/1.1\r\n host: a\r\n\r\n".into(), 400, "header_name"),
+        ("GET / HTTP/1.1\r\nhost : a\r\n\r\n".into(), 400, "header_name"),
+        ("GET / HTTP/1.1\r\nhost: a\r\nx(y: z\r\n\r\n".into(), 400, "header_name"),
+        ("GET / HTTP/1.1\r\nhost: a\r\n: z\r\n\r\n".into(), 400, "header_name"),
+        (post("content-length: 5\r\ncontent-length: 6"), 400, "content_length"),
+        (post("content-length: 5, 5"), 400, "content_length"),
+        (post("content-length: +5"), 400, "content_length"),
+        (post("content-length: 5x"), 400, "content_length"),
+        (post("content-length: 18446744073709551616"), 400, "content_length"),
+        (post("content-length:"), 400, "content_length"),
+        (post("content-length: 5\r\ntransfer-encoding: chunked"), 400, "two_lengths"),
+        (post("transfer-encoding: chunked\r\ncontent-length: 0"), 400, "two_lengths"),
+        (post("transfer-encoding: chunked, gzip"), 400, "transfer_encoding"),
+        (post("transfer-encoding: xchunked"), 400, "transfer_encoding"),
+        (post("transfer-encoding:"), 400, "transfer_encoding"),
+        (post("transfer-encoding: gzip, chunked"), 501, "transfer_coding"),
+        (post("transfer-encoding: chunked\r\ntransfer-encoding: chunked"), 501, "transfer_coding"),
+        ("POST / HTTP/1.0\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n".into(), 400, "transfer_encoding"),
+        (post(&"x: y\r\n".repeat(101)), 431, "head_too_large"),
+        (post(&format!("x: {}", "y".repeat(70_000))), 431, "head_too_large"),
+        (format!("GET /{} HTTP/1.1\r\nhost: a\r\n\r\n", "x".repeat(40_000)), 414, "target_too_long"),
+        (format!("GET /{}", "x".repeat(70_000)), 414, "target_too_long"),
     ];
-    for (index, (request, status)) in table.iter().enumerate() {
+    let (mut reasons, mut elsewhere) = (BTreeMap::new(), Vec::new());
+    for (index, (request, status, reason)) in table.iter().enumerate() {
         let what = &request[..request.len().min(80)];
         // What is behind it is not looked at.
         let answer = raw(proxy.address, format!("{request}GET /smuggled HTTP/1.1\r\nhost: a\r\n\r\n")).await;
@@ -111,7 +112,12 @@ async fn what_is_no_request_is_refused_counted_and_never_seen_by_the_application
         let said = ["x-sluice-response-flag: DPE\r\n", "connection: close\r\n", "\r\ndate: ", "\r\n\r\nthe request"];
         assert!(said.iter().all(|line| answer.contains(line)), "{what:?} got {answer:?}");
         assert_eq!(proxy.metric(MALFORMED), u64::try_from(index).unwrap() + 1, "{what:?}");
+        let before = reasons.insert(*reason, proxy.refused(reason)).unwrap_or_default();
+        if proxy.refused(reason) != before + 1 {
+            elsewhere.push((what, reason));
+        }
     }
+    assert!(elsewhere.is_empty(), "counted for another reason: {elsewhere:?}");
     assert_eq!(app.requests(), 0);
 }
 
@@ -139,6 +145,7 @@ async fn a_body_that_breaks_the_rules_is_refused_and_never_ends_well_upstream() 
         assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("connection: close"), "{what:?} got {answer:?}");
         assert_eq!(proxy.metric(MALFORMED), u64::try_from(index).unwrap() + 1, "{what:?}");
     }
+    assert_eq!((proxy.refused("chunk"), proxy.refused("trailers")), (7, 2));
 }
 
 #[tokio::test]

@@ -20,6 +20,7 @@ use crate::support::*;
 /// Kinds of frames (RFC 9113, 6).
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const PING: u8 = 6;
 const GOAWAY: u8 = 7;
@@ -128,6 +129,7 @@ async fn a_flood_of_http2_frames_ends_its_connection_and_no_other() {
         ("DATA of no stream", Bytes::new(), |_| frame(DATA, 0, 0, b"x"), &[PROTOCOL_ERROR]),
         ("a frame of 17 KiB", Bytes::new(), |_| frame(DATA, 0, 1, &[0; 17 << 10]), &[FRAME_SIZE_ERROR]),
     ];
+    let mut ended_by = Vec::new();
     for (what, first, then, errors) in floods {
         let (read, mut write) = connect(&proxy).await;
         let flood = async {
@@ -140,9 +142,72 @@ async fn a_flood_of_http2_frames_ends_its_connection_and_no_other() {
         // It writes until nobody listens any more.
         let (_, error) = soon(what, futures::future::join(flood, ended(read))).await;
         assert!(error.is_some_and(|error| errors.contains(&error)), "{what}: {error:?}");
+        ended_by.push(error.unwrap_or_default());
         assert_eq!(good.send(get("/")).await.unwrap().body, "a", "{what}");
     }
+    let reasons = [
+        (PROTOCOL_ERROR, "http2_protocol_error"),
+        (FRAME_SIZE_ERROR, "http2_frame_size_error"),
+        (COMPRESSION_ERROR, "http2_compression_error"),
+        (ENHANCE_YOUR_CALM, "http2_enhance_your_calm"),
+    ];
+    for (error, reason) in reasons {
+        let count = ended_by.iter().filter(|by| **by == error).count() as u64;
+        eventually(reason, || proxy.refused(reason) == count).await;
+    }
     eventually("the release", || proxy.metric("sluice_requests_active{listener=\"shop/cart:80\"}") == 0).await;
+}
+
+/// The frames that come until this stream has been answered whole, or the connection ends.
+async fn until_data_of(read: &mut OwnedReadHalf, good: u32) -> Vec<(u8, u32, Vec<u8>)> {
+    let mut frames = Vec::new();
+    loop {
+        let mut head = [0; 9];
+        if read.read_exact(&mut head).await.is_err() {
+            return frames;
+        }
+        let mut payload = vec![0; usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2])];
+        read.read_exact(&mut payload).await.unwrap();
+        let stream = u32::from_be_bytes(head[5..9].try_into().unwrap());
+        frames.push((head[3], stream, payload));
+        if stream == good && head[4] & END_STREAM != 0 {
+            return frames;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_malformed_http2_request_resets_its_stream_is_counted_and_leaves_the_others_of_its_connection() {
+    let (app, proxy) = proxy().await;
+    // GET with what is wrong (RFC 9113, 8.2 and 8.3).
+    let get = |rest: &[u8]| [b"\x82\x86\x84\x41\x01a", rest].concat();
+    let field = |name: &str, value: &str| {
+        let length = |text: &str| u8::try_from(text.len()).unwrap();
+        [&[0, length(name)], name.as_bytes(), &[length(value)], value.as_bytes()].concat()
+    };
+    let malformed = [
+        ("no :path", b"\x82\x86\x41\x01a".to_vec()),
+        ("no :method", b"\x86\x84\x41\x01a".to_vec()),
+        ("two of :method", b"\x82\x82\x86\x84\x41\x01a".to_vec()),
+        (":authority behind a field", [b"\x82\x86\x84", FIELD, b"\x41\x01a"].concat()),
+        (":status", get(b"\x88")),
+        ("connection", get(&field("connection", "close"))),
+        ("transfer-encoding", get(&field("transfer-encoding", "chunked"))),
+        ("TE other than trailers", get(&field("te", "gzip"))),
+        ("content-length without content", get(&field("content-length", "5"))),
+    ];
+    for (index, (what, block)) in malformed.iter().enumerate() {
+        let (mut read, mut write) = connect(&proxy).await;
+        // The other stream has begun before, and ends after it.
+        write.write_all(&frame(HEADERS, END_HEADERS | END_STREAM, 1, block)).await.unwrap();
+        write.write_all(&frame(HEADERS, END_HEADERS | END_STREAM, 3, &get(&[]))).await.unwrap();
+        let frames = soon(what, until_data_of(&mut read, 3)).await;
+        let reset = frames.iter().find(|(kind, stream, _)| (*kind, *stream) == (RST_STREAM, 1));
+        assert_eq!(reset.map(|(.., code)| code.as_slice()), Some(&[0, 0, 0, 1][..]), "{what}: {frames:?}");
+        assert!(frames.iter().any(|(kind, stream, _)| (*kind, *stream) == (HEADERS, 3)), "{what}: {frames:?}");
+        assert_eq!(proxy.refused("http2_protocol_error"), index as u64 + 1, "{what}");
+    }
+    assert_eq!(app.requests(), malformed.len());
 }
 
 /// Each of these has to be answered.

@@ -165,6 +165,16 @@ async fn connect_and_ambiguous_requests_are_refused() {
         let answer = raw(proxy.address, request).await;
         assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{request:?} got {answer:?}");
     }
+    for host in ["b", "a:80:90", "u@a"] {
+        let request = Request::get("http://a/").header("host", host).body(full("")).unwrap();
+        let answer = Http2::connect(proxy.address).await.send(request).await.unwrap();
+        assert_eq!(
+            (answer.status, answer.header("x-sluice-response-flag")),
+            (StatusCode::BAD_REQUEST, "DPE"),
+            "{host}"
+        );
+    }
+    assert_eq!((proxy.refused("connect"), proxy.refused("host")), (1, 5));
     assert_eq!(app.requests(), 0);
     // RFC 9112, 6.3 would let the length be dropped; refused is what nobody can understand otherwise.
     let smuggling = "POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n\
@@ -407,6 +417,8 @@ async fn a_client_that_gives_up_most_of_its_requests_at_once_is_cut_off() {
     soon("its end", cut_off).await;
     assert!(proxy.metric("sluice_client_aborts_total{listener=\"shop/cart:80\"}") >= 250);
     assert_eq!(soon("an answer", good.send(get("/"))).await.unwrap().body, "a");
+
+    assert_eq!(proxy.refused("rapid_reset"), 1);
 
     // One that gives up fewer is served on.
     let mut patient = Http2::connect(proxy.address).await;

@@ -31,6 +31,7 @@ use rcgen::{
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use sluice_proxy::{
     metrics::Metrics,
+    overload::Overload,
     snapshot::{
         Action, ClientTls, Cluster, FilterChain, Listener, MetricLabels, Protocol, ServerTls, Snapshot, Split,
         TrafficPolicy, Upstream,
@@ -142,6 +143,7 @@ impl Drop for App {
 pub(crate) struct Proxy {
     pub(crate) workers: Workers,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) overload: Overload,
     pub(crate) address: SocketAddr,
 }
 
@@ -159,16 +161,22 @@ impl Proxy {
             identity,
             access_log: None,
             tracer: None,
+            overload: Overload::default(),
         };
         options.timing.settle = Duration::ZERO;
         change(&mut options);
         let workers = Workers::start(&options).unwrap();
-        Self { workers, metrics: options.metrics, address: SocketAddr::new(own_ip(), 20000) }
+        Self {
+            workers,
+            metrics: options.metrics,
+            overload: options.overload,
+            address: SocketAddr::new(own_ip(), 20000),
+        }
     }
 
     pub(crate) fn listener(&self, protocol: Protocol) -> Arc<Listener> {
         let chains = vec![FilterChain { server_name: None, tls: None, protocol }];
-        Arc::new(Listener { name: "shop/cart:80".into(), address: self.address, chains })
+        Arc::new(Listener { name: "shop/cart:80".into(), address: self.address, chains, max_connections: None })
     }
 
     pub(crate) async fn serve(&self, protocol: Protocol) {
@@ -185,6 +193,13 @@ impl Proxy {
         let text = self.metrics.render();
         let line = text.lines().find_map(|line| line.strip_prefix(series));
         line.unwrap_or_else(|| panic!("{series} is missing in\n{text}")).trim().parse().unwrap()
+    }
+
+    /// What was refused for this reason at `shop/cart:80`. What has not occurred has no series.
+    pub(crate) fn refused(&self, reason: &str) -> u64 {
+        let series = format!("sluice_refused_total{{listener=\"shop/cart:80\",reason=\"{reason}\"}} ");
+        let text = self.metrics.render();
+        text.lines().find_map(|line| line.strip_prefix(&series)).map_or(0, |value| value.parse().unwrap())
     }
 
     /// Requests of a revision of `shop/cart`.
@@ -254,7 +269,7 @@ pub(crate) async fn sidecar(ca: &Ca, ip: IpAddr, tcp: bool) -> Proxy {
         tls: Some(ServerTls { client_id: FLEET.into() }),
         protocol,
     }];
-    let listener = Listener { name: "inbound".into(), address: proxy.address, chains };
+    let listener = Listener { name: "inbound".into(), address: proxy.address, chains, max_connections: None };
     proxy.apply([Arc::new(listener)]).await;
     proxy
 }

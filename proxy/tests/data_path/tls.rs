@@ -93,6 +93,10 @@ async fn a_sidecar_admits_exactly_the_fleet() {
     // Counted behind the alert that the client has seen.
     eventually("the count", || sidecar.metric("sluice_tls_failures_total{listener=\"inbound\"}") == refused).await;
 
+    let count =
+        |reason: &str| sidecar.metric(&format!("sluice_refused_total{{listener=\"inbound\",reason=\"{reason}\"}}"));
+    assert_eq!((count("tls_certificate"), count("tls_server_name")), (table.len() as u64, 3));
+
     // No certificate at all.
     let roots = rustls::RootCertStore { roots: ca.roots().iter().map(|r| webpki_root(r)).collect() };
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -107,6 +111,7 @@ async fn a_sidecar_admits_exactly_the_fleet() {
     let mut stream = TlsConnector::from(Arc::new(anonymous)).connect(name, stream).await.unwrap();
     let _ = stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
     assert!(soon("the refusal", stream.read_u8()).await.is_err());
+    eventually("the count", || count("tls_certificate") == table.len() as u64 + 1).await;
 
     // Plaintext.
     let mut stream = TcpStream::connect(sidecar.address).await.unwrap();
@@ -114,6 +119,7 @@ async fn a_sidecar_admits_exactly_the_fleet() {
     let mut answer = Vec::new();
     let _ = soon("the close", stream.read_to_end(&mut answer)).await;
     assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
+    eventually("the count", || count("tls_protocol") == 1).await;
     assert_eq!(app.requests(), 1);
 }
 
@@ -298,7 +304,9 @@ async fn a_client_that_begins_no_handshake_is_closed() {
         tls: Some(ServerTls { client_id: FLEET.into() }),
         protocol: http_to([(cluster("a", &[]), 1)]),
     }];
-    sidecar.apply([Arc::new(Listener { name: "inbound".into(), address: sidecar.address, chains })]).await;
+    sidecar
+        .apply([Arc::new(Listener { name: "inbound".into(), address: sidecar.address, chains, max_connections: None })])
+        .await;
     let mut silent = TcpStream::connect(sidecar.address).await.unwrap();
     let mut slow = TcpStream::connect(sidecar.address).await.unwrap();
     // The beginning of a record that does not come.
@@ -309,6 +317,7 @@ async fn a_client_that_begins_no_handshake_is_closed() {
     }
     let failures = || sidecar.metric("sluice_tls_failures_total{listener=\"inbound\"}");
     eventually("both are counted", || failures() == 2).await;
+    assert_eq!(sidecar.metric("sluice_refused_total{listener=\"inbound\",reason=\"tls_timeout\"}"), 2);
 }
 
 #[tokio::test]
@@ -367,6 +376,7 @@ async fn when_another_fleet_is_admitted_requests_on_connections_of_the_former_ar
             tls: Some(ServerTls { client_id: "spiffe://test/ns/new/sa/fleet".into() }),
             protocol: http_to([(cluster("a", &[app.address]), 1)]),
         }],
+        max_connections: None,
     };
     sidecar.apply([Arc::new(listener)]).await;
     let answer = client.get("/").await;

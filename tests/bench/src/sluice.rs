@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
 use sluice_proxy::{
     metrics::Metrics,
+    overload::Overload,
     snapshot::{
         Action, ClientTls, Cluster, FilterChain, Listener, MetricLabels, Policy, Protocol, RetryOn, RetryPolicy, Route,
         RouteMatch, ServerTls, Snapshot, Split, StringMatch, StringRule, TrafficPolicy, Upstream,
@@ -30,7 +31,8 @@ pub(crate) fn run(job: &Job) -> anyhow::Result<()> {
     };
     let metrics = Metrics::new("bench", 1);
     let timing = Timing::of(role);
-    let workers = Workers::start(&Options { role, timing, metrics, identity, access_log: None, tracer: None })?;
+    let (access_log, tracer, overload) = (None, None, Overload::default());
+    let workers = Workers::start(&Options { role, timing, metrics, identity, access_log, tracer, overload })?;
     let snapshot = snapshot(job);
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let report = workers.apply(&snapshot).await?;
@@ -80,7 +82,7 @@ fn snapshot(job: &Job) -> Snapshot {
             },
         };
         let name = format!("bench/{}/{}", service.host, service.listen);
-        (name.clone(), Arc::new(Listener { name, address: service.listen, chains: vec![chain] }))
+        (name.clone(), Arc::new(Listener { name, address: service.listen, chains: vec![chain], max_connections: None }))
     };
     Snapshot { listeners: job.services.iter().map(listener).collect::<BTreeMap<_, _>>() }
 }

@@ -74,6 +74,7 @@ fn main() -> anyhow::Result<()> {
         identity: identity(&cli.certificates)?,
         access_log: None,
         tracer: None,
+        overload: sluice_proxy::overload::Overload::default(),
     })?;
     let plain = cli.plain.iter().map(|pair| listener(*pair, None));
     let tls = cli.tls.iter().map(|pair| listener(*pair, Some(ServerTls { client_id: CLIENT.to_owned() })));
@@ -123,7 +124,7 @@ fn listener((address, upstream): (SocketAddr, SocketAddr), tls: Option<ServerTls
         tls,
         protocol: Protocol::http(Action::Forward { split, policy: Arc::default() }),
     };
-    Listener { name, address, chains: vec![chain] }
+    Listener { name, address, chains: vec![chain], max_connections: None }
 }
 
 /// A root, and certificates of both sides, PEM.

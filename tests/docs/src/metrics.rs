@@ -14,7 +14,7 @@ use sluice_controller::{
     web,
 };
 use sluice_crds::CanaryStatus;
-use sluice_proxy::{admin, ads, metrics::Metrics, snapshot::MetricLabels};
+use sluice_proxy::{admin, ads, metrics::Metrics, overload::Overload, refused::Refused, snapshot::MetricLabels};
 use tokio::sync::watch;
 
 /// A family of series.
@@ -77,8 +77,10 @@ fn proxy() -> String {
     };
     let _revision = metrics.revision(&labels, 0);
     let _mirror = metrics.mirror(&labels, 0);
-    let _listener = metrics.listener("shop/cart:80", 0);
+    let listener = metrics.listener("shop/cart:80", 0);
+    listener.refused(Refused::ConnectionLimit);
     let mut text = metrics.render();
+    Overload::default().render(&mut text);
     ads::State::default().render(&mut text);
     text.push_str(&admin::certificate_series(UNIX_EPOCH));
     text

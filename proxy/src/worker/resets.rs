@@ -1,0 +1,144 @@
+//! Which streams of a client HTTP/2 makes us reset. h2 does so by itself, where a request is malformed, and tells nobody: what
+//! it writes is the one place where that can be seen.
+
+use std::{
+    io::{self, IoSlice},
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use h2::Reason;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::{metrics::ListenerMetrics, refused::Refused};
+
+/// Of a frame (RFC 9113, 4.1), and of a RST_STREAM with its error code (6.4).
+const HEAD: usize = 9;
+const RESET: usize = HEAD + 4;
+const RST_STREAM: u8 = 3;
+
+/// A connection of HTTP/2, whose resets are counted as they are written.
+pub(super) struct Resets<S> {
+    stream: S,
+    frames: Frames,
+    metrics: ListenerMetrics,
+}
+
+impl<S> Resets<S> {
+    pub(super) fn of(stream: S, metrics: ListenerMetrics) -> Self {
+        Self { stream, frames: Frames::default(), metrics }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Resets<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Resets<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let written = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes))?;
+        let Self { frames, metrics, .. } = &mut *self;
+        frames.written(&bytes[..written], metrics);
+        Poll::Ready(Ok(written))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, slices))?;
+        let Self { frames, metrics, .. } = &mut *self;
+        let mut left = written;
+        for slice in slices {
+            let of_it = left.min(slice.len());
+            frames.written(&slice[..of_it], metrics);
+            left -= of_it;
+        }
+        Poll::Ready(Ok(written))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// Where in the frames that are written we are.
+#[derive(Default)]
+struct Frames {
+    head: [u8; RESET],
+    known: usize,
+    /// Of the payload of the present frame.
+    rest: usize,
+}
+
+impl Frames {
+    fn written(&mut self, bytes: &[u8], metrics: &ListenerMetrics) {
+        self.read(bytes, |code| {
+            if let Some(why) = Refused::by_reset(Reason::from(code)) {
+                metrics.refused(why);
+            }
+        });
+    }
+
+    fn read(&mut self, mut bytes: &[u8], mut reset: impl FnMut(u32)) {
+        loop {
+            let passed = self.rest.min(bytes.len());
+            self.rest -= passed;
+            bytes = &bytes[passed..];
+            if bytes.is_empty() {
+                return;
+            }
+            let wanted = if self.known < HEAD { HEAD } else { RESET };
+            let taken = (wanted - self.known).min(bytes.len());
+            self.head[self.known..self.known + taken].copy_from_slice(&bytes[..taken]);
+            self.known += taken;
+            bytes = &bytes[taken..];
+            let [high, middle, low, kind, ..] = self.head;
+            let length = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
+            match self.known {
+                HEAD if kind == RST_STREAM && length == RESET - HEAD => {}
+                HEAD => (self.known, self.rest) = (0, length),
+                RESET => {
+                    self.known = 0;
+                    let [.., a, b, c, d] = self.head;
+                    reset(u32::from_be_bytes([a, b, c, d]));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn resets_are_found_however_the_frames_are_cut() {
+        let frame = |kind: u8, payload: &[u8]| {
+            let length = u8::try_from(payload.len()).expect("it is short");
+            [&[0, 0, length, kind, 0, 0, 0, 0, 1], payload].concat()
+        };
+        let reset = |code: u8| frame(RST_STREAM, &[0, 0, 0, code]);
+        // A payload that looks like a reset is none.
+        let frames = [frame(0, &reset(7)), reset(1), frame(4, &[]), reset(5), reset(300_u16.to_be_bytes()[1])].concat();
+        for size in 1..=frames.len() {
+            let (mut state, mut found) = (Frames::default(), Vec::new());
+            for piece in frames.chunks(size) {
+                state.read(piece, |code| found.push(code));
+            }
+            assert_eq!(found, [1, 5, 44], "in pieces of {size}");
+        }
+    }
+}
