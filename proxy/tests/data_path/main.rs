@@ -12,6 +12,7 @@ mod limits;
 mod mirror;
 mod outliers;
 mod policies;
+mod protocols;
 mod retries;
 mod routing;
 mod support;
