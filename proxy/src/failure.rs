@@ -40,6 +40,8 @@ pub enum Failure {
     UnknownCoding,
     #[error("CONNECT is not served here")]
     MethodRefused,
+    #[error("the upstream is spoken to in HTTP/2, which WebSocket is not passed over here")]
+    UpgradeRefused,
     #[error("this connection was made under another identity than is admitted now")]
     Unauthorized,
     /// Configured so, e.g. 503 where no revision serves yet.
@@ -130,6 +132,7 @@ impl Failure {
             Self::HeadTooLarge => (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, Flag::DownstreamProtocolError),
             Self::UriTooLong => (StatusCode::URI_TOO_LONG, Flag::DownstreamProtocolError),
             Self::UnknownCoding => (StatusCode::NOT_IMPLEMENTED, Flag::DownstreamProtocolError),
+            Self::UpgradeRefused => (StatusCode::NOT_IMPLEMENTED, Flag::UpstreamProtocolError),
             Self::MethodRefused => (StatusCode::METHOD_NOT_ALLOWED, Flag::DownstreamProtocolError),
             Self::Unauthorized => (StatusCode::FORBIDDEN, Flag::Unauthorized),
             Self::DirectResponse(status) => (*status, Flag::DirectResponse),
@@ -147,10 +150,13 @@ impl Failure {
     #[must_use]
     pub fn ends_connection(&self) -> bool {
         match self {
-            // What follows a CONNECT may be meant for the tunnel (draft-ietf-httpbis-optimistic-upgrade, 5.2).
-            Self::MethodRefused | Self::BadRequest(_) | Self::HeadTooLarge | Self::UriTooLong | Self::UnknownCoding => {
-                true
-            }
+            // What follows a CONNECT or an upgrade may be meant for the tunnel (draft-ietf-httpbis-optimistic-upgrade, 5.2).
+            Self::MethodRefused
+            | Self::UpgradeRefused
+            | Self::BadRequest(_)
+            | Self::HeadTooLarge
+            | Self::UriTooLong
+            | Self::UnknownCoding => true,
             Self::NoHealthyUpstream
             | Self::ConnectFailed
             | Self::Overflow

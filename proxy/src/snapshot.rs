@@ -363,8 +363,19 @@ pub struct Cluster {
     pub near: Vec<SocketAddr>,
     /// `None` is plaintext.
     pub tls: Option<ClientTls>,
+    pub protocol: UpstreamProtocol,
     pub connect_timeout: Duration,
     pub traffic: TrafficPolicy,
+}
+
+/// The HTTP that a cluster's endpoints are spoken to with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum UpstreamProtocol {
+    /// What the client speaks.
+    #[default]
+    Downstream,
+    Http1,
+    Http2,
 }
 
 /// What a cluster's endpoints are asked to bear. By default there are no limits.

@@ -1,7 +1,8 @@
 """Requests over HTTP/2 that would be two, or another one, after a downgrade, as they are written in corpus/http2.toml.
 
 Our proxy speaks HTTP/2 onwards, but an application may translate, so it is held to what a translator must refuse (RFC
-9113, 8.2 and 10.3). The client writes frames itself, as no library would write these; the upstream takes anything.
+9113, 8.2 and 10.3). The client writes frames itself, as no library would write these; the upstream takes anything. Then it
+translates itself (`explicit_http_config`), to an upstream that takes HTTP/1.1 in its narrowest reading only.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ import h2.events
 import h2.exceptions
 import hpack
 
-from harness import HERE, PATIENCE, Envoy, Ours, Report, expanded, lanes, main
+from harness import HERE, PATIENCE, Envoy, Ours, Recorder, Report, expanded, lanes, main
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, GOAWAY, CONTINUATION = 0, 1, 3, 4, 7, 9
@@ -141,38 +142,52 @@ async def exchange(address, case):
     return ends.get(1), ends.get(3)
 
 
-async def tried(lane, case):
-    recorder = Http2Recorder()
+async def tried(lane, case, recorder=Http2Recorder):
+    recorder = recorder()
     await recorder.start(lane.upstream)
     end, probe = await exchange(lane.listen, case)
-    bodies = [f"{dict(headers)[':method']} {dict(headers)[':path']} {body.decode('latin-1')}".rstrip() for headers, body, _ in recorder.requests]
+    if isinstance(recorder, Recorder):
+        requests = [([(":method", one.method), (":path", one.target), *one.fields], one.body, one.trailers) for one in recorder.requests]
+    else:
+        requests = recorder.requests
+    bodies = [f"{dict(headers)[':method']} {dict(headers)[':path']} {body.decode('latin-1')}".rstrip() for headers, body, _ in requests]
     found = [f"passed on: {fault}" for fault in recorder.faults]
     if end not in ("goaway", "hangs") and probe != 200:
         found.append(f"another stream of the connection got {probe}")
-    for headers, _, trailers in recorder.requests:
+    for headers, _, trailers in requests:
         for name, value in headers + trailers:
-            if any(char in value + name for char in "\r\n\0") or name != name.lower() or name in ("connection", "transfer-encoding", "upgrade", "keep-alive", "proxy-connection"):
+            hop = name in ("connection", "transfer-encoding", "upgrade", "keep-alive", "proxy-connection")
+            # What HTTP/1.1 says of this hop is the proxy's own.
+            own = isinstance(recorder, Recorder) and (name, value) in (("transfer-encoding", "chunked"), ("connection", "te"))
+            if any(char in value + name for char in "\r\n\0") or name != name.lower() or (hop and not own):
                 found.append(f"passed on: {name}: {value!r}")
-    return {"end": end, "upstream": bodies}, found
+    got = {"end": end, "upstream": bodies}
+    if isinstance(recorder, Recorder) and "fields" in case.get("http1", {}):
+        got["fields"] = [sorted([name, value] for name, value in headers if name[0] != ":" and not name.startswith("x-")) for headers, _, _ in requests]
+    return got, found
 
 
-async def suite():
+async def suite(name="http2", recorder=Http2Recorder, first=10000, clusters=None, arguments=()):
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     cases = tomllib.loads((HERE / "corpus/http2.toml").read_text())["case"]
     cases = [case for case in cases if wanted in case["name"]]
-    ours, theirs = lanes(len(cases), 10000, 20000), lanes(len(cases), 30000, 40000)
-    report, beside = Report("http2"), Report("http2 beside Envoy")
+    ours, theirs = lanes(len(cases), first, first + 10000), lanes(len(cases), first + 20000, first + 30000)
+    report, beside = Report(name), Report(f"{name} beside Envoy")
     wants = [{"end": case["end"], "upstream": case.get("upstream", [])} for case in cases]
-    async with Ours(plain=ours):
-        mine = await asyncio.gather(*[tried(*one) for one in zip(ours, cases)])
+    if recorder is Recorder:
+        # What is otherwise where HTTP/1.1 is spoken onwards.
+        wants = [want | {key: value for key, value in case.get("http1", {}).items() if key != "envoy"} for want, case in zip(wants, cases)]
+        cases = [case | {"envoy": case.get("http1", {}).get("envoy", case.get("envoy", {}))} for case in cases]
+    async with Ours(plain=ours, arguments=arguments):
+        mine = await asyncio.gather(*[tried(*one, recorder) for one in zip(ours, cases)])
         for case, want, (got, found) in zip(cases, wants, mine):
             differs = [f"got {got}, not {want}"] if got != want else []
             report.case(f"{case['name']} ({case['source']})", differs + found, case.get("fails"))
     if not os.environ.get("ENVOY"):
         beside.skip("no stock Envoy could be installed")
         return report.end()
-    async with Envoy(theirs):
-        results = await asyncio.gather(*[tried(*one) for one in zip(theirs, cases)])
+    async with Envoy(theirs, clusters=clusters and [clusters] * len(cases)):
+        results = await asyncio.gather(*[tried(*one, recorder) for one in zip(theirs, cases)])
         for case, want, (got, _) in zip(cases, wants, results):
             # Of a stream or of the connection: refused is refused.
             for one in (got, want):
@@ -187,5 +202,11 @@ async def suite():
     return all([report.end(), beside.end()])
 
 
+async def to_http1():
+    options = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+    explicit = {"@type": f"type.googleapis.com/{options}", "explicit_http_config": {"http_protocol_options": {"enable_trailers": True}}}
+    return await suite("http2 to HTTP/1.1", Recorder, 13000, {"typed_extension_protocol_options": {options: explicit}}, ["--to-http1"])
+
+
 if __name__ == "__main__":
-    main(suite)
+    main(suite, to_http1)

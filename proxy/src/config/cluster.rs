@@ -11,7 +11,10 @@ use sluice_xds::envoy::{
         },
         core::v3::{ConfigSource, config_source::ConfigSourceSpecifier},
     },
-    extensions::upstreams::http::v3::{HttpProtocolOptions, http_protocol_options::UpstreamProtocolOptions},
+    extensions::upstreams::http::v3::{
+        HttpProtocolOptions,
+        http_protocol_options::{ExplicitHttpConfig, UpstreamProtocolOptions, explicit_http_config::ProtocolConfig},
+    },
 };
 
 use super::{
@@ -19,7 +22,7 @@ use super::{
     endpoints::{self, Endpoints},
     tls, traffic,
 };
-use crate::snapshot::{ClientTls, ConnectionPolicy, MetricLabels, TrafficPolicy};
+use crate::snapshot::{ClientTls, ConnectionPolicy, MetricLabels, TrafficPolicy, UpstreamProtocol};
 
 const PROTOCOL_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
 
@@ -29,6 +32,7 @@ pub(super) struct Cluster {
     pub(super) discovery: Discovery,
     pub(super) labels: Option<MetricLabels>,
     pub(super) tls: Option<ClientTls>,
+    pub(super) protocol: UpstreamProtocol,
     pub(super) connect_timeout: Duration,
     pub(super) traffic: TrafficPolicy,
     /// From how many endpoints on those in this proxy's zone are preferred; `None` is never.
@@ -63,17 +67,19 @@ pub(super) fn parse(message: &Message) -> Result<Cluster, ConfigError> {
             }
         }
     }
-    let mut connections = ConnectionPolicy::default();
+    let (mut connections, mut protocol) = (ConnectionPolicy::default(), UpstreamProtocol::default());
     if let Some(options) = message.typed_extension_protocol_options.get(PROTOCOL_OPTIONS) {
         let field = format!("typed_extension_protocol_options[{PROTOCOL_OPTIONS}]");
         let options: HttpProtocolOptions = tls::read(options, &field)?;
         match options.upstream_protocol_options {
             Some(UpstreamProtocolOptions::UseDownstreamProtocolConfig(_)) => {}
-            Some(UpstreamProtocolOptions::ExplicitHttpConfig(_)) => {
-                return Err(ConfigError::unsupported(field, "explicit_http_config", "use_downstream_protocol_config"));
+            Some(UpstreamProtocolOptions::ExplicitHttpConfig(config)) => {
+                protocol = explicit(&config, &format!("{field}.explicit_http_config"))?;
             }
             None => {
-                return Err(ConfigError::missing(format!("{field}.use_downstream_protocol_config")));
+                return Err(ConfigError::missing(format!(
+                    "{field}.use_downstream_protocol_config or .explicit_http_config"
+                )));
             }
         }
         if let Some(common) = &options.common_http_protocol_options {
@@ -84,10 +90,32 @@ pub(super) fn parse(message: &Message) -> Result<Cluster, ConfigError> {
         discovery,
         labels: labels(message)?,
         tls: message.transport_socket.as_ref().map(tls::client).transpose()?,
+        protocol,
         connect_timeout: connect_timeout(message)?,
         traffic: TrafficPolicy { connections, ..traffic::parse(message)? },
         zones: traffic::zones(message)?,
     })
+}
+
+/// One protocol for every client. Windows and streams are this proxy's own, and whoever sets them here means it.
+fn explicit(config: &ExplicitHttpConfig, field: &str) -> Result<UpstreamProtocol, ConfigError> {
+    match &config.protocol_config {
+        Some(ProtocolConfig::HttpProtocolOptions(_)) => Ok(UpstreamProtocol::Http1),
+        Some(ProtocolConfig::Http2ProtocolOptions(options)) => {
+            let numbers = [
+                ("max_concurrent_streams", options.max_concurrent_streams),
+                ("initial_stream_window_size", options.initial_stream_window_size),
+                ("initial_connection_window_size", options.initial_connection_window_size),
+            ];
+            match numbers.into_iter().find_map(|(name, number)| Some((name, number?))) {
+                Some((name, number)) => {
+                    Err(ConfigError::unsupported(format!("{field}.http2_protocol_options.{name}"), number, "none"))
+                }
+                None => Ok(UpstreamProtocol::Http2),
+            }
+        }
+        None => Err(ConfigError::missing(format!("{field}.http_protocol_options or .http2_protocol_options"))),
+    }
 }
 
 fn discovery(message: &Message) -> Result<Discovery, ConfigError> {

@@ -7,7 +7,8 @@ use sluice_xds::TypeUrl;
 
 use super::{Resources, resources::Staged};
 use crate::snapshot::{
-    Action, Cluster, HashedBy, HeaderChanges, Listener, Mirror, Policy, Protocol, Route, Split, TrafficPolicy, Upstream,
+    Action, Cluster, HashedBy, HeaderChanges, Listener, Mirror, Policy, Protocol, Route, Split, TrafficPolicy,
+    Upstream, UpstreamProtocol,
 };
 
 impl Resources {
@@ -126,6 +127,11 @@ fn cluster(it: &Cluster) -> Value {
             Upstream::OriginalDst { port } => json!({ "originalDst": { "port": port } }),
         },
         "near": it.near.iter().map(ToString::to_string).collect::<Value>(),
+        "protocol": match it.protocol {
+            UpstreamProtocol::Downstream => "downstream",
+            UpstreamProtocol::Http1 => "HTTP/1.1",
+            UpstreamProtocol::Http2 => "HTTP/2",
+        },
         "traffic": traffic(&it.traffic),
         "tls": it.tls.as_ref().map(|tls| json!({ "sni": tls.sni, "serverId": tls.server_id })),
     })

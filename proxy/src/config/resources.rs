@@ -359,6 +359,7 @@ impl Resources {
                 upstream,
                 near,
                 tls: held.value.tls.clone(),
+                protocol: held.value.protocol,
                 connect_timeout: held.value.connect_timeout,
                 traffic: held.value.traffic.clone(),
             };

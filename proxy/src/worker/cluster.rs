@@ -15,12 +15,12 @@ use super::{
     Shared,
     health::Seen,
     load::{Admitted, Load},
-    pool::{Connector, Endpoint},
+    pool::{Connector, Endpoint, Wire},
 };
 use crate::{
     failure::Failure,
     metrics::RevisionMetrics,
-    snapshot::{self, Outliers, SlowStart},
+    snapshot::{self, Outliers, SlowStart, UpstreamProtocol},
 };
 
 pub(super) struct Cluster {
@@ -89,6 +89,15 @@ impl Cluster {
         let cluster = Self { config, metrics, connector, load, copies, endpoints };
         cluster.each_endpoint(|endpoint| endpoint.limit(cluster.config.traffic.connections));
         cluster
+    }
+
+    /// What its endpoints are spoken to with, for a client that speaks `downstream`.
+    pub(super) fn wire(&self, downstream: Wire) -> Wire {
+        match self.config.protocol {
+            UpstreamProtocol::Downstream => downstream,
+            UpstreamProtocol::Http1 => Wire::Http1,
+            UpstreamProtocol::Http2 => Wire::Http2,
+        }
     }
 
     /// A request was drawn for this cluster, which it may be one too many for.

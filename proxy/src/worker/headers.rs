@@ -3,10 +3,11 @@
 use std::net::IpAddr;
 
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Uri, Version, header, request,
+    HeaderMap, HeaderName, HeaderValue, Method, Uri, Version, header, request,
     uri::{Authority, PathAndQuery, Scheme},
 };
 
+use super::{matching::joined, pool::Wire};
 use crate::{
     failure::{FLAG_HEADER, Failure, NOT_PROCESSED},
     snapshot::HeaderChanges,
@@ -40,7 +41,7 @@ pub(super) fn check_request(parts: &mut request::Parts) -> Result<(), Failure> {
             (Some(_) | None, Some(_)) => Ok(()),
             (host, None) => {
                 let host = host.and_then(|host| Authority::try_from(host.as_bytes()).ok());
-                parts.uri = with_authority(&parts.uri, host)
+                parts.uri = with_authority(&parts.uri, Scheme::HTTP, host)
                     .ok_or(Failure::BadRequest("neither :authority nor Host names a host"))?;
                 Ok(())
             }
@@ -56,6 +57,42 @@ pub(super) fn check_request(parts: &mut request::Parts) -> Result<(), Failure> {
         }
         let path = parts.uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
         parts.uri = Uri::from(path);
+    }
+    Ok(())
+}
+
+/// Says a request that has been checked and cleaned in the protocol of its upstream, which is not the client's. `ended` is
+/// whether it has no content, `tls` whether the client's connection has TLS.
+pub(super) fn translate(parts: &mut request::Parts, wire: Wire, ended: bool, tls: bool) -> Result<(), Failure> {
+    let headers = &mut parts.headers;
+    match wire {
+        Wire::Http2 => {
+            let host = headers.remove(header::HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok());
+            let scheme = if tls { Scheme::HTTPS } else { Scheme::HTTP };
+            // An authority must not be empty there (RFC 9113, 8.3.1).
+            parts.uri = with_authority(&parts.uri, scheme, host)
+                .ok_or(Failure::BadRequest("Host does not name a host, which HTTP/2 needs"))?;
+            headers.remove(header::CONNECTION);
+            parts.version = Version::HTTP_2;
+        }
+        Wire::Http1 => {
+            // The authority of the target is written as Host, in place of one that is there.
+            if headers.get_all(header::COOKIE).iter().nth(1).is_some()
+                && let Some(crumbs) = joined(headers, &header::COOKIE, b"; ")
+                && let Ok(cookie) = HeaderValue::from_bytes(&crumbs)
+            {
+                headers.insert(header::COOKIE, cookie);
+            }
+            if headers.contains_key(header::TE) {
+                headers.insert(header::CONNECTION, HeaderValue::from_static("te"));
+            }
+            // RFC 9110, 8.6: where a method means something by content, none is said.
+            if ended && [Method::POST, Method::PUT, Method::PATCH].contains(&parts.method) {
+                headers.entry(header::CONTENT_LENGTH).or_insert(HeaderValue::from_static("0"));
+            }
+            parts.version = Version::HTTP_11;
+        }
+        Wire::Tcp => {}
     }
     Ok(())
 }
@@ -83,9 +120,9 @@ fn is_host(value: &[u8]) -> bool {
 }
 
 /// A target that HTTP/2 can send on. RFC 9113, 8.3.1 lets clients say Host instead of `:authority`.
-fn with_authority(uri: &Uri, authority: Option<Authority>) -> Option<Uri> {
+fn with_authority(uri: &Uri, scheme: Scheme, authority: Option<Authority>) -> Option<Uri> {
     let mut parts = uri.clone().into_parts();
-    parts.scheme.get_or_insert(Scheme::HTTP);
+    parts.scheme.get_or_insert(scheme);
     parts.authority = Some(authority?);
     Uri::from_parts(parts).ok()
 }
@@ -292,6 +329,38 @@ mod tests {
         let mut parts = request(Version::HTTP_2, "/cart?x=1", &[("host", "shop:8080")]);
         check_request(&mut parts).unwrap();
         assert_eq!(parts.uri, "http://shop:8080/cart?x=1");
+    }
+
+    #[test]
+    fn a_request_is_said_in_the_other_protocol() {
+        let headers = [("host", "shop:8080"), ("connection", "te"), ("te", "trailers"), ("content-length", "5")];
+        for (tls, scheme) in [(false, "http"), (true, "https")] {
+            let mut parts = request(Version::HTTP_11, "/cart?x=1", &headers);
+            translate(&mut parts, Wire::Http2, false, tls).unwrap();
+            assert_eq!(
+                (parts.uri.to_string(), parts.version),
+                (format!("{scheme}://shop:8080/cart?x=1"), Version::HTTP_2)
+            );
+            let names: Vec<_> = parts.headers.keys().map(HeaderName::as_str).collect();
+            assert_eq!(names, ["te", "content-length"]);
+        }
+        let mut all = request(Version::HTTP_11, "*", &[("host", "shop")]);
+        translate(&mut all, Wire::Http2, true, false).unwrap();
+        assert_eq!((all.uri.path(), all.uri.authority().unwrap().as_str()), ("*", "shop"));
+        assert!(translate(&mut request(Version::HTTP_11, "/", &[("host", "")]), Wire::Http2, true, false).is_err());
+
+        let headers = [("cookie", "a=1"), ("x-mine", "1"), ("cookie", "b=2"), ("te", "trailers")];
+        let mut parts = request(Version::HTTP_2, "http://shop:8080/cart?x=1", &headers);
+        parts.method = Method::POST;
+        translate(&mut parts, Wire::Http1, true, true).unwrap();
+        assert_eq!(parts.version, Version::HTTP_11);
+        let mut said: Vec<_> = parts.headers.iter().map(|(n, v)| format!("{n}: {}", v.to_str().unwrap())).collect();
+        said.sort();
+        assert_eq!(said, ["connection: te", "content-length: 0", "cookie: a=1; b=2", "te: trailers", "x-mine: 1"]);
+        let mut with_content = request(Version::HTTP_2, "http://shop/", &[]);
+        with_content.method = Method::PUT;
+        translate(&mut with_content, Wire::Http1, false, true).unwrap();
+        assert!(with_content.headers.is_empty());
     }
 
     #[test]

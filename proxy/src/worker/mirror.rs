@@ -25,6 +25,8 @@ use super::{
     Shared,
     body::{self, BodyError, ClientBody, MAX_REPLAY, RequestBody},
     cluster::Cluster,
+    connection::Connection,
+    headers,
     pool::{SendError, Wire},
 };
 use crate::{
@@ -54,10 +56,11 @@ pub(super) fn copy(
     mirrors: &[Rc<Mirror>],
     parts: &request::Parts,
     body: RequestBody,
-    wire: Wire,
+    downstream: Wire,
     timeout: Option<Duration>,
-    local: SocketAddr,
+    connection: &Connection,
 ) -> RequestBody {
+    let local = connection.local;
     let mut copies = Vec::new();
     for mirror in mirrors.iter().filter(|mirror| mirror.share.draw()) {
         let length = body.size_hint().exact();
@@ -69,6 +72,13 @@ pub(super) fn copy(
             mirror.count(Mirrored::Busy);
             continue;
         };
+        let wire = mirror.cluster.wire(downstream);
+        let mut head = mirror.head(parts);
+        if wire != downstream && headers::translate(&mut head, wire, body.is_end_stream(), connection.is_tls()).is_err()
+        {
+            mirror.count(Mirrored::Failed);
+            continue;
+        }
         let (copied, ended) = if body.is_end_stream() {
             (RequestBody::Empty, None)
         } else {
@@ -76,14 +86,7 @@ pub(super) fn copy(
             copies.push(feed);
             (RequestBody::Copied(copied), Some(ended))
         };
-        let mut request = Request::new(copied);
-        *request.method_mut() = parts.method.clone();
-        *request.uri_mut() = parts.uri.clone();
-        *request.version_mut() = parts.version;
-        *request.headers_mut() = parts.headers.clone();
-        if mirror.marks_host {
-            mark_host(&mut request);
-        }
+        let request = Request::from_parts(head, copied);
         let mirror = Rc::clone(mirror);
         // Not joined: it ends at the latest with its time-out after the end of the request.
         tokio::task::spawn_local(async move {
@@ -128,6 +131,19 @@ impl Mirror {
         let labels = config.cluster.labels.as_ref();
         let metrics = labels.map(|labels| worker.metrics.mirror(labels, worker.thread));
         Self { cluster, share: config.share, marks_host: config.marks_host, metrics }
+    }
+
+    /// What a copy says.
+    fn head(&self, parts: &request::Parts) -> request::Parts {
+        let (mut head, ()) = Request::new(()).into_parts();
+        head.method = parts.method.clone();
+        head.uri = parts.uri.clone();
+        head.version = parts.version;
+        head.headers = parts.headers.clone();
+        if self.marks_host {
+            mark_host(&mut head);
+        }
+        head
     }
 
     fn count(&self, outcome: Mirrored) {
@@ -188,17 +204,17 @@ impl Drop for UnderWay {
 }
 
 /// As Envoy (`source/common/router/shadow_writer_impl.cc`).
-fn mark_host(request: &mut Request<RequestBody>) {
-    let host = request.headers().get(header::HOST).and_then(|host| marked(host.to_str().ok()?));
+fn mark_host(request: &mut request::Parts) {
+    let host = request.headers.get(header::HOST).and_then(|host| marked(host.to_str().ok()?));
     if let Some(host) = host.and_then(|host| HeaderValue::try_from(host).ok()) {
-        request.headers_mut().insert(header::HOST, host);
+        request.headers.insert(header::HOST, host);
     }
-    let authority = request.uri().authority().and_then(|authority| marked(authority.as_str()));
+    let authority = request.uri.authority().and_then(|authority| marked(authority.as_str()));
     if let Some(authority) = authority.and_then(|authority| Authority::try_from(authority).ok()) {
-        let mut parts: Parts = request.uri().clone().into_parts();
+        let mut parts: Parts = request.uri.clone().into_parts();
         parts.authority = Some(authority);
         if let Ok(uri) = Uri::from_parts(parts) {
-            *request.uri_mut() = uri;
+            request.uri = uri;
         }
     }
 }

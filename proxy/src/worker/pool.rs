@@ -88,7 +88,7 @@ pub(super) enum ConnectError {
     GivenUp(SocketAddr),
 }
 
-/// What is spoken to the endpoint: what the client spoke to us.
+/// What is spoken on a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wire {
     Http1,

@@ -148,7 +148,7 @@ async fn forward(
         return Err(Failure::MethodRefused.into());
     }
     headers::check_request(&mut parts)?;
-    let wire = if parts.version == Version::HTTP_2 { Wire::Http2 } else { Wire::Http1 };
+    let downstream = if parts.version == Version::HTTP_2 { Wire::Http2 } else { Wire::Http1 };
     let has_body = !unread.is_end_stream();
     let upgrade = headers::wants_websocket(&parts, has_body);
     headers::clean_request(&mut parts.headers, parts.version);
@@ -160,9 +160,9 @@ async fn forward(
         Role::Sidecar => {}
     }
     tally.pass_trace_on(&mut parts.headers);
-    if wire == Wire::Http1 {
+    if downstream == Wire::Http1 {
         if parts.version == Version::HTTP_10 && !parts.headers.contains_key(header::HOST) {
-            // We speak HTTP/1.1 onwards, which needs one.
+            // Whatever we speak onwards needs one.
             let host = HeaderValue::from_str(&connection.local.to_string());
             parts.headers.insert(header::HOST, host.map_err(|_| Failure::BadRequest("no Host"))?);
         }
@@ -200,11 +200,21 @@ async fn forward(
         rewrite::apply(rewrite, &mut parts)?;
     }
     tally.drawn(cluster);
+    let wire = cluster.wire(downstream);
+    if upgrade && wire != Wire::Http1 {
+        return Err(Failure::UpgradeRefused.into());
+    }
     let admitted = cluster.admit()?;
 
     let mut body = std::mem::replace(unread, RequestBody::Empty);
     if !split.mirrors.is_empty() && !upgrade {
-        body = mirror::copy(&split.mirrors, &parts, body, wire, policy.timeout, connection.local);
+        body = mirror::copy(&split.mirrors, &parts, body, downstream, policy.timeout, &connection);
+    }
+    if wire != downstream
+        && let Err(failure) = headers::translate(&mut parts, wire, body.is_end_stream(), connection.is_tls())
+    {
+        *unread = body;
+        return Err(failure.into());
     }
     // Both sides of a WebSocket talk for as long as they like.
     let retry = policy.retry.as_ref().filter(|_| !upgrade);
@@ -243,9 +253,9 @@ async fn forward(
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         return Err(if upgrade { switched(tally, response, lease) } else { Failure::UpstreamProtocol.into() });
     }
-    headers::clean_response(response.headers_mut(), response_version(wire), cluster.config.tls.is_none());
+    headers::clean_response(response.headers_mut(), version_on(wire), cluster.config.tls.is_none());
     headers::change(response.headers_mut(), &policy.response_headers);
-    *response.version_mut() = response_version(wire);
+    *response.version_mut() = version_on(downstream);
     Ok(Answer { response, lease, limit })
 }
 
@@ -256,7 +266,7 @@ fn current(connection: &Connection) -> Result<Rc<Chain>, Failure> {
     }
 }
 
-fn response_version(wire: Wire) -> Version {
+fn version_on(wire: Wire) -> Version {
     match wire {
         Wire::Http2 => Version::HTTP_2,
         Wire::Http1 | Wire::Tcp => Version::HTTP_11,

@@ -2,7 +2,7 @@
 
 use sluice_proxy::{
     config::{Change, Resources},
-    snapshot::{Action, Cluster as Served, ConnectionPolicy, Limits, Outliers, Protocol, SlowStart},
+    snapshot::{Action, Cluster as Served, ConnectionPolicy, Limits, Outliers, Protocol, SlowStart, UpstreamProtocol},
 };
 use sluice_xds::{
     TypeUrl,
@@ -16,10 +16,18 @@ use sluice_xds::{
                     common_lb_config::{LocalityConfigSpecifier, ZoneAwareLbConfig},
                 },
             },
-            core::v3::{HttpProtocolOptions as CommonOptions, Locality, RoutingPriority},
+            core::v3::{
+                Http1ProtocolOptions, Http2ProtocolOptions, HttpProtocolOptions as CommonOptions, Locality,
+                RoutingPriority,
+            },
             endpoint::v3::ClusterLoadAssignment,
         },
-        extensions::upstreams::http::v3::HttpProtocolOptions,
+        extensions::upstreams::http::v3::{
+            HttpProtocolOptions,
+            http_protocol_options::{
+                ExplicitHttpConfig, UpstreamProtocolOptions, explicit_http_config::ProtocolConfig,
+            },
+        },
         r#type::v3::Percent,
     },
     pack, unpack,
@@ -47,6 +55,21 @@ fn common(cluster: &mut Cluster, common: CommonOptions) {
     let mut options: HttpProtocolOptions = unpack(any).unwrap();
     options.common_http_protocol_options = Some(common);
     *any = pack(&options);
+}
+
+fn explicit(protocol_config: Option<ProtocolConfig>) -> Cluster {
+    with(|cluster| {
+        let any = cluster.typed_extension_protocol_options.get_mut(OPTIONS).unwrap();
+        let config = ExplicitHttpConfig { protocol_config };
+        *any = pack(&HttpProtocolOptions {
+            upstream_protocol_options: Some(UpstreamProtocolOptions::ExplicitHttpConfig(config)),
+            ..HttpProtocolOptions::default()
+        });
+    })
+}
+
+fn http2(options: Http2ProtocolOptions) -> Cluster {
+    explicit(Some(ProtocolConfig::Http2ProtocolOptions(options)))
 }
 
 /// The cluster as it is served by a proxy in `zone`.
@@ -193,6 +216,22 @@ fn the_own_zone_is_preferred_while_it_has_its_share_of_enough_endpoints() {
 }
 
 #[test]
+fn a_cluster_is_spoken_to_in_the_protocol_that_it_names_or_in_the_clients() {
+    let http1 = explicit(Some(ProtocolConfig::HttpProtocolOptions(Http1ProtocolOptions::default())));
+    let mut bare = plain_cluster(A);
+    bare.typed_extension_protocol_options.clear();
+    let table = [
+        (plain_cluster(A), UpstreamProtocol::Downstream),
+        (bare, UpstreamProtocol::Downstream),
+        (http1, UpstreamProtocol::Http1),
+        (http2(Http2ProtocolOptions::default()), UpstreamProtocol::Http2),
+    ];
+    for (cluster, protocol) in table {
+        assert_eq!(served("", &cluster, &endpoints(A, &[])).unwrap().protocol, protocol);
+    }
+}
+
+#[test]
 fn what_is_not_supported_is_refused_by_its_field() {
     let threshold = |priority: RoutingPriority| Thresholds { priority: priority.into(), ..Thresholds::default() };
     let breakers = |thresholds: Vec<Thresholds>| with(|it| it.circuit_breakers = Some(CircuitBreakers { thresholds }));
@@ -228,6 +267,15 @@ fn what_is_not_supported_is_refused_by_its_field() {
         (
             least_request(LeastRequestLbConfig { choice_count: Some(3), slow_start_config: None }),
             "least_request_lb_config.choice_count",
+        ),
+        (explicit(None), "explicit_http_config.http_protocol_options or .http2_protocol_options"),
+        (
+            http2(Http2ProtocolOptions { max_concurrent_streams: Some(10), ..Http2ProtocolOptions::default() }),
+            "explicit_http_config.http2_protocol_options.max_concurrent_streams",
+        ),
+        (
+            http2(Http2ProtocolOptions { initial_stream_window_size: Some(65_535), ..Http2ProtocolOptions::default() }),
+            "explicit_http_config.http2_protocol_options.initial_stream_window_size",
         ),
         (slow_start(None, None), "least_request_lb_config.slow_start_config.slow_start_window"),
         (slow_start(seconds(1), Some(-1.0)), "least_request_lb_config.slow_start_config.min_weight_percent"),

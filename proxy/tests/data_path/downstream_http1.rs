@@ -41,7 +41,7 @@ async fn connect(address: SocketAddr) -> TcpStream {
 }
 
 /// Sends bytes on a new connection and reads all that comes until the other side closes, in order.
-async fn raw(address: SocketAddr, request: impl AsRef<[u8]>) -> String {
+pub(crate) async fn raw(address: SocketAddr, request: impl AsRef<[u8]>) -> String {
     let mut stream = connect(address).await;
     stream.write_all(request.as_ref()).await.unwrap();
     let mut answer = Vec::new();

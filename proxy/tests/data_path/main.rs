@@ -14,6 +14,7 @@ mod mirror;
 mod outliers;
 mod overload;
 mod policies;
+mod protocols;
 mod retries;
 mod routing;
 mod support;

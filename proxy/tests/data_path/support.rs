@@ -34,7 +34,7 @@ use sluice_proxy::{
     overload::Overload,
     snapshot::{
         Action, ClientTls, Cluster, FilterChain, Listener, MetricLabels, Protocol, ServerTls, Snapshot, Split,
-        TrafficPolicy, Upstream,
+        TrafficPolicy, Upstream, UpstreamProtocol,
     },
     tls::IdentityHandle,
     workers::{Options, Role, Timing, Workers},
@@ -229,6 +229,7 @@ pub(crate) fn cluster(revision: &str, endpoints: &[SocketAddr]) -> Cluster {
         upstream: Upstream::Endpoints(endpoints),
         near: Vec::new(),
         tls: None,
+        protocol: UpstreamProtocol::Downstream,
         connect_timeout: Duration::from_secs(1),
         traffic: TrafficPolicy::default(),
     }
@@ -254,6 +255,7 @@ pub(crate) async fn sidecar(ca: &Ca, ip: IpAddr, tcp: bool) -> Proxy {
             upstream: Upstream::OriginalDst { port: 8080 },
             near: Vec::new(),
             tls: None,
+            protocol: UpstreamProtocol::Downstream,
             connect_timeout: Duration::from_secs(1),
             traffic: TrafficPolicy::default(),
         },

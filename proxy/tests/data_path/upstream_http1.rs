@@ -24,7 +24,7 @@ use tokio::{
 use crate::support::*;
 
 /// A server that does as told with each connection, and counts them.
-async fn upstream<F, Fut>(handle: F) -> (SocketAddr, Arc<AtomicUsize>)
+pub(crate) async fn upstream<F, Fut>(handle: F) -> (SocketAddr, Arc<AtomicUsize>)
 where
     F: Fn(TcpStream) -> Fut + Send + 'static,
     Fut: Future<Output = ()> + Send + 'static,
@@ -44,7 +44,7 @@ where
 }
 
 /// Reads a head. `None` at the end of the connection.
-async fn head(stream: &mut TcpStream) -> Option<String> {
+pub(crate) async fn head(stream: &mut TcpStream) -> Option<String> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         head.push(stream.read_u8().await.ok()?);
@@ -53,7 +53,7 @@ async fn head(stream: &mut TcpStream) -> Option<String> {
 }
 
 /// Answers each request with these bytes, and closes with the last one if `close`.
-async fn answers(bytes: &'static [u8], close: bool) -> (SocketAddr, Arc<AtomicUsize>) {
+pub(crate) async fn answers(bytes: &'static [u8], close: bool) -> (SocketAddr, Arc<AtomicUsize>) {
     upstream(move |mut stream| async move {
         while head(&mut stream).await.is_some() {
             stream.write_all(bytes).await.unwrap();

@@ -84,10 +84,11 @@ fn cluster(job: &Job, service: &Service, revision: usize, endpoints: &[SocketAdd
             "endpoints": [{"lb_endpoints": endpoints.iter().map(endpoint).collect::<Vec<_>>()}]},
     });
     if job.protocol.is_http2() {
+        let http = if job.to_http1 { "http_protocol_options" } else { "http2_protocol_options" };
         cluster["typed_extension_protocol_options"] = json!({
             "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
                 "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
-                "explicit_http_config": {"http2_protocol_options": {}},
+                "explicit_http_config": {http: {}},
             },
         });
     }
@@ -95,7 +96,7 @@ fn cluster(job: &Job, service: &Service, revision: usize, endpoints: &[SocketAdd
         cluster["transport_socket"] = json!({"name": "envoy.transport_sockets.tls", "typed_config": {
             "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
             "sni": SERVER_NAME,
-            "common_tls_context": tls(job, UPSTREAM, &[job.protocol.alpn()]),
+            "common_tls_context": tls(job, UPSTREAM, &[job.to_upstream().alpn()]),
         }});
     }
     cluster

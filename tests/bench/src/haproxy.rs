@@ -12,10 +12,10 @@ pub(crate) fn config(job: &Job) -> String {
         Security::Plaintext => String::new(),
         Security::Mtls => format!("{certificates} alpn h2,http/1.1"),
     };
-    let protocol = if job.protocol.is_http2() { "proto h2" } else { "" };
+    let protocol = if job.to_upstream().is_http2() { "proto h2" } else { "" };
     let server = match job.upstream {
         Security::Plaintext => protocol.to_owned(),
-        Security::Mtls => format!("{certificates} alpn {} {protocol}", job.protocol.alpn()),
+        Security::Mtls => format!("{certificates} alpn {} {protocol}", job.to_upstream().alpn()),
     };
     let mode = if job.protocol == Protocol::Tcp {
         "mode tcp"

@@ -54,7 +54,10 @@ pub(crate) enum Role {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Job {
     pub(crate) role: Role,
+    /// Of the client.
     pub(crate) protocol: Protocol,
+    /// Towards the upstream, where it is HTTP/1.1 whatever the client speaks.
+    pub(crate) to_http1: bool,
     pub(crate) downstream: Security,
     pub(crate) upstream: Security,
     pub(crate) services: Vec<Service>,
@@ -63,6 +66,11 @@ pub(crate) struct Job {
 }
 
 impl Job {
+    /// What the upstream is spoken to with.
+    pub(crate) fn to_upstream(&self) -> Protocol {
+        if self.to_http1 { Protocol::Http1 } else { self.protocol }
+    }
+
     /// Of the routes of a service, in order: the last one takes every request, and those before it none.
     pub(crate) fn prefixes(&self) -> impl Iterator<Item = String> {
         let others = if self.services.len() > 1 { ROUTES - 1 } else { 0 };

@@ -114,7 +114,7 @@ impl Plan {
         });
         let upstream = Upstream {
             listen: listen.clone(),
-            protocol: row.protocol,
+            protocol: if row.to_http1 { Protocol::Http1 } else { row.protocol },
             security: row.upstream,
             sizes: row.sizes,
             folder: folder.to_owned(),
@@ -179,6 +179,7 @@ impl Plan {
         let mut job = Job {
             role: Role::Fleet,
             protocol: row.protocol,
+            to_http1: row.to_http1,
             downstream: row.downstream,
             upstream: row.upstream,
             services: (0..peer.services).map(service).collect(),
@@ -203,6 +204,7 @@ impl Plan {
                 let sidecar = Job {
                     role: Role::Sidecar,
                     protocol: row.protocol,
+                    to_http1: row.to_http1,
                     downstream: Security::Mtls,
                     upstream: row.upstream,
                     services: (0..OWNERS.len()).map(beside).collect(),

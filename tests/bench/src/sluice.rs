@@ -7,7 +7,7 @@ use sluice_proxy::{
     overload::Overload,
     snapshot::{
         Action, ClientTls, Cluster, FilterChain, Listener, MetricLabels, Policy, Protocol, RetryOn, RetryPolicy, Route,
-        RouteMatch, ServerTls, Snapshot, Split, StringMatch, StringRule, TrafficPolicy, Upstream,
+        RouteMatch, ServerTls, Snapshot, Split, StringMatch, StringRule, TrafficPolicy, Upstream, UpstreamProtocol,
     },
     tls::IdentityHandle,
     workers::{self, Options, Timing, Workers},
@@ -104,6 +104,7 @@ fn cluster(job: &Job, service: &str, revision: usize, endpoints: &[SocketAddr]) 
         },
         tls: (job.upstream == Security::Mtls)
             .then(|| ClientTls { sni: SERVER_NAME.to_owned(), server_id: UPSTREAM.to_owned() }),
+        protocol: if job.to_http1 { UpstreamProtocol::Http1 } else { UpstreamProtocol::Downstream },
         connect_timeout: job::CONNECT_TIMEOUT,
         traffic: TrafficPolicy::default(),
         near: Vec::new(),

@@ -26,7 +26,7 @@ use sluice_proxy::{
     metrics::Metrics,
     snapshot::{
         Action, Cluster, FilterChain, Listener, MetricLabels, Protocol, ServerTls, Snapshot, Split, TrafficPolicy,
-        Upstream,
+        Upstream, UpstreamProtocol,
     },
     tls::IdentityHandle,
     workers::{Options, Role, Timing, Workers},
@@ -44,6 +44,9 @@ struct Cli {
     /// Listeners with mTLS, each with its (plaintext) upstream. Clients need `client.crt` and `client.key`.
     #[arg(long, value_parser = pair)]
     tls: Vec<(SocketAddr, SocketAddr)>,
+    /// Upstreams are spoken to in HTTP/1.1, whatever the client speaks.
+    #[arg(long)]
+    to_http1: bool,
     /// Folder with files `Cluster` and `Listener`, each a `DeltaDiscoveryResponse`: served in place of the above.
     #[arg(long)]
     xds: Option<PathBuf>,
@@ -76,8 +79,10 @@ fn main() -> anyhow::Result<()> {
         tracer: None,
         overload: sluice_proxy::overload::Overload::default(),
     })?;
-    let plain = cli.plain.iter().map(|pair| listener(*pair, None));
-    let tls = cli.tls.iter().map(|pair| listener(*pair, Some(ServerTls { client_id: CLIENT.to_owned() })));
+    let protocol = if cli.to_http1 { UpstreamProtocol::Http1 } else { UpstreamProtocol::Downstream };
+    let plain = cli.plain.iter().map(|pair| listener(*pair, None, protocol));
+    let tls = || ServerTls { client_id: CLIENT.to_owned() };
+    let tls = cli.tls.iter().map(|pair| listener(*pair, Some(tls()), protocol));
     let listeners: BTreeMap<_, _> = plain.chain(tls).map(|one| (one.name.clone(), Arc::new(one))).collect();
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let snapshot = match &cli.xds {
@@ -103,7 +108,11 @@ fn from_xds(folder: &Path) -> anyhow::Result<Arc<Snapshot>> {
     Ok(resources.build())
 }
 
-fn listener((address, upstream): (SocketAddr, SocketAddr), tls: Option<ServerTls>) -> Listener {
+fn listener(
+    (address, upstream): (SocketAddr, SocketAddr),
+    tls: Option<ServerTls>,
+    protocol: UpstreamProtocol,
+) -> Listener {
     let name = format!("conformance/{address}");
     let cluster = Cluster {
         name: format!("{name}/a"),
@@ -115,6 +124,7 @@ fn listener((address, upstream): (SocketAddr, SocketAddr), tls: Option<ServerTls
         upstream: Upstream::Endpoints(vec![upstream]),
         near: Vec::new(),
         tls: None,
+        protocol,
         connect_timeout: Duration::from_secs(1),
         traffic: TrafficPolicy::default(),
     };

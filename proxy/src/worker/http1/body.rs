@@ -120,6 +120,7 @@ impl Chunked {
                         None => Step::Read,
                         Some(trailers) => {
                             self.state = State::Ended;
+                            let trailers = forwardable(trailers);
                             if trailers.is_empty() { Step::End } else { Step::Trailers(trailers) }
                         }
                     });
@@ -257,6 +258,17 @@ impl Encoder {
     }
 }
 
+/// Trailers without those that must not be: HTTP/2 passes on what it is given.
+fn forwardable(mut trailers: HeaderMap) -> HeaderMap {
+    if trailers.keys().any(|name| !may_trail(name)) {
+        let refused: Vec<HeaderName> = trailers.keys().filter(|name| !may_trail(name)).cloned().collect();
+        for name in refused {
+            trailers.remove(name);
+        }
+    }
+    trailers
+}
+
 /// What frames, routes or controls a message must not come behind it (RFC 9110, 6.5.1).
 fn may_trail(name: &HeaderName) -> bool {
     ![
@@ -275,6 +287,8 @@ fn may_trail(name: &HeaderName) -> bool {
         header::TRAILER,
         header::TRANSFER_ENCODING,
         header::UPGRADE,
+        HeaderName::from_static("keep-alive"),
+        HeaderName::from_static("proxy-connection"),
     ]
     .contains(name)
 }

@@ -396,7 +396,7 @@ pub(super) fn read_trailers(input: &mut BytesMut) -> Result<Option<HeaderMap>, M
     Ok(Some(trailers))
 }
 
-/// Writes a request's head, as HTTP/1.1 with an origin-form target. What the headers say of the length is replaced by
+/// Writes a request's head, as HTTP/1.1 with an origin-form target. An authority is its Host. What the headers say of the length is replaced by
 /// what `body` does.
 pub(super) fn write_request(output: &mut Vec<u8>, parts: &request::Parts, body: &Encoder) {
     output.extend_from_slice(parts.method.as_str().as_bytes());
@@ -407,11 +407,18 @@ pub(super) fn write_request(output: &mut Vec<u8>, parts: &request::Parts, body: 
         output.extend_from_slice(query.as_bytes());
     }
     output.extend_from_slice(b" HTTP/1.1\r\n");
+    // Of a client that spoke HTTP/2 (RFC 9113, 8.3.1).
+    let authority = parts.uri.authority();
+    if let Some(authority) = authority {
+        output.extend_from_slice(b"host: ");
+        output.extend_from_slice(authority.as_str().as_bytes());
+        output.extend_from_slice(b"\r\n");
+    }
     let mut length_said = false;
     for (name, value) in &parts.headers {
         if name == header::CONTENT_LENGTH {
             length_said = true;
-        } else if name != header::TRANSFER_ENCODING {
+        } else if name != header::TRANSFER_ENCODING && (authority.is_none() || name != header::HOST) {
             write_line(output, name, value);
         }
     }
