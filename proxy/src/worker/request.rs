@@ -14,7 +14,7 @@ use super::{
     cluster::Cluster,
     connection::{Connection, Current},
     cors::{self, Grant, Verdict},
-    fault, headers, mirror,
+    fault, headers, matching, mirror,
     pool::{Endpoint, Lease, SendError, Wire},
     retry::Retries,
     rewrite,
@@ -171,6 +171,7 @@ async fn forward(
             }
         }
         if let Some(fault) = &policy.fault
+            && matching::headers(&fault.headers, &parts, chain.tls.is_some())
             && fault::inject(fault, tally).await?
         {
             after_delay = current(&connection)?;
@@ -192,7 +193,14 @@ async fn forward(
 
     let mut body = std::mem::replace(unread, RequestBody::Empty);
     if !split.mirrors.is_empty() && !upgrade {
-        body = mirror::copy(&split.mirrors, &parts, body, wire, policy.timeout, connection.local);
+        let original = mirror::Original {
+            wire,
+            grpc: tally.is_grpc(),
+            started: tally.started(),
+            timeout: policy.timeout,
+            local: connection.local,
+        };
+        body = mirror::copy(&split.mirrors, &parts, body, original);
     }
     // Both sides of a WebSocket talk for as long as they like.
     let retry = policy.retry.as_ref().filter(|_| !upgrade);
