@@ -88,7 +88,7 @@ impl PublisherHandle {
         self.0.snapshot.subscribe()
     }
 
-    /// Takes the canary side off the traffic now, without waiting for anybody. It stays off until a status says weight 0
+    /// Takes the canary side off the traffic now, without waiting for anybody. It stays off until a status says weight 0 and no mirror
     /// or names another canary.
     pub fn cut(&self, key: &CanaryKey) {
         let inputs = (self.0.gather)();
@@ -145,8 +145,9 @@ fn still_cut(inputs: &Inputs, key: &CanaryKey, cut: &Cut) -> bool {
     let Some(traffic) = canary.status.as_ref().and_then(|status| status.traffic.as_ref()) else {
         return false;
     };
-    // Whoever cuts may know of a status that our cache does not have yet: a weight of 0 counts only if it is news.
-    let caught_up = traffic.weight == 0 && canary.resource_version() != cut.seen;
+    // Whoever cuts may know of a status that our cache does not have yet: that nothing reaches it counts only if it is news.
+    let nothing = traffic.weight == 0 && traffic.mirror == 0;
+    let caught_up = nothing && canary.resource_version() != cut.seen;
     !caught_up && (traffic.canary == cut.canary || cut.canary.is_none())
 }
 
