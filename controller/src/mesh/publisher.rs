@@ -507,6 +507,29 @@ mod tests {
     }
 
     #[test]
+    fn a_cut_of_a_mirror_holds_until_a_status_says_that_there_is_none() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", Some("bbb"), 0);
+        shop.canary["status"]["traffic"]["mirror"] = json!(60);
+        let (shop, handle, _) = published(shop);
+        let key = CanaryKey::new("shop", "web");
+        let mirror = || handle.snapshots().borrow().canaries[&key].traffic.mirror;
+        assert_eq!(mirror(), 60);
+        handle.cut(&key);
+        assert_eq!(mirror(), 0, "at once");
+        version(&shop, "2");
+        handle.rebuild();
+        assert_eq!(mirror(), 0, "weight 0 alone is no news");
+        lock(&shop).traffic("aaa", Some("bbb"), 0);
+        version(&shop, "3");
+        handle.rebuild();
+        lock(&shop).canary["status"]["traffic"]["mirror"] = json!(60);
+        version(&shop, "4");
+        handle.rebuild();
+        assert_eq!(mirror(), 60, "a later step counts again");
+    }
+
+    #[test]
     fn a_cut_by_somebody_who_knows_more_than_the_cache_is_not_undone_by_old_news() {
         let mut shop = Shop::new();
         shop.traffic("aaa", Some("bbb"), 0);
