@@ -333,6 +333,7 @@ impl Server {
             primary: Backend(primary.to_owned()),
             canary: canary.map(|name| Backend(name.to_owned())),
             weight,
+            mirror: 0,
             matches: None,
         };
         let deadline = Instant::now() + PATIENCE;

@@ -38,7 +38,7 @@ use crate::{
     printcolumn(name = "Status", type_ = "string", json_path = ".status.phase", description = "Phase of the release"),
     printcolumn(name = "Weight", type_ = "string", json_path = ".status.weight", description = "Percent of requests on the canary, acknowledged by every member of the fleet"),
     printcolumn(name = "Requested", type_ = "integer", json_path = ".status.requestedWeight", description = "Percent of requests that the canary should have"),
-    printcolumn(name = "Step", type_ = "string", json_path = ".status.progress", description = "Step of the plan"),
+    printcolumn(name = "Step", type_ = "string", json_path = ".status.progress", description = "Step of the plan; (mirror) where copies of requests are judged"),
     printcolumn(name = "Revision", type_ = "string", json_path = ".status.template.revision", description = "Revision of the target's present template"),
     printcolumn(name = "FailedChecks", type_ = "integer", json_path = ".status.failedChecks", description = "Failed checks of this release"),
     printcolumn(name = "LastTransition", type_ = "date", json_path = ".status.lastTransitionTime", description = "Time since the phase changed"),
@@ -58,7 +58,7 @@ use crate::{
     validation = Rule::new("(has(self.service.name) ? self.service.name : self.targetRef.name) == (has(oldSelf.service.name) ? oldSelf.service.name : oldSelf.targetRef.name)").message("spec.service.name cannot be changed: delete this Canary and create another one"),
     validation = Rule::new("!has(self.canaryAnalysis)").message("spec.canaryAnalysis is the old name of spec.analysis: rename it"),
     validation = Rule::new("!has(self.revertOnDeletion) || self.revertOnDeletion").message("spec.revertOnDeletion: Sluice always hands the traffic back when a Canary is deleted; remove the field or set it to true"),
-    validation = Rule::new("!(has(self.service.appProtocol) && !(self.service.appProtocol.lowerAscii().replace('kubernetes.io/', '') in ['http', 'http2', 'h2c', 'grpc', 'grpc-web', 'ws', 'web']) && has(self.analysis) && (has(self.analysis.match) || has(self.analysis.sessionAffinity)))").message("spec.analysis.match and sessionAffinity are for HTTP: on a port whose appProtocol is not, such as tcp or https, there are no requests. Remove them"),
+    validation = Rule::new("!(has(self.service.appProtocol) && !(self.service.appProtocol.lowerAscii().replace('kubernetes.io/', '') in ['http', 'http2', 'h2c', 'grpc', 'grpc-web', 'ws', 'web']) && has(self.analysis) && (has(self.analysis.match) || has(self.analysis.sessionAffinity) || (has(self.analysis.mirror) && self.analysis.mirror)))").message("spec.analysis.match, sessionAffinity and mirror are for HTTP: on a port whose appProtocol is not, such as tcp or https, there are no requests. Remove them"),
     validation = Rule::new("!(has(self.analysis) && has(self.analysis.match) && self.analysis.match.exists(m, has(m.uri)) && ((has(self.service.match) && self.service.match.exists(m, has(m.uri))) || (has(self.service.rewrite) && has(self.service.rewrite.uri))))").message("spec.analysis.match: say no uri beside one in spec.service.match, or beside spec.service.rewrite.uri: a request has one path"),
     validation = Rule::new("!(has(self.service.appProtocol) && !(self.service.appProtocol.lowerAscii().replace('kubernetes.io/', '') in ['http', 'http2', 'h2c', 'grpc', 'grpc-web', 'ws', 'web']) && has(self.analysis) && has(self.analysis.metrics) && self.analysis.metrics.exists(m, !has(m.query) && !has(m.templateRef)))").message("spec.analysis.metrics: a built-in metric counts HTTP requests and can never have samples on a port whose appProtocol is not HTTP, such as tcp or https; use a templateRef or a query")
 )]
@@ -209,7 +209,8 @@ pub struct ScalerReplicas {
     validation = Rule::new("!has(self.iterations) || (!has(self.maxWeight) && !has(self.stepWeightPromotion))").message("spec.analysis.maxWeight and stepWeightPromotion have no meaning beside iterations: blue/green moves all traffic at once. Remove them"),
     validation = Rule::new("!has(self.webhooks)").message("spec.analysis.webhooks is not supported in this version; the release would run without this gate. Remove it"),
     validation = Rule::new("!has(self.alerts)").message("spec.analysis.alerts is not supported in this version; nobody would be alerted. Remove it"),
-    validation = Rule::new("!has(self.mirror) && !has(self.mirrorWeight)").message("spec.analysis.mirror and mirrorWeight are not supported in this version; nothing would be mirrored. Remove them"),
+    validation = Rule::new("!has(self.mirrorWeight) || (has(self.mirror) && self.mirror)").message("spec.analysis.mirrorWeight has no meaning without mirror: true. Say so, or remove it"),
+    validation = Rule::new("!(has(self.mirror) && self.mirror && has(self.match) && has(self.iterations))").message("spec.analysis.mirror has no meaning beside match and iterations: in A/B testing all requests that match go to the canary itself. Remove mirror, or say stepWeight or stepWeights in place of iterations"),
     validation = Rule::new("!has(self.primaryReadyThreshold) && !has(self.canaryReadyThreshold)").message("spec.analysis.primaryReadyThreshold and canaryReadyThreshold are not supported in this version; remove them")
 )]
 pub struct Analysis {
@@ -260,11 +261,13 @@ pub struct Analysis {
     #[serde(default, rename = "match", skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 8))]
     pub matches: Option<Vec<HttpMatch>>,
-    /// Not supported in this version; refused.
+    /// Before any user reaches the canary it gets copies of the primary's requests, whose answers nobody sees but the gates: in one
+    /// judged step before the weights, or with `iterations` in all of them. Copies are processed: only for what may be asked twice.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mirror: Option<bool>,
-    /// Not supported in this version; refused.
+    /// Percent of the requests that are copied; 100 by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100))]
     pub mirror_weight: Option<i32>,
     /// Not supported in this version; refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -9,6 +9,7 @@
 
 mod canary;
 mod duration;
+mod fault;
 pub mod labels;
 mod matching;
 mod metric_template;
@@ -22,6 +23,7 @@ pub use canary::{
     ScalerReplicas, SessionAffinity, TargetRef, ThresholdRange,
 };
 pub use duration::{DurationError, parse_duration};
+pub use fault::{Fault, FaultAbort, FaultDelay, GrpcStatus, Percentage};
 pub use matching::{HttpMatch, StringMatch};
 pub use metric_template::{
     HeaderValue, HeaderValues, MetricTemplate, MetricTemplateSpec, Provider, ProviderType, SecretReference,
@@ -34,7 +36,9 @@ pub use status::{
     GuardSide, GuardSignal, GuardStatus, PausedRelease, PendingRelease, Phase, RejectedRevision, Retiring, Rollback,
     Stage, TemplateStatus, Traffic, Verb, VerdictStatus, Waiting,
 };
-pub use traffic_policy::{ConnectionPool, HttpSettings, LoadBalancer, OutlierDetection, TcpSettings, TrafficPolicy};
+pub use traffic_policy::{
+    ConnectionPool, HttpSettings, LoadBalancer, LocalityLbSetting, OutlierDetection, TcpSettings, TrafficPolicy,
+};
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt;

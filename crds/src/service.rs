@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     duration,
+    fault::Fault,
     matching::{HttpMatch, StringMatch},
     traffic_policy::TrafficPolicy,
     unsupported::{UnsupportedList, UnsupportedNames, UnsupportedObject},
@@ -19,7 +20,7 @@ use crate::{
 #[x_kube(
     validation = Rule::new("!has(self.headless) || !self.headless").message("spec.service.headless is refused: clients of a headless Service dial the Pods and go past the fleet"),
     validation = Rule::new("!has(self.backendTimeout)").message("spec.service.backendTimeout is not supported in this version; remove it"),
-    validation = Rule::new("(!has(self.timeout) && !has(self.retries) && !has(self.headers) && !has(self.match) && !has(self.rewrite) && !has(self.corsPolicy)) || !has(self.appProtocol) || self.appProtocol.lowerAscii().replace('kubernetes.io/', '') in ['http', 'http2', 'h2c', 'grpc', 'grpc-web', 'ws', 'web']").message("spec.service.timeout, retries, headers, match, rewrite and corsPolicy are for HTTP: on a port whose appProtocol is not, such as tcp or https, there are no requests. Remove them"),
+    validation = Rule::new("(!has(self.timeout) && !has(self.retries) && !has(self.headers) && !has(self.match) && !has(self.rewrite) && !has(self.corsPolicy) && !has(self.fault)) || !has(self.appProtocol) || self.appProtocol.lowerAscii().replace('kubernetes.io/', '') in ['http', 'http2', 'h2c', 'grpc', 'grpc-web', 'ws', 'web']").message("spec.service.timeout, retries, headers, match, rewrite, corsPolicy and fault are for HTTP: on a port whose appProtocol is not, such as tcp or https, there are no requests. Remove them"),
     validation = Rule::new("!has(self.gateways) && !has(self.gatewayRefs) && !has(self.hosts) && !has(self.delegation) && !has(self.meshName) && !has(self.backends)").message("spec.service.gateways, gatewayRefs, hosts, delegation, meshName and backends belong to another mesh: the fleet splits the traffic of the Service itself. Remove them"),
     validation = Rule::new("!has(self.mirror)").message("spec.service.mirror is not supported in this version; remove it"),
     validation = Rule::new("!has(self.apex) && !has(self.primary) && !has(self.canary) && !has(self.unmanagedMetadata) && !has(self.trafficDistribution)").message("spec.service.apex, primary, canary, unmanagedMetadata and trafficDistribution are not supported in this version; remove them"),
@@ -94,6 +95,10 @@ pub struct ServiceSpec {
     /// Which origins' scripts may read the answers. Preflights are answered by the fleet. Counts at once, not from the next release.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cors_policy: Option<CorsPolicy>,
+    /// Goes wrong on purpose, to rehearse it. Counts at once, not from the next release, and against no version; while it is there the
+    /// Canary has a warning.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fault: Option<Fault>,
     /// Not needed; refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253))]

@@ -79,6 +79,10 @@ pub struct CanaryStatus {
     /// Percent of requests that every member of the fleet has acknowledged for the canary; absent while unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub effective_weight: Option<i32>,
+    /// Percent of the primary's requests of which, as every member of the fleet has acknowledged, copies go to the canary; absent
+    /// while none do, or that is unknown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub effective_mirror: Option<i32>,
     /// `effectiveWeight` for people: a number or `Unknown`.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     #[schemars(length(max = 16))]
@@ -90,7 +94,7 @@ pub struct CanaryStatus {
     /// Index of the present step in the plan, from 0; absent outside of steps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub step: Option<i32>,
-    /// `step` for people, such as `2/5`.
+    /// `step` for people, such as `2/5`, or `1/6 (mirror)` where copies of requests are judged.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     #[schemars(length(max = 32))]
     pub progress: String,
@@ -297,6 +301,10 @@ pub struct Traffic {
     #[serde(default)]
     #[schemars(range(min = 0, max = 100))]
     pub weight: i32,
+    /// Percent of the primary's requests of which a copy goes to the canary; 0 at any weight above 0. With `match`, of those that match.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    #[schemars(range(min = 0, max = 100))]
+    pub mirror: i32,
     /// Only requests that match one of these are split; all others go to the primary. Absent where all requests are split.
     #[serde(default, rename = "match", skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "frozen_matches")]
@@ -339,6 +347,10 @@ pub struct FrozenStep {
     /// Percent of requests for the canary.
     #[schemars(range(min = 0, max = 100))]
     pub weight: i32,
+    /// Percent of the primary's requests of which the canary gets copies; then the gates judge these.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    #[schemars(range(min = 0, max = 100))]
+    pub mirror: i32,
 }
 
 /// Last measurement of a gate.
@@ -612,6 +624,11 @@ pub enum ConditionStatus {
     True,
     False,
     Unknown,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_zero(number: &i32) -> bool {
+    *number == 0
 }
 
 fn micro_time(_: &mut SchemaGenerator) -> Schema {

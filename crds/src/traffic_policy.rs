@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     duration,
-    unsupported::{UnsupportedList, UnsupportedObject},
+    unsupported::{UnsupportedList, UnsupportedNames, UnsupportedObject},
 };
 
 /// How the fleet treats the Pods of a revision. Nothing of it ever moves requests between primary and canary.
@@ -169,7 +169,7 @@ fn default_ejection_percent() -> i32 {
 #[x_kube(
     validation = Rule::new("!has(self.simple) || self.simple in ['LEAST_REQUEST', 'LEAST_CONN', 'UNSPECIFIED']").message("spec.service.trafficPolicy.loadBalancer.simple: Sluice chooses by LEAST_REQUEST only; remove it"),
     validation = Rule::new("!has(self.warmupDurationSecs) || duration(self.warmupDurationSecs) > duration('0s')").message("spec.service.trafficPolicy.loadBalancer.warmupDurationSecs must be above 0"),
-    validation = Rule::new("!has(self.consistentHash) && !has(self.localityLbSetting) && !has(self.warmup)").message("spec.service.trafficPolicy.loadBalancer.consistentHash, localityLbSetting and warmup are not supported in this version (warmupDurationSecs is). Remove them")
+    validation = Rule::new("!has(self.consistentHash) && !has(self.warmup)").message("spec.service.trafficPolicy.loadBalancer.consistentHash and warmup are not supported in this version (warmupDurationSecs is). Remove them")
 )]
 pub struct LoadBalancer {
     /// `LEAST_REQUEST`.
@@ -183,10 +183,30 @@ pub struct LoadBalancer {
     /// Not supported in this version; refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub consistent_hash: Option<UnsupportedObject>,
-    /// Not supported in this version; refused.
+    /// Whether Pods in the zone of the proxy are preferred.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub locality_lb_setting: Option<UnsupportedObject>,
+    pub locality_lb_setting: Option<LocalityLbSetting>,
     /// Not supported in this version; refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warmup: Option<UnsupportedObject>,
+}
+
+/// Which zones a proxy of the fleet prefers. By default as `spec.trafficDistribution` of the Service says (`PreferClose`, `PreferSameZone`).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.enabled) && !has(self.distribute) && !has(self.failover) && !has(self.failoverPriority)").message("spec.service.trafficPolicy.loadBalancer.localityLbSetting: say enabled, and nothing else: distribute, failover and failoverPriority are not supported in this version"))]
+pub struct LocalityLbSetting {
+    /// True: each proxy chooses among the Pods in its own zone while these are at least an equal share of the revision's Pods, and all
+    /// of them otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub enabled: Option<bool>,
+    /// Not supported in this version; refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distribute: Option<UnsupportedList>,
+    /// Not supported in this version; refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failover: Option<UnsupportedList>,
+    /// Not supported in this version; refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failover_priority: Option<UnsupportedNames>,
 }

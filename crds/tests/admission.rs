@@ -154,14 +154,14 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
     let own_tls = "spec.service.trafficPolicy.tls, portLevelSettings, tunnel and proxyProtocol are not needed or not supported: between proxies of Sluice it is always mTLS. Remove them";
     let no_such_match = "match: sourceLabels, sourceNamespace, gateways, port and scheme are not supported in this version; more requests would match. Remove them";
     let one_path = "spec.analysis.match: say no uri beside one in spec.service.match, or beside spec.service.rewrite.uri: a request has one path";
-    let requests_only = "spec.analysis.match and sessionAffinity are for HTTP: on a port whose appProtocol is not, such as tcp or https, there are no requests. Remove them";
+    let requests_only = "spec.analysis.match, sessionAffinity and mirror are for HTTP: on a port whose appProtocol is not, such as tcp or https, there are no requests. Remove them";
     let no_regex = "match: regex is no regular expression of RE2";
     let not_ours = "spec.service.headers: set, add and remove take names of headers, but of none that frames or addresses the message (Host, Content-Length, Connection and the like), and of none of Sluice's own (x-sluice-...). Remove it";
-    let http_only = "spec.service.timeout, retries, headers, match, rewrite and corsPolicy are for HTTP: on a port whose appProtocol is not, such as tcp or https, there are no requests. Remove them";
+    let http_only = "spec.service.timeout, retries, headers, match, rewrite, corsPolicy and fault are for HTTP: on a port whose appProtocol is not, such as tcp or https, there are no requests. Remove them";
     let not_generated = "spec.service.apex, primary, canary, unmanagedMetadata and trafficDistribution are not supported in this version; remove them";
     let not_ready =
         "spec.analysis.primaryReadyThreshold and canaryReadyThreshold are not supported in this version; remove them";
-    let not_mirrored = "spec.analysis.mirror and mirrorWeight are not supported in this version; nothing would be mirrored. Remove them";
+    let no_mirror = "spec.analysis.mirrorWeight has no meaning without mirror: true. Say so, or remove it";
     let one_strategy = "spec.analysis: say exactly one of stepWeight, stepWeights and iterations";
     let not_blue_green = "spec.analysis.maxWeight and stepWeightPromotion have no meaning beside iterations: blue/green moves all traffic at once. Remove them";
     let not_refs = "spec.ingressRef, spec.routeRef and spec.upstreamRef are not needed: the fleet splits the traffic of the Service itself. Remove them";
@@ -314,7 +314,7 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
         ),
         (
             vec![("/spec/service/trafficPolicy", json!({"loadBalancer": {"consistentHash": {"useSourceIp": true}}}))],
-            "spec.service.trafficPolicy.loadBalancer.consistentHash, localityLbSetting and warmup are not supported in this version (warmupDurationSecs is). Remove them",
+            "spec.service.trafficPolicy.loadBalancer.consistentHash and warmup are not supported in this version (warmupDurationSecs is). Remove them",
         ),
         (
             vec![("/spec/service/match", json!([{"name": "all"}]))],
@@ -525,8 +525,98 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
             vec![("/spec/analysis/sessionAffinity", json!({"cookieName": "c", "primaryCookieName": "p"}))],
             "spec.analysis.sessionAffinity.primaryCookieName is not needed: one cookie keeps users on either version. Remove it",
         ),
-        (vec![("/spec/analysis/mirror", json!(true))], not_mirrored),
-        (vec![("/spec/analysis/mirrorWeight", json!(50))], not_mirrored),
+        // Faults on purpose.
+        (vec![("/spec/service/fault", json!({}))], "spec.service.fault: say delay or abort"),
+        (
+            vec![(
+                "/spec/service/fault",
+                json!({"headers": {"a b": {}}, "abort": {"percentage": {"value": 1}, "httpStatus": 503}}),
+            )],
+            "spec.service.fault.headers takes names of headers",
+        ),
+        (
+            vec![("/spec/service/fault", json!({"delay": {"percentage": {"value": 1}, "fixedDelay": "61m"}}))],
+            "spec.service.fault.delay.fixedDelay: from 1ms to 1h",
+        ),
+        (
+            vec![("/spec/service/fault", json!({"delay": {"percentage": {"value": 1}, "fixedDelay": "0s"}}))],
+            "spec.service.fault.delay.fixedDelay: from 1ms to 1h",
+        ),
+        (
+            vec![("/spec/service/fault", json!({"delay": {"percentage": {"value": 1}}}))],
+            "spec.service.fault.delay.fixedDelay: from 1ms to 1h",
+        ),
+        (
+            vec![("/spec/service/fault", json!({"delay": {"percent": 10, "fixedDelay": "1s"}}))],
+            "spec.service.fault.delay: say percentage: {value: 10} and fixedDelay; percent and exponentialDelay are not supported",
+        ),
+        (
+            vec![("/spec/service/fault", json!({"delay": {"percentage": {"value": 101}, "fixedDelay": "1s"}}))],
+            "spec.service.fault: percentage.value: from 0.0001 to 100",
+        ),
+        (
+            vec![("/spec/service/fault", json!({"abort": {"percentage": {"value": 0}, "httpStatus": 503}}))],
+            "spec.service.fault: percentage.value: from 0.0001 to 100",
+        ),
+        (
+            vec![("/spec/service/fault", json!({"abort": {"percentage": {"value": 1}, "httpStatus": 600}}))],
+            "spec.service.fault.abort.httpStatus in body should be less than or equal to 599",
+        ),
+        (
+            vec![(
+                "/spec/service/fault",
+                json!({"abort": {"percentage": {"value": 1}, "httpStatus": 503, "grpcStatus": "UNAVAILABLE"}}),
+            )],
+            "spec.service.fault.abort: say either httpStatus or grpcStatus; http2Error is not supported",
+        ),
+        (
+            vec![("/spec/service/fault", json!({"abort": {"httpStatus": 503}}))],
+            "spec.service.fault.abort: say percentage: {value: 10}; percent is not supported",
+        ),
+        (
+            vec![
+                ("/spec/service/fault", json!({"abort": {"percentage": {"value": 1}, "httpStatus": 503}})),
+                ("/spec/analysis/metrics", json!([])),
+                ("/spec/service/appProtocol", json!("tcp")),
+            ],
+            http_only,
+        ),
+        // Zones.
+        (
+            vec![(
+                "/spec/service/trafficPolicy",
+                json!({"loadBalancer": {"localityLbSetting": {"enabled": true, "failover": [{"from": "a", "to": "b"}]}}}),
+            )],
+            "spec.service.trafficPolicy.loadBalancer.localityLbSetting: say enabled, and nothing else: distribute, failover and failoverPriority are not supported in this version",
+        ),
+        (vec![("/spec/analysis/mirrorWeight", json!(50))], no_mirror),
+        (vec![("/spec/analysis/mirror", json!(false)), ("/spec/analysis/mirrorWeight", json!(50))], no_mirror),
+        (
+            vec![("/spec/analysis/mirror", json!(true)), ("/spec/analysis/mirrorWeight", json!(0))],
+            "spec.analysis.mirrorWeight in body should be greater than or equal to 1",
+        ),
+        (
+            vec![("/spec/analysis/mirror", json!(true)), ("/spec/analysis/mirrorWeight", json!(101))],
+            "spec.analysis.mirrorWeight in body should be less than or equal to 100",
+        ),
+        (
+            vec![
+                ("/spec/analysis/stepWeight", Value::Null),
+                ("/spec/analysis/maxWeight", Value::Null),
+                ("/spec/analysis/iterations", json!(3)),
+                ("/spec/analysis/match", json!([{"headers": {"x": {}}}])),
+                ("/spec/analysis/mirror", json!(true)),
+            ],
+            "spec.analysis.mirror has no meaning beside match and iterations: in A/B testing all requests that match go to the canary itself. Remove mirror, or say stepWeight or stepWeights in place of iterations",
+        ),
+        (
+            vec![
+                ("/spec/analysis/mirror", json!(true)),
+                ("/spec/analysis/metrics", json!([])),
+                ("/spec/service/appProtocol", json!("tcp")),
+            ],
+            requests_only,
+        ),
         (vec![("/spec/analysis/primaryReadyThreshold", json!(50))], not_ready),
         (vec![("/spec/analysis/canaryReadyThreshold", json!(50))], not_ready),
         // Gates.
@@ -696,6 +786,27 @@ async fn canaries_as_people_write_them_are_accepted_with_defaults() {
             ("/spec/analysis/maxWeight", remove.clone()),
             ("/spec/analysis/iterations", json!(10)),
         ],
+        vec![
+            (
+                "/spec/service/fault",
+                json!({
+                    "headers": {"x-rehearse": {"exact": "yes"}},
+                    "delay": {"percentage": {"value": 0.1}, "fixedDelay": "1h"},
+                    "abort": {"percentage": {"value": 100}, "grpcStatus": "DEADLINE_EXCEEDED"},
+                }),
+            ),
+            ("/spec/service/trafficPolicy", json!({"loadBalancer": {"localityLbSetting": {"enabled": true}}})),
+        ],
+        // As Flagger's docs have it; with blue/green; and among those who match.
+        vec![("/spec/analysis/mirror", json!(true)), ("/spec/analysis/mirrorWeight", json!(100))],
+        vec![
+            ("/spec/analysis/stepWeight", remove.clone()),
+            ("/spec/analysis/maxWeight", remove.clone()),
+            ("/spec/analysis/iterations", json!(10)),
+            ("/spec/analysis/mirror", json!(true)),
+        ],
+        vec![("/spec/analysis/mirror", json!(true)), ("/spec/analysis/match", json!([{"headers": {"x": {}}}]))],
+        vec![("/spec/analysis/mirror", json!(false)), ("/spec/service/appProtocol", json!("GRPC"))],
         vec![("/spec/analysis/inconclusive", json!({"then": "Pause", "after": "1h30m"}))],
         vec![("/spec/analysis/guard", json!({"enabled": false}))],
         vec![("/spec/analysis/guard", json!({"errorMargin": 100, "latencyMargin": 1}))],
@@ -758,10 +869,11 @@ async fn a_status_as_full_as_it_can_be_is_kept_whole() {
     });
     let status = json!({
         "observedGeneration": 1, "phase": "Progressing", "stage": "Judge", "stageSince": at,
-        "traffic": {"primary": "aaaa", "canary": "bbbb", "weight": 10, "match": [{"headers": {"x": {"exact": "y"}}, "ignoreUriCase": true}]}, "requestedWeight": 10, "effectiveWeight": 10,
+        "effectiveMirror": 50,
+        "traffic": {"primary": "aaaa", "canary": "bbbb", "weight": 10, "mirror": 50, "match": [{"headers": {"x": {"exact": "y"}}, "ignoreUriCase": true}]}, "requestedWeight": 10, "effectiveWeight": 10,
         "weight": "10", "step": 0, "progress": "1/5", "acknowledgedAt": at,
         "plan": {
-            "revision": "bbbb", "primary": "aaaa", "startedAt": at, "steps": [{"weight": 10}], "analysis": canary()["spec"]["analysis"]
+            "revision": "bbbb", "primary": "aaaa", "startedAt": at, "steps": [{"weight": 0, "mirror": 50}, {"weight": 10}], "analysis": canary()["spec"]["analysis"]
         },
         "gates": [gate],
         "guard": {

@@ -127,6 +127,11 @@ impl GrpcStatus {
         self.0
     }
 
+    /// Whether it says that the server failed.
+    fn is_failure(self) -> bool {
+        BAD_GRPC.contains(&(usize::from(self.0) + 1))
+    }
+
     #[must_use]
     pub fn name(self) -> &'static str {
         GRPC[usize::from(self.0) + 1]
@@ -173,10 +178,13 @@ impl RevisionShard {
     }
 }
 
+/// The cells of each thread.
 #[derive(Debug)]
-struct RevisionSeries {
-    shards: Box<[RevisionShard]>,
+struct Series<S> {
+    shards: Box<[S]>,
 }
+
+type RevisionSeries = Series<RevisionShard>;
 
 /// One thread's way to the series of one revision.
 #[derive(Debug, Clone)]
@@ -218,7 +226,8 @@ fn class(status: StatusCode) -> usize {
 /// What became of a copy of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mirrored {
-    Answered(StatusCode),
+    /// Of a gRPC call with the status that it ended with.
+    Answered(StatusCode, Option<GrpcStatus>),
     /// No endpoint was reached, or the answer broke off.
     Failed,
     /// The answer took longer than is allowed.
@@ -232,17 +241,26 @@ pub enum Mirrored {
 }
 
 impl Mirrored {
-    const OUTCOMES: [&'static str; CLASSES.len() + 5] =
-        ["2xx", "3xx", "4xx", "5xx", "failed", "timeout", "too_large", "busy", "cancelled"];
+    const OUTCOMES: [&'static str; CLASSES.len() + 6] =
+        ["2xx", "3xx", "4xx", "5xx", "grpc_failed", "failed", "timeout", "too_large", "busy", "cancelled"];
 
     fn index(self) -> usize {
         match self {
-            Self::Answered(status) => class(status),
-            Self::Failed => 4,
-            Self::TimedOut => 5,
-            Self::TooLarge => 6,
-            Self::Busy => 7,
-            Self::Cancelled => 8,
+            Self::Answered(status, Some(grpc)) if grpc.is_failure() && !status.is_server_error() => 4,
+            Self::Answered(status, _) => class(status),
+            Self::Failed => 5,
+            Self::TimedOut => 6,
+            Self::TooLarge => 7,
+            Self::Busy => 8,
+            Self::Cancelled => 9,
+        }
+    }
+
+    /// Whether it says something about the version. Bounds of our own do not, nor does a client that goes away.
+    fn is_verdict(self) -> bool {
+        match self {
+            Self::Answered(..) | Self::Failed | Self::TimedOut => true,
+            Self::TooLarge | Self::Busy | Self::Cancelled => false,
         }
     }
 }
@@ -250,14 +268,14 @@ impl Mirrored {
 /// Cells of the copies for one revision on one thread.
 #[derive(Debug, Default)]
 #[repr(align(128))]
-struct MirrorShard([Cell; Mirrored::OUTCOMES.len()]);
-
-#[derive(Debug)]
-struct MirrorSeries {
-    shards: Box<[MirrorShard]>,
+struct MirrorShard {
+    outcomes: [Cell; Mirrored::OUTCOMES.len()],
+    duration: Histogram,
 }
 
-/// One thread's way to the series of the copies for one revision. Gates and the guard see none of it.
+type MirrorSeries = Series<MirrorShard>;
+
+/// One thread's way to the series of the copies for one revision. The guard sees none of it.
 #[derive(Debug, Clone)]
 pub struct MirrorMetrics {
     series: Arc<MirrorSeries>,
@@ -265,8 +283,13 @@ pub struct MirrorMetrics {
 }
 
 impl MirrorMetrics {
-    pub fn record(&self, outcome: Mirrored) {
-        self.series.shards[self.thread].0[outcome.index()].add(1);
+    /// One finished copy; `duration` is from its request's headers received to the last byte of the answer, or to when it was given up.
+    pub fn record(&self, outcome: Mirrored, duration: Duration) {
+        let shard = &self.series.shards[self.thread];
+        shard.outcomes[outcome.index()].add(1);
+        if outcome.is_verdict() {
+            shard.duration.observe(duration);
+        }
     }
 }
 
@@ -329,10 +352,7 @@ impl Default for RefusedCells {
     }
 }
 
-#[derive(Debug)]
-struct ListenerSeries {
-    shards: Box<[ListenerShard]>,
-}
+type ListenerSeries = Series<ListenerShard>;
 
 /// One thread's way to the series of one listener.
 #[derive(Debug, Clone)]
@@ -604,10 +624,17 @@ impl Metrics {
         head(&mut out, "sluice_mirrored_requests_total", "counter", help);
         for (labels, series) in &mirrors {
             for (index, outcome) in Mirrored::OUTCOMES.iter().enumerate() {
-                let count = series.shards.iter().map(|shard| shard.0[index].get()).sum();
+                let count = series.shards.iter().map(|shard| shard.outcomes[index].get()).sum();
                 line(&mut out, "sluice_mirrored_requests_total", &format!("{labels},outcome=\"{outcome}\""), count);
             }
         }
+        histogram(
+            &mut out,
+            "sluice_mirrored_request_duration_seconds",
+            "From the request's headers received to the last byte of its copy's answer, or to when that was given up.",
+            &mirrors,
+            |shard| &shard.duration,
+        );
         head(&mut out, "sluice_access_log_dropped_total", "counter", "Lines that the access log could not take.");
         line(&mut out, "sluice_access_log_dropped_total", "", self.access_log_dropped.load(Relaxed));
         head(&mut out, "sluice_spans_exported_total", "counter", "Spans that the collector has taken.");
@@ -621,12 +648,12 @@ impl Metrics {
     }
 }
 
-fn histogram(
+fn histogram<S>(
     out: &mut String,
     name: &str,
     help: &str,
-    revisions: &[(String, Arc<RevisionSeries>)],
-    pick: fn(&RevisionShard) -> &Histogram,
+    revisions: &[(String, Arc<Series<S>>)],
+    pick: fn(&S) -> &Histogram,
 ) {
     head(out, name, "histogram", help);
     let (bucket, sum, count) = (format!("{name}_bucket"), format!("{name}_sum"), format!("{name}_count"));
@@ -716,6 +743,40 @@ mod tests {
         assert!(text.contains("revision=\"abc\",le=\"60\"} 2\n"));
         assert!(text.contains("revision=\"abc\",le=\"+Inf\"} 3\n"));
         assert!(text.contains("revision=\"abc\"} 90.002000001\n"), "{text}");
+    }
+
+    #[test]
+    fn copies_are_counted_apart_and_only_what_says_something_is_measured() {
+        let metrics = Metrics::new("m", 2);
+        let threads = [metrics.mirror(&labels(), 0), metrics.mirror(&labels(), 1)];
+        let ok = StatusCode::OK;
+        let table = [
+            (Mirrored::Answered(ok, None), "2xx", 1),
+            (Mirrored::Answered(ok, Some(GrpcStatus::parse(b"0"))), "2xx", 1),
+            (Mirrored::Answered(ok, Some(GrpcStatus::parse(b"5"))), "2xx", 1),
+            (Mirrored::Answered(ok, Some(GrpcStatus::parse(b"13"))), "grpc_failed", 1),
+            (Mirrored::Answered(StatusCode::BAD_GATEWAY, Some(GrpcStatus::UNAVAILABLE)), "5xx", 1),
+            (Mirrored::Failed, "failed", 1),
+            (Mirrored::TimedOut, "timeout", 1),
+            (Mirrored::TooLarge, "too_large", 0),
+            (Mirrored::Busy, "busy", 0),
+            (Mirrored::Cancelled, "cancelled", 0),
+        ];
+        let value = |series: &str| -> u64 {
+            let text = metrics.render();
+            let labels = "destination_namespace=\"shop\",destination_service=\"cart\",revision=\"abc\"";
+            let (name, more) = series.split_once(' ').unwrap_or((series, ""));
+            let head = format!("{name}{{{labels}{more}}} ");
+            text.lines().find_map(|line| line.strip_prefix(&head)).unwrap().parse().unwrap()
+        };
+        for (at, (outcome, name, measured)) in table.into_iter().enumerate() {
+            let outcomes = format!("sluice_mirrored_requests_total ,outcome=\"{name}\"");
+            let durations = "sluice_mirrored_request_duration_seconds_count";
+            let before = (value(&outcomes), value(durations));
+            threads[at % 2].record(outcome, Duration::from_millis(5));
+            assert_eq!((value(&outcomes), value(durations)), (before.0 + 1, before.1 + measured), "{outcome:?}");
+        }
+        assert_eq!(metrics.outcomes(&labels(), Duration::from_millis(1)), Outcomes::default(), "the guard sees none");
     }
 
     #[test]

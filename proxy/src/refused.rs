@@ -116,6 +116,7 @@ impl Refused {
             | Failure::UpstreamTimeout
             | Failure::UpstreamProtocol
             | Failure::NoRoute
+            | Failure::UpgradeRefused
             | Failure::Unauthorized
             | Failure::DirectResponse(_)
             | Failure::FaultInjected(_)

@@ -194,6 +194,8 @@ pub struct Policy {
 /// What goes wrong on purpose, to rehearse it (`HTTPFault`), each with its share of the requests: first the delay, then the answer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Fault {
+    /// Only of requests that meet all of these.
+    pub headers: Vec<HeaderMatch>,
     pub delay: Option<(Duration, Share)>,
     pub abort: Option<(Abort, Share)>,
 }

@@ -294,7 +294,8 @@ mod tests {
         }
         let carriers = [(TypeUrl::Listener, PORT.to_owned()), (TypeUrl::Route, PORT.to_owned())];
         snapshot.carriers = carriers.iter().map(|carrier| (carrier.clone(), key())).collect();
-        let traffic = Traffic { primary: Backend::revision("0123456789"), canary: None, weight: 0, matches: None };
+        let traffic =
+            Traffic { primary: Backend::revision("0123456789"), canary: None, weight: 0, mirror: 0, matches: None };
         snapshot.canaries = BTreeMap::from([(key(), Routed { traffic, resources: carriers.into() })]);
         let name = "fleet-1".to_owned();
         let member = mesh::Member { name, started: true, lagging, in_slices: !lagging, addresses: Vec::new() };

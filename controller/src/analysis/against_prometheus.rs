@@ -32,6 +32,17 @@ struct Counts {
     grpc_unavailable: u64,
     /// For each bound, how many lie in that bucket (not cumulative).
     durations: [u64; 4],
+    /// Of a revision that gets copies.
+    copies: Option<Copies>,
+}
+
+/// What became of copies.
+#[derive(Clone, Default)]
+struct Copies {
+    ok: u64,
+    failed: u64,
+    busy: u64,
+    durations: [u64; 4],
 }
 
 /// One member of the fleet: its revisions, as configured.
@@ -48,15 +59,24 @@ fn exposition(name: &str, revisions: &[(&'static str, Counts)]) -> String {
             let more = "code_class=\"2xx\",grpc_status=\"UNAVAILABLE\"";
             writeln!(out, "sluice_requests_total{{{labels},{more}}} {}", counts.grpc_unavailable).unwrap();
         }
-        let name = "sluice_request_duration_seconds";
-        let mut total = 0;
-        for ((_, bound), count) in BOUNDS.iter().zip(counts.durations) {
-            total += count;
-            writeln!(out, "{name}_bucket{{{labels},le=\"{bound}\"}} {total}").unwrap();
+        histogram(&mut out, "sluice_request_duration_seconds", &labels, counts.durations);
+        if let Some(copies) = &counts.copies {
+            for (outcome, count) in [("2xx", copies.ok), ("5xx", copies.failed), ("busy", copies.busy)] {
+                writeln!(out, "sluice_mirrored_requests_total{{{labels},outcome=\"{outcome}\"}} {count}").unwrap();
+            }
+            histogram(&mut out, "sluice_mirrored_request_duration_seconds", &labels, copies.durations);
         }
-        writeln!(out, "{name}_bucket{{{labels},le=\"+Inf\"}} {total}\n{name}_count{{{labels}}} {total}").unwrap();
     }
     out
+}
+
+fn histogram(out: &mut String, name: &str, labels: &str, durations: [u64; 4]) {
+    let mut total = 0;
+    for ((_, bound), count) in BOUNDS.iter().zip(durations) {
+        total += count;
+        writeln!(out, "{name}_bucket{{{labels},le=\"{bound}\"}} {total}").unwrap();
+    }
+    writeln!(out, "{name}_bucket{{{labels},le=\"+Inf\"}} {total}\n{name}_count{{{labels}}} {total}").unwrap();
 }
 
 /// A fleet and its Prometheus. Both end with it.
@@ -161,6 +181,7 @@ impl World {
             acknowledged_at: now,
             interval: Duration::from_secs(1),
             weight: 10,
+            mirrored: false,
             members: vec!["fleet-0".to_owned(), "fleet-1".to_owned()],
         }
     }
@@ -294,6 +315,34 @@ async fn a_bad_canary_fails_on_the_part_of_the_window_since_the_acknowledgement(
     assert_eq!((rate.value, rate.primary_value), (Some(50.0), Some(100.0)));
     assert!(rate.samples.unwrap() >= 10.0 && rate.window_seconds.unwrap() < 600.0, "{rate:#?}");
     assert!((900.0..=1000.0).contains(&duration.value.unwrap()), "{duration:#?}");
+}
+
+/// What the canary is asked under its own name is nothing to a step that is judged by copies, nor are copies that were not sent.
+#[tokio::test]
+async fn where_copies_are_judged_nothing_else_of_the_canary_is() {
+    let Some(world) = World::start().await else { return };
+    world.count(|_, canary| canary.copies = Some(Copies::default()));
+    let gates = [gate("request-success-rate", "1m", 95.0), p99("1m", 300.0)];
+    world.engine.set(&key(), Some(Task { mirrored: true, weight: 0, ..world.task(&gates) }));
+    let traffic = |primary: &mut Counts, canary: &mut Counts| {
+        good(primary, canary);
+        if let Some(copies) = &mut canary.copies {
+            copies.ok += 9;
+            copies.failed += 1;
+            copies.busy += 100;
+            copies.durations[2] += 10;
+        }
+    };
+    let report = world
+        .with_traffic("both fail", traffic, |report| {
+            report.gates.iter().all(|gate| gate.verdict == VerdictStatus::Fail)
+        })
+        .await;
+    let [rate, duration] = report.gates.as_slice() else { panic!("{report:#?}") };
+    assert_eq!((rate.value, rate.primary_value), (Some(90.0), Some(100.0)), "{rate:#?}");
+    assert_eq!(rate.samples.unwrap() % 10.0, 0.0, "ten copies at a time: {rate:#?}");
+    assert!((900.0..=1000.0).contains(&duration.value.unwrap()), "{duration:#?}");
+    assert!((400.0..=500.0).contains(&duration.primary_value.unwrap()), "{duration:#?}");
 }
 
 #[tokio::test]
@@ -437,6 +486,7 @@ async fn what_a_server_refuses_is_an_error_and_found_by_the_dry_run() {
         target: "cart".to_owned(),
         primary_revision: "aaaa".to_owned(),
         canary_revision: "bbbb".to_owned(),
+        mirrored: false,
         gates,
         metrics_server: None,
     };

@@ -550,6 +550,7 @@ mod tests {
             acknowledged_at: at,
             interval: Duration::from_secs(interval),
             weight: 10,
+            mirrored: false,
             members: vec!["fleet-0".to_owned()],
         }
     }
@@ -561,6 +562,7 @@ mod tests {
             target: name.to_owned(),
             primary_revision: "aaaa".to_owned(),
             canary_revision: "bbbb".to_owned(),
+            mirrored: false,
             gates,
             metrics_server: None,
         }

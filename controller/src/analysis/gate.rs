@@ -18,6 +18,10 @@ use super::{Task, window::Window};
 const LOOKBACK: &str = "5m";
 /// gRPC statuses that say that the server failed, whatever the HTTP status (C20).
 const BAD_GRPC: &str = "UNKNOWN|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|DATA_LOSS";
+/// What became of a copy that says well of the version.
+const GOOD_COPY: &str = "2xx|3xx|4xx";
+/// What says nothing about it: bounds of the proxy's own, or the request itself ended early.
+const NO_VERDICT: &str = "too_large|busy|cancelled";
 /// Upper bound of the last bucket in milliseconds: a p99 that reaches it may be any number above.
 const LAST_BOUND: f64 = 60_000.0;
 
@@ -44,67 +48,124 @@ impl Builtin {
     }
 }
 
-/// The series of one release: both revisions, under every Service name that leads to them.
+/// Whose requests are counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Of {
+    Users,
+    Copies,
+}
+
+/// The series of one release, under every Service name that leads to its revisions.
 pub(crate) struct Series {
-    labels: String,
+    /// Labels of users' requests: for both revisions, or for the primary alone where the canary gets copies.
+    users: String,
+    /// Labels of the copies that the canary gets, where they are judged.
+    copies: Option<String>,
 }
 
 impl Series {
-    /// `matchers`: more of them, such as `cluster="eu-1"`, from the controller's settings.
-    pub(crate) fn new(namespace: &str, service: &str, primary: &str, canary: &str, matchers: Option<&str>) -> Self {
-        // The names and hashes are DNS labels: nothing in them means anything in a regular expression.
-        let mut labels = format!(
-            "destination_namespace={},destination_service=~{},revision=~{}",
-            quoted(namespace),
-            quoted(&format!("{service}(-canary|-primary)?")),
-            quoted(&format!("{canary}|{primary}"))
-        );
-        if let Some(matchers) = matchers {
-            let _ = write!(labels, ",{matchers}");
-        }
-        Self { labels }
+    /// `mirrored`: the canary is judged by the copies that it gets. `matchers`: more of them, such as `cluster="eu-1"`, from the
+    /// controller's settings.
+    pub(crate) fn new(
+        namespace: &str,
+        service: &str,
+        primary: &str,
+        canary: &str,
+        mirrored: bool,
+        matchers: Option<&str>,
+    ) -> Self {
+        let labels = |revisions: &str| {
+            // The names and hashes are DNS labels: nothing in them means anything in a regular expression.
+            let mut labels = format!(
+                "destination_namespace={},destination_service=~{},revision=~{}",
+                quoted(namespace),
+                quoted(&format!("{service}(-canary|-primary)?")),
+                quoted(revisions)
+            );
+            if let Some(matchers) = matchers {
+                let _ = write!(labels, ",{matchers}");
+            }
+            labels
+        };
+        let users = labels(&if mirrored { primary.to_owned() } else { format!("{canary}|{primary}") });
+        Self { users, copies: mirrored.then(|| labels(canary)) }
     }
 
     pub(crate) fn of(task: &Task, matchers: Option<&str>) -> Self {
-        Self::new(&task.canary.namespace, &task.service, &task.primary_revision, &task.canary_revision, matchers)
+        let Task { canary, service, primary_revision, canary_revision, mirrored, .. } = task;
+        Self::new(&canary.namespace, service, primary_revision, canary_revision, *mirrored, matchers)
     }
 
     /// Number of requests by revision.
     pub(crate) fn samples(&self, gate: Builtin, window: Window) -> String {
-        let name = match gate {
-            Builtin::SuccessRate => "sluice_requests_total",
-            Builtin::Duration => "sluice_request_duration_seconds_count",
-        };
-        format!("sum by (revision) ({})", self.growth(name, "", window))
+        self.each(|of| self.samples_of(of, gate, window))
     }
 
     /// The gate's value by revision.
     pub(crate) fn value(&self, gate: Builtin, window: Window) -> String {
-        match gate {
+        self.each(|of| match gate {
             Builtin::SuccessRate => {
-                let good = format!(",code_class!=\"5xx\",grpc_status!~\"{BAD_GRPC}\"");
+                let good = match of {
+                    Of::Users => format!(",code_class!=\"5xx\",grpc_status!~\"{BAD_GRPC}\""),
+                    Of::Copies => format!(",outcome=~\"{GOOD_COPY}\""),
+                };
                 format!(
                     "100 * sum by (revision) ({}) / {}",
-                    self.growth("sluice_requests_total", &good, window),
-                    self.samples(gate, window)
+                    self.growth(of, requests(of), &good, window),
+                    self.samples_of(of, gate, window)
                 )
             }
             Builtin::Duration => format!(
                 "1000 * histogram_quantile(0.99, sum by (revision, le) ({}))",
-                self.growth("sluice_request_duration_seconds_bucket", "", window)
+                self.growth(of, &format!("{}_bucket", durations(of)), "", window)
             ),
-        }
+        })
+    }
+
+    /// One vector with both revisions, of which each is in one part only.
+    fn each(&self, part: impl Fn(Of) -> String) -> String {
+        let users = part(Of::Users);
+        if self.copies.is_some() { format!("{} or {users}", part(Of::Copies)) } else { users }
+    }
+
+    fn samples_of(&self, of: Of, gate: Builtin, window: Window) -> String {
+        let growth = match (gate, of) {
+            (Builtin::SuccessRate, Of::Users) => self.growth(of, requests(of), "", window),
+            (Builtin::SuccessRate, Of::Copies) => {
+                self.growth(of, requests(of), &format!(",outcome!~\"{NO_VERDICT}\""), window)
+            }
+            (Builtin::Duration, _) => self.growth(of, &format!("{}_count", durations(of)), "", window),
+        };
+        format!("sum by (revision) ({growth})")
     }
 
     /// By how much each counter grew in the window; see the head of this file.
-    fn growth(&self, name: &str, more: &str, window: Window) -> String {
-        let series = format!("{name}{{{}{more}}}", self.labels);
+    fn growth(&self, of: Of, name: &str, more: &str, window: Window) -> String {
+        let labels = match of {
+            Of::Users => self.users.as_str(),
+            Of::Copies => self.copies.as_deref().unwrap_or_default(),
+        };
+        let series = format!("{name}{{{labels}{more}}}");
         let length = duration(window.length);
         let both = duration(window.length + window.lead);
         format!(
             "(last_over_time({series}[{length}]) - last_over_time({series}[{LOOKBACK}] offset {length}) \
              unless resets({series}[{both}]) > 0) or last_over_time({series}[{length}])"
         )
+    }
+}
+
+fn requests(of: Of) -> &'static str {
+    match of {
+        Of::Users => "sluice_requests_total",
+        Of::Copies => "sluice_mirrored_requests_total",
+    }
+}
+
+fn durations(of: Of) -> &'static str {
+    match of {
+        Of::Users => "sluice_request_duration_seconds",
+        Of::Copies => "sluice_mirrored_request_duration_seconds",
     }
 }
 
@@ -212,10 +273,19 @@ mod tests {
 
     #[test]
     fn queries_of_the_built_in_gates() {
-        let series = Series::new("shop", "cart", "aaaa", "bbbb", Some("cluster=\"eu\""));
+        let series = Series::new("shop", "cart", "aaaa", "bbbb", false, Some("cluster=\"eu\""));
+        insta::assert_snapshot!(queries(&series));
+    }
+
+    #[test]
+    fn queries_of_the_built_in_gates_where_copies_are_judged() {
+        insta::assert_snapshot!(queries(&Series::new("shop", "cart", "aaaa", "bbbb", true, None)));
+    }
+
+    fn queries(series: &Series) -> String {
         let window = Window { end: 0, length: 60_000, whole: true, lead: 8_001 };
         let queries = [Builtin::SuccessRate, Builtin::Duration]
             .map(|gate| format!("{}\n\n{}", series.value(gate, window), series.samples(gate, window)));
-        insta::assert_snapshot!(queries.join("\n\n"));
+        queries.join("\n\n")
     }
 }

@@ -26,6 +26,8 @@ use super::{
 const LEAD: Duration = Duration::from_secs(150);
 /// A Secret is read again after this time, so that rotated credentials are used, and at once after a 401 or 403.
 const SECRET_LIFE: Duration = Duration::from_secs(60);
+/// Characters of a query that the status takes.
+const MOST_OF_QUERY: usize = 8192;
 const MAX_SECRETS: usize = 256;
 
 /// Why a gate has no value.
@@ -78,6 +80,8 @@ struct Subject<'a> {
     service: &'a str,
     primary: &'a str,
     canary: &'a str,
+    /// The step is judged by copies of requests.
+    mirrored: bool,
     metrics_server: Option<&'a str>,
 }
 
@@ -90,6 +94,7 @@ impl<'a> Subject<'a> {
             service: &task.service,
             primary: &task.primary_revision,
             canary: &task.canary_revision,
+            mirrored: task.mirrored,
             metrics_server: task.metrics_server.as_deref(),
         }
     }
@@ -102,6 +107,7 @@ impl<'a> Subject<'a> {
             service: &request.service,
             primary: &request.primary_revision,
             canary: &request.canary_revision,
+            mirrored: false,
             metrics_server: request.metrics_server.as_deref(),
         }
     }
@@ -143,7 +149,7 @@ impl Measure for Measurer {
                     None => Outcome::Measured(Vec::new()),
                 },
                 Work::Dry { request, gate } => Outcome::Dry(match request.gates.get(gate) {
-                    Some(gate) => match self.dry(&Subject::of_dry_run(&request), gate).await {
+                    Some(gate) => match self.dry_both(&request, gate).await {
                         Ok(()) => Dry::Fine,
                         Err(error) if error.is_mistake() => Dry::Mistake(error.to_string()),
                         Err(error) => Dry::Unreachable(error.to_string()),
@@ -255,7 +261,8 @@ impl Measurer {
             samples,
             window_seconds: Some(seconds(judged.length)),
             message: bounded(&message),
-            query,
+            // With long names and matchers it may be longer than the status takes.
+            query: query.chars().take(MOST_OF_QUERY).collect(),
             ..blank(gate, verdict, judged.end)
         };
         Measured { status, whole: judged.whole }
@@ -314,6 +321,13 @@ impl Measurer {
         Measured { status, whole }
     }
 
+    /// A query may read otherwise where copies are judged.
+    async fn dry_both(&self, request: &DryRunRequest, gate: &Metric) -> Result<(), GateError> {
+        let subject = Subject::of_dry_run(request);
+        self.dry(&subject, gate).await?;
+        if request.mirrored { self.dry(&Subject { mirrored: true, ..subject }, gate).await } else { Ok(()) }
+    }
+
     async fn dry(&self, subject: &Subject<'_>, gate: &Metric) -> Result<(), GateError> {
         let length = i64::try_from(parse_duration(&gate.interval)?.as_millis()).unwrap_or(i64::MAX);
         if let Some(builtin) = Builtin::of(gate) {
@@ -323,6 +337,7 @@ impl Measurer {
                 subject.service,
                 subject.primary,
                 subject.canary,
+                subject.mirrored,
                 self.settings.matchers.as_deref(),
             );
             let window = Window { end: 0, length, whole: true, lead: 60_000 };
@@ -370,6 +385,7 @@ impl Measurer {
             interval: &gate.interval,
             primary: subject.primary,
             canary: subject.canary,
+            mirrored: subject.mirrored,
             variables: &gate.template_variables,
         };
         let Some(reference) = &gate.template_ref else {
@@ -587,6 +603,7 @@ mod tests {
             primary_revision: "aaaa".to_owned(),
             canary_revision: "bbbb".to_owned(),
             gates,
+            mirrored: false,
             metrics_server: None,
         }
     }

@@ -58,6 +58,8 @@ pub struct Task {
     pub interval: Duration,
     /// At weight 0 (blue/green) a built-in gate counts what `NAME-canary` gets.
     pub weight: i32,
+    /// The canary gets copies of requests in this step: the built-in gates judge these.
+    pub mirrored: bool,
     /// Pod names of the fleet's members: a window is whole when each has a sample at its end.
     pub members: Vec<String>,
 }
@@ -115,6 +117,8 @@ pub struct DryRunRequest {
     pub primary_revision: String,
     pub canary_revision: String,
     pub gates: Vec<Metric>,
+    /// Some step is judged by copies of requests.
+    pub mirrored: bool,
     pub metrics_server: Option<String>,
 }
 

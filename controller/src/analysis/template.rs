@@ -23,6 +23,8 @@ pub struct Variables<'a> {
     pub interval: &'a str,
     pub primary: &'a str,
     pub canary: &'a str,
+    /// The canary gets copies of requests in this step.
+    pub mirrored: bool,
     pub variables: &'a BTreeMap<String, String>,
 }
 
@@ -30,7 +32,7 @@ pub struct Variables<'a> {
 pub enum TemplateError {
     #[error(
         "the query uses a variable that does not exist ({0}): there are name, namespace, target, service, ingress, route, interval, \
-         primary, canary, revision and variables.KEY with the keys of templateVariables"
+         primary, canary, revision, mirrored and variables.KEY with the keys of templateVariables"
     )]
     Undefined(String),
     #[error("the query's template is wrong: {0}")]
@@ -62,6 +64,7 @@ pub fn render(query: &str, with: &Variables<'_>) -> Result<String, TemplateError
                 primary => with.primary,
                 canary => with.canary,
                 revision => with.canary,
+                mirrored => with.mirrored,
                 variables => with.variables,
             },
         )
@@ -97,6 +100,7 @@ mod tests {
                 interval: "1m30s",
                 primary: "aaaa",
                 canary: "bbbb",
+                mirrored: false,
                 variables: &variables,
             },
         )
@@ -113,6 +117,7 @@ mod tests {
             (r#"a{i="{{ ingress }}",r="{{ route }}"}"#, r#"a{i="",r=""}"#),
             ("{{ primary }}/{{ canary }}/{{ revision }}", "aaaa/bbbb/bbbb"),
             (r#"x{pod=~"{{ target }}-{{ canary }}-.+"}"#, r#"x{pod=~"cart-app-bbbb-.+"}"#),
+            (r#"{{ "copies" if mirrored else "requests" }}_total"#, "requests_total"),
             // PromQL's own braces, and no HTML escaping of quotes and comparisons.
             (r#"sum(x{a!="b"}) > 5 and {__name__="y"}"#, r#"sum(x{a!="b"}) > 5 and {__name__="y"}"#),
             ("\n  up  \n", "up"),

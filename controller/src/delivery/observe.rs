@@ -76,7 +76,8 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
     let slices = cache.slices.state_filter(|slice| slice.metadata.namespace.as_deref() == Some(key.namespace.as_str()));
 
     let mut problems = reports.problems;
-    let mut warnings = Vec::new();
+    // First, so that the condition has its reason.
+    let mut warnings: Vec<Problem> = services::injected(canary).into_iter().collect();
     problems.extend(conflict(canary, &cache.canaries_in(Some(&key.namespace))));
 
     let template = target.as_ref().zip(pod_template).map(|(target, pod_template)| {

@@ -64,12 +64,17 @@ pub fn is_manual_rollback(plan: &FrozenPlan) -> bool {
 }
 
 /// The judged steps of an analysis: `iterations` at weight 0, or with all that matches (A/B testing), or `stepWeights`, or multiples of `stepWeight` with the last one
-/// capped at `maxWeight` (100 where it says none), and then, by `stepWeightPromotion`, on to 100.
+/// capped at `maxWeight` (100 where it says none), and then, by `stepWeightPromotion`, on to 100. With `mirror` the canary gets copies
+/// in all iterations, or in one step at weight 0 before the weights.
 #[must_use]
 pub fn steps(analysis: &Analysis) -> Vec<FrozenStep> {
+    let mirror = if analysis.mirror == Some(true) { analysis.mirror_weight.unwrap_or(100) } else { 0 };
     if let Some(iterations) = analysis.iterations {
-        let weight = if analysis.matches.is_some() { 100 } else { 0 };
-        return vec![FrozenStep { weight }; usize::try_from(iterations).unwrap_or_default()];
+        let step = match analysis.matches {
+            Some(_) => FrozenStep { weight: 100, mirror: 0 },
+            None => FrozenStep { weight: 0, mirror },
+        };
+        return vec![step; usize::try_from(iterations).unwrap_or_default()];
     }
     let mut weights = match (&analysis.step_weights, analysis.step_weight) {
         (Some(weights), _) => weights.clone(),
@@ -79,7 +84,14 @@ pub fn steps(analysis: &Analysis) -> Vec<FrozenStep> {
     if let (Some(promotion), Some(&last)) = (analysis.step_weight_promotion, weights.last()) {
         weights.extend(climb(last, promotion, 100));
     }
-    weights.into_iter().map(|weight| FrozenStep { weight }).collect()
+    let mirrored = (mirror > 0).then_some(FrozenStep { weight: 0, mirror });
+    mirrored.into_iter().chain(weights.into_iter().map(|weight| FrozenStep { weight, mirror: 0 })).collect()
+}
+
+/// Percent of all requests that the canary must be able to serve in a step, copies included.
+#[must_use]
+pub fn load(step: FrozenStep) -> i32 {
+    step.weight.max(step.mirror)
 }
 
 /// Weights above `from` in steps of `by`, the last one exactly `to`.
@@ -209,6 +221,19 @@ mod tests {
     fn iterations_are_judged_steps_at_weight_zero() {
         let analysis = Analysis { iterations: Some(3), ..analysis() };
         assert_eq!(weights(&analysis), [0, 0, 0]);
+    }
+
+    #[test]
+    fn a_mirror_comes_before_the_weights_or_in_every_iteration() {
+        let mirror = |weight| Analysis { mirror: Some(true), mirror_weight: weight, ..analysis() };
+        let pairs = |analysis: &Analysis| -> Vec<(i32, i32)> {
+            steps(analysis).into_iter().map(|step| (step.weight, step.mirror)).collect()
+        };
+        let weighted = Analysis { step_weights: Some(vec![5, 50]), ..mirror(None) };
+        assert_eq!(pairs(&weighted), [(0, 100), (5, 0), (50, 0)]);
+        assert_eq!(pairs(&Analysis { iterations: Some(2), ..mirror(Some(30)) }), [(0, 30), (0, 30)]);
+        assert_eq!(pairs(&Analysis { mirror: Some(false), ..weighted }), [(5, 0), (50, 0)]);
+        assert_eq!(load(FrozenStep { weight: 0, mirror: 30 }), 30, "copies need Pods, too");
     }
 
     #[test]

@@ -263,7 +263,8 @@ fn next_release(spec: &machine::Spec, status: &CanaryStatus, seen: &Observation)
         && status.pending_release.is_none()
         && !seen.deleting
         && !spec.skip_analysis;
-    let gates = spec.analysis.as_ref().filter(|_| pending)?.metrics.clone();
+    let analysis = spec.analysis.as_ref().filter(|_| pending)?;
+    let gates = analysis.metrics.clone();
     (!gates.is_empty()).then(|| DryRunRequest {
         canary: spec.key.clone(),
         service: spec.service.clone(),
@@ -271,6 +272,7 @@ fn next_release(spec: &machine::Spec, status: &CanaryStatus, seen: &Observation)
         primary_revision: primary.clone(),
         canary_revision: revision.clone(),
         gates,
+        mirrored: analysis.mirror == Some(true),
         metrics_server: spec.metrics_server.clone(),
     })
 }

@@ -156,6 +156,14 @@ pub fn missing(name: &str) -> Problem {
     }
 }
 
+/// What goes wrong on purpose at present, so that nobody forgets it.
+#[must_use]
+pub fn injected(canary: &Canary) -> Option<Problem> {
+    let fault = canary.spec.service.fault.as_ref()?;
+    let message = format!("a fault is injected on purpose: {}. To end it, remove spec.service.fault", fault.in_words());
+    Some(Problem { reason: "FaultInjected", message })
+}
+
 /// What a person should know about a Service that is taken over.
 #[must_use]
 pub fn warnings(apex: &Service, canary: &Canary) -> Vec<Problem> {

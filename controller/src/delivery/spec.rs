@@ -134,6 +134,10 @@ fn check(canary: &CanaryKey, spec: &CanarySpec) -> Result<(), SpecError> {
     if let Some(timeout) = spec.service.retries.as_ref().and_then(|retries| retries.per_try_timeout.as_ref()) {
         check.positive("spec.service.retries.perTryTimeout", timeout)?;
     }
+    let delay = spec.service.fault.as_ref().and_then(|fault| fault.delay.as_ref());
+    if let Some(delay) = delay.and_then(|delay| delay.fixed_delay.as_ref()) {
+        check.positive("spec.service.fault.delay.fixedDelay", delay)?;
+    }
     if let Some(replicas) = spec.replicas {
         check.range("spec.replicas", replicas, 0, 100_000)?;
     }
@@ -166,6 +170,7 @@ fn check_analysis(check: &Check<'_>, analysis: &Analysis) -> Result<(), SpecErro
         ("spec.analysis.maxWeight", analysis.max_weight, 100),
         ("spec.analysis.stepWeightPromotion", analysis.step_weight_promotion, 100),
         ("spec.analysis.iterations", analysis.iterations, 1_000),
+        ("spec.analysis.mirrorWeight", analysis.mirror_weight, 100),
     ] {
         if let Some(value) = value {
             check.range(field, value, 1, most)?;
@@ -194,6 +199,11 @@ fn check_analysis(check: &Check<'_>, analysis: &Analysis) -> Result<(), SpecErro
         analysis.iterations.is_none() || (analysis.max_weight.is_none() && analysis.step_weight_promotion.is_none()),
         "spec.analysis.iterations",
         "blue/green moves all traffic at once: remove maxWeight and stepWeightPromotion",
+    )?;
+    check.require(
+        analysis.mirror != Some(true) || analysis.matches.is_none() || analysis.iterations.is_none(),
+        "spec.analysis.mirror",
+        "remove it: in A/B testing all requests that match go to the canary itself",
     )?;
     for metric in &analysis.metrics {
         check.positive(&format!("spec.analysis.metrics[{}].interval", metric.name), &metric.interval)?;

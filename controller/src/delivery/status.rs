@@ -2,7 +2,8 @@
 
 use jiff::Timestamp;
 use sluice_crds::{
-    CanaryStatus, Condition, ConditionStatus, GateStatus, Phase, RejectedRevision, Stage, Verb, VerdictStatus, labels,
+    CanaryStatus, Condition, ConditionStatus, FrozenStep, GateStatus, Phase, RejectedRevision, Stage, Verb,
+    VerdictStatus, labels,
 };
 
 use super::{
@@ -36,6 +37,7 @@ pub(super) fn present(
 ) {
     status.requested_weight = status.traffic.as_ref().map_or(0, |traffic| traffic.weight);
     status.effective_weight = effective_weight(status, seen);
+    status.effective_mirror = effective_mirror(status, seen);
     status.weight = status.effective_weight.map_or_else(|| "Unknown".to_owned(), |weight| weight.to_string());
     status.lagging_members = seen.fleet.lagging.iter().take(MOST_LAGGING).cloned().collect();
     status.progress = progress(status);
@@ -65,11 +67,27 @@ fn effective_weight(status: &CanaryStatus, seen: &Observation) -> Option<i32> {
     }
 }
 
-/// `2/5` in the second of five steps; empty outside of steps.
+/// Percent of the requests of which every member of the fleet has acknowledged that copies go to the canary.
+fn effective_mirror(status: &CanaryStatus, seen: &Observation) -> Option<i32> {
+    effective_weight(status, seen)?;
+    let canary = status.canary_revision.as_ref()?;
+    let effective = seen.fleet.effective.as_ref().filter(|effective| effective.mirror > 0)?;
+    effective.canary.as_ref().filter(|named| named.0 == *canary).map(|_| effective.mirror)
+}
+
+/// The plan's step that `status.step` names.
+#[must_use]
+pub fn step(status: &CanaryStatus) -> Option<FrozenStep> {
+    let index = status.step.and_then(|index| usize::try_from(index).ok())?;
+    status.plan.as_ref()?.steps.get(index).copied()
+}
+
+/// `2/5` in the second of five steps, `1/5 (mirror)` where copies are judged; empty outside of steps.
 #[must_use]
 pub fn progress(status: &CanaryStatus) -> String {
     let steps = status.plan.as_ref().map_or(0, |plan| plan.steps.len());
-    status.step.map_or_else(String::new, |index| format!("{}/{steps}", index.saturating_add(1)))
+    let mirror = if step(status).is_some_and(|step| step.mirror > 0) { " (mirror)" } else { "" };
+    status.step.map_or_else(String::new, |index| format!("{}/{steps}{mirror}", index.saturating_add(1)))
 }
 
 /// Gates in one line, such as `request-success-rate 99.98 >= 99 pass, request-duration 12 <= 500 pass`; those of one verdict only

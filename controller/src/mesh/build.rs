@@ -15,7 +15,8 @@ use sluice_xds::{SpiffeId, TypeUrl};
 
 use super::{
     Inputs, Member, Resource, RevisionFacts, RevisionKey, Routed, Settings, Snapshot, View,
-    encode::{self, FleetCluster, InboundPort, SIDECAR_PORT, Split},
+    encode::{self, Addresses, FleetCluster, InboundPort, SIDECAR_PORT, Split},
+    policy,
     ports::PortKey,
     route::{self, Destinations},
     service::{self, Port, Protocol},
@@ -112,6 +113,7 @@ fn canary_resources(inputs: &Inputs, index: &Index<'_>, canary: &Canary, snapsho
     };
     if inputs.cuts.contains(&key) {
         traffic.weight = 0;
+        traffic.mirror = 0;
     }
     let mut parts = Parts::default();
     let companion = |suffix| found(format!("{apex}-{suffix}")).filter(|service| slices::is_companion(service, &key));
@@ -220,12 +222,12 @@ impl OneService<'_> {
     /// Who gets the requests of a port; `None` where nothing serves.
     fn destinations(&self, name: &str) -> Option<Destinations<'_>> {
         let cluster = |backend: &Backend| format!("{name}/{}", backend.0);
-        let Traffic { primary, canary, weight, matches } = self.traffic;
+        let Traffic { primary, canary, weight, mirror, matches } = self.traffic;
         let only = |backend: &Backend| vec![(cluster(backend), 100)];
         let plan = self.canary.status.as_ref().and_then(|status| status.plan.as_ref());
         let analysis = plan.and_then(|plan| plan.analysis.as_ref());
         let affinity = analysis.and_then(|analysis| analysis.session_affinity.as_ref());
-        let to = |all| Some(Destinations { matched: None, all, affinity });
+        let to = |all| Some(Destinations { matched: None, all, mirror: None, affinity });
         match (self.role, canary) {
             (Role::Canary, None) => None,
             (Role::Canary, Some(canary)) => to(only(canary)),
@@ -237,11 +239,14 @@ impl OneService<'_> {
                 // away from it.
                 let both = [(cluster(primary), 100 - share), (cluster(canary), share)];
                 let split: Split = both.into_iter().filter(|(_, weight)| *weight > 0).collect();
+                let copied = u32::try_from((*mirror).clamp(0, 100)).unwrap_or(0);
+                let mirror = (copied > 0).then(|| (cluster(canary), copied));
                 match matches {
-                    Some(matches) if share > 0 => {
-                        Some(Destinations { matched: Some((matches, split)), all: only(primary), affinity })
+                    Some(matches) if share > 0 || copied > 0 => {
+                        let matched = Some((matches.as_slice(), split));
+                        Some(Destinations { matched, all: only(primary), mirror, affinity })
                     }
-                    Some(_) | None => to(split),
+                    Some(_) | None => Some(Destinations { matched: None, all: split, mirror, affinity }),
                 }
             }
         }
@@ -249,12 +254,17 @@ impl OneService<'_> {
 
     fn cluster(&self, name: &str, port: &Port, backend: &Backend, parts: &mut Parts) {
         let cluster = format!("{name}/{}", backend.0);
-        let (tls, addresses) = if backend.is_original() {
+        let policy = self.canary.spec.service.traffic_policy.as_ref();
+        let zones = policy::prefers_own_zone(policy, self.like);
+        let (tls, mut addresses) = if backend.is_original() {
             (None, self.original(&port.target))
         } else {
             let (tls, addresses) = self.revision(&port.target, &backend.0);
             (Some(tls), addresses)
         };
+        if !zones {
+            addresses.values_mut().for_each(|zone| *zone = None);
+        }
         let message = FleetCluster {
             name: &cluster,
             namespace: &self.key.namespace,
@@ -262,8 +272,9 @@ impl OneService<'_> {
             revision: &backend.0,
             protocol: port.protocol,
             tls,
-            policy: self.canary.spec.service.traffic_policy.as_ref(),
+            policy,
             limits: self.inputs.settings.limits,
+            zones,
         };
         parts.resources.push((TypeUrl::Cluster, cluster.clone(), message.encode()));
         let endpoints = encode::endpoints(&cluster, &addresses);
@@ -281,28 +292,30 @@ impl OneService<'_> {
             tls: None,
             policy: None,
             limits: self.inputs.settings.limits,
+            zones: false,
         };
         parts.resources.push((TypeUrl::Cluster, cluster.clone(), message.encode()));
-        let endpoints = encode::endpoints(&cluster, &BTreeSet::new());
+        let endpoints = encode::endpoints(&cluster, &Addresses::new());
         parts.resources.push((TypeUrl::Endpoints, cluster, endpoints));
     }
 
     /// The target's own Pods: no sidecar, so the application's port in plaintext. Each may have the named port elsewhere.
-    fn original(&self, target: &IntOrString) -> BTreeSet<SocketAddr> {
+    fn original(&self, target: &IntOrString) -> Addresses {
         let pods = self.inputs.originals.get(self.key).into_iter().flatten();
         let ready = pods.filter(|pod| serves(pod));
-        ready.filter_map(|pod| Some(SocketAddr::new(pod_ip(pod)?, target_port(pod, target)?))).collect()
+        ready.filter_map(|pod| Some((SocketAddr::new(pod_ip(pod)?, target_port(pod, target)?), zone(pod)))).collect()
     }
 
-    fn revision(&self, target: &IntOrString, revision: &str) -> ((String, SpiffeId), BTreeSet<SocketAddr>) {
+    fn revision(&self, target: &IntOrString, revision: &str) -> ((String, SpiffeId), Addresses) {
         let key = RevisionKey { canary: self.key.clone(), revision: revision.to_owned() };
         // A revision of which neither a record nor a Pod is left has no endpoints, so nobody is ever asked who he is.
         let facts = self.index.facts.get(&key).cloned().unwrap_or_default();
         let port = facts.port(target);
         let pods = self.index.pods.get(&key).into_iter().flatten();
-        let ready = pods.filter(|pod| serves(pod)).filter_map(|pod| pod_ip(pod));
+        let ready = pods.filter(|pod| serves(pod)).filter_map(|pod| Some((pod_ip(pod)?, zone(pod))));
         // As with any Service, a name that no container has leads nowhere.
-        let addresses = ready.filter(|_| port.is_some()).map(|ip| SocketAddr::new(ip, SIDECAR_PORT)).collect();
+        let addresses =
+            ready.filter(|_| port.is_some()).map(|(ip, zone)| (SocketAddr::new(ip, SIDECAR_PORT), zone)).collect();
         let id = revision_id(&self.inputs.settings, &self.key.namespace, &facts);
         ((encode::sni(port.unwrap_or_default(), revision), id), addresses)
     }
@@ -384,6 +397,14 @@ pub(super) fn serves(pod: &Pod) -> bool {
     let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
     let ready = conditions.into_iter().any(|condition| condition.type_ == "Ready" && condition.status == "True");
     ready && pod.metadata.deletion_timestamp.is_none()
+}
+
+/// Put on Pods by the API server from 1.35 on; before, it is not known unless somebody else does.
+const ZONE: &str = "topology.kubernetes.io/zone";
+
+/// The zone of a Pod's node.
+pub(super) fn zone(pod: &Pod) -> Option<String> {
+    pod.labels().get(ZONE).filter(|zone| !zone.is_empty()).cloned()
 }
 
 fn pod_ip(pod: &Pod) -> Option<IpAddr> {

@@ -22,7 +22,7 @@ use sluice_xds::{
             },
             core::v3::{
                 Address, AggregatedConfigSource, ApiVersion, ConfigSource, HttpProtocolOptions as CommonOptions,
-                Metadata, SocketAddress, TransportSocket, address, config_source::ConfigSourceSpecifier,
+                Locality, Metadata, SocketAddress, TransportSocket, address, config_source::ConfigSourceSpecifier,
                 socket_address::PortSpecifier, transport_socket,
             },
             endpoint::v3::{
@@ -101,6 +101,8 @@ pub(super) struct FleetCluster<'a> {
     pub(super) tls: Option<(String, SpiffeId)>,
     pub(super) policy: Option<&'a TrafficPolicy>,
     pub(super) limits: Limits,
+    /// Endpoints in the zone of whoever asks are preferred.
+    pub(super) zones: bool,
 }
 
 impl FleetCluster<'_> {
@@ -114,6 +116,7 @@ impl FleetCluster<'_> {
             }),
             lb_policy: LbPolicy::LeastRequest.into(),
             lb_config: policy::slow_start(self.policy),
+            common_lb_config: self.zones.then(policy::own_zone),
             connect_timeout: Some(policy::connect_timeout(self.policy).unwrap_or(seconds(1))),
             circuit_breakers: policy::circuit_breakers(self.policy, self.limits),
             outlier_detection: policy::outlier_detection(self.policy),
@@ -130,7 +133,11 @@ impl FleetCluster<'_> {
     }
 }
 
-pub(crate) fn endpoints(name: &str, addresses: &BTreeSet<SocketAddr>) -> Resource {
+/// Ready endpoints, each with its zone where that counts and is known.
+pub(super) type Addresses = BTreeMap<SocketAddr, Option<String>>;
+
+/// One locality for each zone.
+pub(super) fn endpoints(name: &str, addresses: &Addresses) -> Resource {
     let endpoint = |to: &SocketAddr| LbEndpoint {
         host_identifier: Some(HostIdentifier::Endpoint(Endpoint {
             address: Some(address(to.ip(), to.port())),
@@ -138,8 +145,20 @@ pub(crate) fn endpoints(name: &str, addresses: &BTreeSet<SocketAddr>) -> Resourc
         })),
         ..LbEndpoint::default()
     };
-    let locality = LocalityLbEndpoints { lb_endpoints: addresses.iter().map(endpoint).collect(), ..Default::default() };
-    let assignment = ClusterLoadAssignment { cluster_name: name.to_owned(), endpoints: vec![locality] };
+    let mut zones: BTreeMap<Option<&str>, Vec<LbEndpoint>> = BTreeMap::new();
+    for (to, zone) in addresses {
+        zones.entry(zone.as_deref()).or_default().push(endpoint(to));
+    }
+    if addresses.is_empty() {
+        zones.insert(None, Vec::new());
+    }
+    let locality = |(zone, lb_endpoints): (Option<&str>, _)| LocalityLbEndpoints {
+        locality: zone.map(|zone| Locality { zone: zone.to_owned(), ..Locality::default() }),
+        lb_endpoints,
+        ..LocalityLbEndpoints::default()
+    };
+    let endpoints = zones.into_iter().map(locality).collect();
+    let assignment = ClusterLoadAssignment { cluster_name: name.to_owned(), endpoints };
     Resource { empty: addresses.is_empty(), ..resource(&assignment, BTreeSet::new()) }
 }
 

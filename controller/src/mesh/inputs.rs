@@ -56,7 +56,7 @@ pub struct Inputs {
     pub revisions: BTreeMap<RevisionKey, RevisionFacts>,
     /// Ports of the fleet that are written down.
     pub ports: BTreeMap<PortKey, u16>,
-    /// Canaries whose canary side has no weight, whatever their status says.
+    /// Canaries whose canary side has no weight and gets no copies, whatever their status says.
     pub cuts: BTreeSet<CanaryKey>,
     /// EndpointSlices that are ours.
     pub slices: Vec<Arc<EndpointSlice>>,

@@ -1,11 +1,15 @@
 //! What a cluster of the fleet says by `spec.service.trafficPolicy`.
 
+use k8s_openapi::api::core::v1::Service;
 use sluice_crds::{HttpSettings, TcpSettings, TrafficPolicy};
 use sluice_xds::envoy::config::{
     cluster::v3::{
         CircuitBreakers, OutlierDetection,
         circuit_breakers::Thresholds,
-        cluster::{LbConfig, LeastRequestLbConfig, SlowStartConfig},
+        cluster::{
+            CommonLbConfig, LbConfig, LeastRequestLbConfig, SlowStartConfig,
+            common_lb_config::{LocalityConfigSpecifier, ZoneAwareLbConfig},
+        },
     },
     core::v3::HttpProtocolOptions,
 };
@@ -77,6 +81,24 @@ pub(super) fn slow_start(policy: Option<&TrafficPolicy>) -> Option<LbConfig> {
     }))
 }
 
+/// Whether Pods in the zone of whoever asks are preferred: as the Canary says, or else as the Service asks of any proxy (KEP-4444).
+pub(super) fn prefers_own_zone(policy: Option<&TrafficPolicy>, service: &Service) -> bool {
+    let said = policy.and_then(|policy| policy.load_balancer.as_ref()?.locality_lb_setting.as_ref()?.enabled);
+    said.unwrap_or_else(|| {
+        let distribution = service.spec.as_ref().and_then(|spec| spec.traffic_distribution.as_deref());
+        matches!(distribution, Some("PreferClose" | "PreferSameZone"))
+    })
+}
+
+/// From the first Pod on: Envoy's default of 6 would leave most applications out.
+pub(super) fn own_zone() -> CommonLbConfig {
+    let zones = ZoneAwareLbConfig { routing_enabled: None, min_cluster_size: Some(1) };
+    CommonLbConfig {
+        locality_config_specifier: Some(LocalityConfigSpecifier::ZoneAwareLbConfig(zones)),
+        ..CommonLbConfig::default()
+    }
+}
+
 pub(super) fn connections(policy: Option<&TrafficPolicy>) -> Option<HttpProtocolOptions> {
     let http = http(policy)?;
     let idle_timeout = http.idle_timeout.as_deref().and_then(duration);
@@ -97,6 +119,7 @@ mod tests {
         envoy::{
             config::{
                 cluster::v3::Cluster,
+                endpoint::v3::ClusterLoadAssignment,
                 listener::v3::{Listener, filter::ConfigType},
             },
             extensions::filters::network::connection_limit::v3::ConnectionLimit,
@@ -122,6 +145,53 @@ mod tests {
         assert_eq!((said.len(), limit.stat_prefix.as_str(), limit.max_connections), (2, "shop/web:80", Some(4096)));
         shop.limits = Limits::default();
         assert_eq!(filters(&shop).len(), 1);
+    }
+
+    #[test]
+    fn zones_are_said_where_the_canary_or_the_service_asks_for_them() {
+        let zones = |shop: &Shop| {
+            let snapshot = build(&shop.inputs());
+            let body = |kind| snapshot.fleet.get(kind, "shop/web:80/aaa").unwrap().body.clone();
+            let cluster: Cluster = unpack(&body(TypeUrl::Cluster)).unwrap();
+            let assignment: ClusterLoadAssignment = unpack(&body(TypeUrl::Endpoints)).unwrap();
+            let localities: Vec<_> = assignment
+                .endpoints
+                .iter()
+                .map(|one| (one.locality.clone().map(|locality| locality.zone), one.lb_endpoints.len()))
+                .collect();
+            (cluster.common_lb_config.is_some(), localities)
+        };
+        let mut shop = Shop::new();
+        shop.traffic("aaa", None, 0);
+        for (name, ip, zone) in [
+            ("a", "10.0.0.1", Some("z-1")),
+            ("b", "10.0.0.2", Some("z-2")),
+            ("c", "10.0.0.3", Some("z-1")),
+            ("d", "10.0.0.4", None),
+        ] {
+            shop.revision_pod(name, "aaa", ip);
+            if let Some(zone) = zone {
+                shop.pods.last_mut().unwrap()["metadata"]["labels"]["topology.kubernetes.io/zone"] = json!(zone);
+            }
+        }
+        let plain = (false, vec![(None, 4)]);
+        let zone = |name: &str| Some(name.to_owned());
+        let preferred = (true, vec![(None, 1), (zone("z-1"), 2), (zone("z-2"), 1)]);
+        assert_eq!(zones(&shop), plain);
+        for (distribution, prefers) in
+            [("PreferClose", true), ("PreferSameZone", true), ("PreferSameNode", false), ("Other", false)]
+        {
+            shop.traffic_distribution = Some(distribution);
+            assert_eq!(zones(&shop) == preferred, prefers, "{distribution}");
+            assert_eq!(zones(&shop) == plain, !prefers, "{distribution}");
+        }
+        // The Canary's word is the nearer one.
+        for (enabled, distribution, expected) in [(true, None, &preferred), (false, Some("PreferClose"), &plain)] {
+            shop.traffic_distribution = distribution;
+            shop.canary["spec"]["service"]["trafficPolicy"] =
+                json!({"loadBalancer": {"localityLbSetting": {"enabled": enabled}}});
+            assert_eq!(zones(&shop), *expected);
+        }
     }
 
     #[test]

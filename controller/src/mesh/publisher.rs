@@ -88,7 +88,7 @@ impl PublisherHandle {
         self.0.snapshot.subscribe()
     }
 
-    /// Takes the canary side off the traffic now, without waiting for anybody. It stays off until a status says weight 0
+    /// Takes the canary side off the traffic now, without waiting for anybody. It stays off until a status says weight 0 and no mirror
     /// or names another canary.
     pub fn cut(&self, key: &CanaryKey) {
         let inputs = (self.0.gather)();
@@ -145,8 +145,9 @@ fn still_cut(inputs: &Inputs, key: &CanaryKey, cut: &Cut) -> bool {
     let Some(traffic) = canary.status.as_ref().and_then(|status| status.traffic.as_ref()) else {
         return false;
     };
-    // Whoever cuts may know of a status that our cache does not have yet: a weight of 0 counts only if it is news.
-    let caught_up = traffic.weight == 0 && canary.resource_version() != cut.seen;
+    // Whoever cuts may know of a status that our cache does not have yet: that nothing reaches it counts only if it is news.
+    let nothing = traffic.weight == 0 && traffic.mirror == 0;
+    let caught_up = nothing && canary.resource_version() != cut.seen;
     !caught_up && (traffic.canary == cut.canary || cut.canary.is_none())
 }
 
@@ -508,6 +509,29 @@ mod tests {
         version(&shop, "4");
         handle.rebuild();
         assert_eq!(weight(&handle), 10, "a later step counts again");
+    }
+
+    #[test]
+    fn a_cut_of_a_mirror_holds_until_a_status_says_that_there_is_none() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", Some("bbb"), 0);
+        shop.canary["status"]["traffic"]["mirror"] = json!(60);
+        let (shop, handle, _) = published(shop);
+        let key = CanaryKey::new("shop", "web");
+        let mirror = || handle.snapshots().borrow().canaries[&key].traffic.mirror;
+        assert_eq!(mirror(), 60);
+        handle.cut(&key);
+        assert_eq!(mirror(), 0, "at once");
+        version(&shop, "2");
+        handle.rebuild();
+        assert_eq!(mirror(), 0, "weight 0 alone is no news");
+        lock(&shop).traffic("aaa", Some("bbb"), 0);
+        version(&shop, "3");
+        handle.rebuild();
+        lock(&shop).canary["status"]["traffic"]["mirror"] = json!(60);
+        version(&shop, "4");
+        handle.rebuild();
+        assert_eq!(mirror(), 60, "a later step counts again");
     }
 
     #[test]

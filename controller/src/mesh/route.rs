@@ -1,16 +1,16 @@
 //! What the fleet does with requests of HTTP: [`route`], by `spec.service` and by the release that is under way.
 
-use std::collections::BTreeMap;
-
 use prost_types::{Any, Duration};
 use sluice_crds::{
-    CorsPolicy, HeaderOperations, HttpMatch, Retries, Rewrite, ServiceSpec, SessionAffinity, StringMatch,
-    parse_duration,
+    CorsPolicy, Fault, HeaderOperations, HttpMatch, Percentage, Retries, Rewrite, ServiceSpec, SessionAffinity,
+    StringMatch, parse_duration,
 };
 use sluice_xds::{
     envoy::{
         config::{
-            core::v3::{HeaderValue, HeaderValueOption, header_value_option::HeaderAppendAction},
+            core::v3::{
+                HeaderValue, HeaderValueOption, RuntimeFractionalPercent, header_value_option::HeaderAppendAction,
+            },
             route::v3::{
                 DirectResponseAction, HeaderMatcher, QueryParameterMatcher, RetryPolicy, Route, RouteAction,
                 RouteMatch, WeightedCluster,
@@ -18,7 +18,7 @@ use sluice_xds::{
                 query_parameter_matcher::QueryParameterMatchSpecifier,
                 route,
                 route_action::{
-                    ClusterSpecifier, HashPolicy, HostRewriteSpecifier,
+                    ClusterSpecifier, HashPolicy, HostRewriteSpecifier, RequestMirrorPolicy,
                     hash_policy::{Cookie, PolicySpecifier},
                 },
                 route_match::PathSpecifier,
@@ -26,10 +26,17 @@ use sluice_xds::{
             },
         },
         extensions::filters::{
-            http::cors::v3::{Cors, CorsPolicy as CorsMessage},
+            common::fault::v3::{FaultDelay, fault_delay::FaultDelaySecifier},
+            http::{
+                cors::v3::{Cors, CorsPolicy as CorsMessage},
+                fault::v3::{FaultAbort, HttpFault, fault_abort::ErrorType},
+            },
             network::http_connection_manager::v3::HttpFilter,
         },
-        r#type::matcher::v3::{RegexMatchAndSubstitute, RegexMatcher, StringMatcher, string_matcher::MatchPattern},
+        r#type::{
+            matcher::v3::{RegexMatchAndSubstitute, RegexMatcher, StringMatcher, string_matcher::MatchPattern},
+            v3::{FractionalPercent, fractional_percent::DenominatorType},
+        },
     },
     pack,
 };
@@ -40,12 +47,15 @@ use super::{
 };
 
 const CORS: &str = "envoy.filters.http.cors";
+const FAULT: &str = "envoy.filters.http.fault";
 
 /// Who gets the requests of a port.
 pub(super) struct Destinations<'a> {
     /// Of requests that match one of these, before all others.
     pub(super) matched: Option<(&'a [HttpMatch], Split)>,
     pub(super) all: Split,
+    /// What gets copies of so many percent of the requests that may reach the canary.
+    pub(super) mirror: Option<(String, u32)>,
     pub(super) affinity: Option<&'a SessionAffinity>,
 }
 
@@ -60,21 +70,32 @@ pub(super) fn route(name: &str, to: Option<&Destinations<'_>>, how: &ServiceSpec
     let admitted = how.matches.as_deref().unwrap_or(&everything);
     let mut routes = Vec::new();
     let mut needs = needs_of(&to.all);
+    needs.extend(to.mirror.iter().flat_map(|mirror| needs_of(&vec![mirror.clone()])));
     if let Some((matches, split)) = &to.matched {
         let both = matches.iter().flat_map(|one| admitted.iter().map(move |other| matcher(&[one, other])));
-        routes.extend(both.map(|matcher| forward(matcher, split, to.affinity, how)));
+        routes.extend(both.map(|matcher| forward(matcher, split, to.mirror.as_ref(), to.affinity, how)));
         needs.extend(needs_of(split));
     }
-    routes.extend(admitted.iter().map(|one| forward(matcher(&[one]), &to.all, to.affinity, how)));
+    // What does not match never reaches the canary, not even as a copy.
+    let mirror = to.mirror.as_ref().filter(|_| to.matched.is_none());
+    routes.extend(admitted.iter().map(|one| forward(matcher(&[one]), &to.all, mirror, to.affinity, how)));
     resource(&encode::route_configuration(name, routes), needs)
 }
 
 /// What the listener of such a port has before its router.
 pub(super) fn filters(how: &ServiceSpec) -> Vec<HttpFilter> {
-    how.cors_policy.iter().map(|_| encode::http_filter(CORS, &Cors {})).collect()
+    let cors = how.cors_policy.iter().map(|_| encode::http_filter(CORS, &Cors {}));
+    let fault = how.fault.iter().map(|_| encode::http_filter(FAULT, &HttpFault::default()));
+    cors.chain(fault).collect()
 }
 
-fn forward(matcher: RouteMatch, split: &Split, affinity: Option<&SessionAffinity>, how: &ServiceSpec) -> Route {
+fn forward(
+    matcher: RouteMatch,
+    split: &Split,
+    mirror: Option<&(String, u32)>,
+    affinity: Option<&SessionAffinity>,
+    how: &ServiceSpec,
+) -> Route {
     // With one side only there is nothing to stick to.
     let affinity = affinity.filter(|_| split.len() > 1);
     let weight = |(name, weight): &(String, u32)| ClusterWeight { name: name.clone(), weight: Some(*weight) };
@@ -89,6 +110,7 @@ fn forward(matcher: RouteMatch, split: &Split, affinity: Option<&SessionAffinity
         timeout: Some(how.timeout.as_deref().and_then(duration).unwrap_or(seconds(0))),
         retry_policy: how.retries.as_ref().map(retry_policy),
         hash_policy: affinity.map(cookie).into_iter().collect(),
+        request_mirror_policies: mirror.map(copies).into_iter().collect(),
         prefix_rewrite: rewrite.and_then(|rewrite| rewrite.uri.clone()).unwrap_or_default(),
         regex_rewrite: rewrite.and_then(regex_rewrite),
         host_rewrite_specifier: rewrite
@@ -104,12 +126,22 @@ fn forward(matcher: RouteMatch, split: &Split, affinity: Option<&SessionAffinity
     Route {
         r#match: Some(matcher),
         action: Some(route::Action::Route(action)),
-        typed_per_filter_config: cors(how.cors_policy.as_ref()),
+        typed_per_filter_config: cors(how.cors_policy.as_ref()).chain(how.fault.as_ref().map(fault)).collect(),
         request_headers_to_remove,
         request_headers_to_add,
         response_headers_to_remove,
         response_headers_to_add,
         ..Route::default()
+    }
+}
+
+/// The canary must take a copy for what it is a copy of, so the host stays as it is, unlike by Envoy's default.
+fn copies((cluster, percent): &(String, u32)) -> RequestMirrorPolicy {
+    let fraction = FractionalPercent { numerator: *percent, denominator: DenominatorType::Hundred.into() };
+    RequestMirrorPolicy {
+        cluster: cluster.clone(),
+        runtime_fraction: Some(RuntimeFractionalPercent { default_value: Some(fraction) }),
+        disable_shadow_host_suffix_append: true,
     }
 }
 
@@ -189,8 +221,32 @@ fn regex_rewrite(rewrite: &Rewrite) -> Option<RegexMatchAndSubstitute> {
     })
 }
 
-fn cors(policy: Option<&CorsPolicy>) -> BTreeMap<String, Any> {
-    let Some(policy) = policy else { return BTreeMap::new() };
+fn fault(said: &Fault) -> (String, Any) {
+    // Finer than the parts of a million that Envoy knows the API does not take.
+    let part = |percentage: Option<Percentage>| {
+        let millionths = (percentage.map_or(0.0, |of| of.value).clamp(0.0, 100.0) * 1e4).round();
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "from 0 to 1,000,000")]
+        let numerator = millionths as u32;
+        Some(FractionalPercent { numerator, denominator: DenominatorType::Million.into() })
+    };
+    let delay = said.delay.as_ref().map(|delay| FaultDelay {
+        percentage: part(delay.percentage),
+        fault_delay_secifier: delay.fixed_delay.as_deref().and_then(duration).map(FaultDelaySecifier::FixedDelay),
+    });
+    let abort = said.abort.as_ref().map(|abort| {
+        let http = abort.http_status.and_then(|status| u32::try_from(status).ok()).map(ErrorType::HttpStatus);
+        let error_type = http.or(abort.grpc_status.map(|status| ErrorType::GrpcStatus(status.code())));
+        FaultAbort { percentage: part(abort.percentage), error_type }
+    });
+    let headers = said.headers.iter().map(|(name, said)| header(name, said)).collect();
+    (FAULT.to_owned(), pack(&HttpFault { delay, abort, headers }))
+}
+
+fn cors(policy: Option<&CorsPolicy>) -> impl Iterator<Item = (String, Any)> {
+    policy.map(cors_of).into_iter()
+}
+
+fn cors_of(policy: &CorsPolicy) -> (String, Any) {
     let exact = |origin: &String| StringMatch { exact: Some(origin.clone()), ..StringMatch::default() };
     let origins = policy.allow_origins.iter().cloned().chain(policy.allow_origin.iter().map(exact));
     let message = CorsMessage {
@@ -202,7 +258,7 @@ fn cors(policy: Option<&CorsPolicy>) -> BTreeMap<String, Any> {
         allow_credentials: Some(policy.allow_credentials),
         ..CorsMessage::default()
     };
-    BTreeMap::from([(CORS.to_owned(), pack(&message))])
+    (CORS.to_owned(), pack(&message))
 }
 
 pub(super) fn duration(text: &str) -> Option<Duration> {
@@ -311,6 +367,93 @@ mod tests {
         bytes.more_ports = vec![json!({"port": 5432, "name": "db", "protocol": "TCP", "targetPort": 5432})];
         let listener: Listener =
             unpack(&build(&bytes.inputs()).fleet.get(TypeUrl::Listener, "shop/web:5432").unwrap().body).unwrap();
+        let said = format!("{listener:?}");
+        assert!(!said.contains("bbb"), "{said}");
+    }
+
+    fn copies(route: &Route) -> Vec<(String, u32)> {
+        let policies = &action(route).request_mirror_policies;
+        let percent = |it: &RequestMirrorPolicy| {
+            assert!(it.disable_shadow_host_suffix_append, "the canary is asked as the primary is");
+            let fraction = it.runtime_fraction.unwrap().default_value.unwrap();
+            assert_eq!(fraction.denominator, 0, "of a hundred");
+            fraction.numerator
+        };
+        policies.iter().map(|policy| (policy.cluster.clone(), percent(policy))).collect()
+    }
+
+    #[test]
+    fn a_canary_at_weight_0_gets_copies_of_what_the_apex_is_asked() {
+        let mut shop = shop(0);
+        shop.canary["status"]["traffic"]["mirror"] = json!(30);
+        let [all] = &routes(&shop, "shop/web:80")[..] else { panic!() };
+        assert_eq!(split(all), [("shop/web:80/aaa".to_owned(), 100)]);
+        assert_eq!(copies(all), [("shop/web:80/bbb".to_owned(), 30)]);
+        let needs = build(&shop.inputs()).fleet.get(TypeUrl::Route, "shop/web:80").unwrap().needs.clone();
+        assert!(needs.contains(&(TypeUrl::Cluster, "shop/web:80/bbb".to_owned())), "it comes first");
+        // Requests for a companion are for one side.
+        for companion in ["shop/web-primary:80", "shop/web-canary:80"] {
+            assert_eq!(copies(&routes(&shop, companion)[0]), []);
+        }
+
+        // Cut, nothing is left of it.
+        let mut inputs = shop.inputs();
+        inputs.cuts.insert(shop.key());
+        let cut = build(&inputs);
+        let traffic = &cut.canaries[&shop.key()].traffic;
+        assert_eq!((traffic.weight, traffic.mirror), (0, 0));
+        let config: RouteConfiguration = unpack(&cut.fleet.get(TypeUrl::Route, "shop/web:80").unwrap().body).unwrap();
+        assert_eq!(copies(&config.virtual_hosts[0].routes[0]), []);
+    }
+
+    #[test]
+    fn a_fault_is_said_of_every_route_by_envoys_fields() {
+        let mut shop = shop(20);
+        shop.canary["spec"]["service"]["fault"] = json!({
+            "headers": {"x-rehearse": {"exact": "yes"}, "x-user": {}},
+            "delay": {"percentage": {"value": 0.5}, "fixedDelay": "1m30s"},
+            "abort": {"percentage": {"value": 100}, "grpcStatus": "UNAVAILABLE"},
+        });
+        let said = |shop: &Shop, port: &str| -> HttpFault {
+            unpack(&routes(shop, port)[0].typed_per_filter_config[FAULT]).unwrap()
+        };
+        let fault = said(&shop, "shop/web:80");
+        assert_eq!(said(&shop, "shop/web-canary:80"), fault);
+        let delay = fault.delay.unwrap();
+        let Some(FaultDelaySecifier::FixedDelay(by)) = delay.fault_delay_secifier else { panic!() };
+        assert_eq!(
+            (by.seconds, delay.percentage.unwrap().numerator, delay.percentage.unwrap().denominator),
+            (90, 5_000, 2)
+        );
+        let abort = fault.abort.unwrap();
+        assert_eq!(
+            (abort.error_type, abort.percentage.unwrap().numerator),
+            (Some(ErrorType::GrpcStatus(14)), 1_000_000)
+        );
+        let names: Vec<_> = fault.headers.iter().map(|header| header.name.as_str()).collect();
+        assert_eq!(names, ["x-rehearse", "x-user"]);
+        assert_eq!(fault.headers[1].header_match_specifier, Some(HeaderMatchSpecifier::PresentMatch(true)));
+        let snapshot = build(&shop.inputs());
+        let listener = snapshot.fleet.get(TypeUrl::Listener, "shop/web:80").unwrap();
+        let has_filter = listener.body.value.windows(FAULT.len()).any(|part| part == FAULT.as_bytes());
+        assert!(has_filter, "where stock Envoy needs it");
+
+        shop.canary["spec"]["service"]["fault"] = json!({"abort": {"percentage": {"value": 1}, "httpStatus": 503}});
+        let fault = said(&shop, "shop/web:80");
+        assert_eq!((fault.delay, fault.abort.unwrap().error_type), (None, Some(ErrorType::HttpStatus(503))));
+    }
+
+    #[test]
+    fn with_a_match_nothing_else_is_copied_and_bytes_never_are() {
+        let mut shop = shop(0);
+        shop.canary["status"]["traffic"]["mirror"] = json!(100);
+        shop.canary["status"]["traffic"]["match"] = json!([{"headers": {"x-user": {"exact": "insider"}}}]);
+        shop.more_ports = vec![json!({"port": 5432, "name": "db", "protocol": "TCP", "targetPort": 5432})];
+        let [matched, others] = &routes(&shop, "shop/web:80")[..] else { panic!() };
+        assert_eq!(split(matched), [("shop/web:80/aaa".to_owned(), 100)]);
+        assert_eq!((copies(matched), copies(others)), (vec![("shop/web:80/bbb".to_owned(), 100)], Vec::new()));
+        let listener: Listener =
+            unpack(&build(&shop.inputs()).fleet.get(TypeUrl::Listener, "shop/web:5432").unwrap().body).unwrap();
         let said = format!("{listener:?}");
         assert!(!said.contains("bbb"), "{said}");
     }

@@ -29,8 +29,6 @@ use crate::cache::CanaryKey;
 
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
-/// Put on Pods by the API server from 1.35 on; before, the zone is left out.
-const ZONE: &str = "topology.kubernetes.io/zone";
 /// How long a slice must be wrong before a replica that does not lead mends it.
 pub const STANDBY_DELAY: Duration = Duration::from_secs(2);
 /// A replica that did not run for so long knows nothing any more.
@@ -166,7 +164,7 @@ fn endpoint(pod: &Pod, family: &str) -> Option<Endpoint> {
         addresses: vec![address.to_string()],
         conditions: Some(EndpointConditions { ready: Some(true), serving: Some(true), terminating: Some(false) }),
         node_name: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
-        zone: pod.labels().get(ZONE).cloned(),
+        zone: build::zone(pod),
         target_ref: Some(ObjectReference {
             kind: Some("Pod".to_owned()),
             namespace: pod.namespace(),

@@ -39,6 +39,8 @@ pub(crate) struct Shop {
     pub(crate) more_ports: Vec<Value>,
     pub(crate) families: Vec<&'static str>,
     pub(crate) service_uid: &'static str,
+    /// `spec.trafficDistribution` of the Services.
+    pub(crate) traffic_distribution: Option<&'static str>,
     /// `-primary` and `-canary` are somebody else's.
     pub(crate) foreign_companions: bool,
     pub(crate) pods: Vec<Value>,
@@ -82,6 +84,7 @@ impl Shop {
             more_ports: Vec::new(),
             families: vec!["IPv4"],
             service_uid: "service-uid",
+            traffic_distribution: None,
             foreign_companions: false,
             pods: Vec::new(),
             originals: Vec::new(),
@@ -120,7 +123,10 @@ impl Shop {
             }
             read(&json!({
                 "metadata": {"namespace": "shop", "name": name, "uid": self.service_uid, "labels": labels},
-                "spec": {"ports": ports, "ipFamilies": self.families, "type": "ClusterIP"},
+                "spec": {
+                    "ports": ports, "ipFamilies": self.families, "type": "ClusterIP",
+                    "trafficDistribution": self.traffic_distribution,
+                },
             }))
         };
         let ours = if self.foreign_companions { json!({}) } else { json!({"sluice.dev/canary": "web"}) };

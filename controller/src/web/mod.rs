@@ -415,6 +415,7 @@ mod tests {
                 primary: Backend::revision("aaa"),
                 canary: Some(Backend::revision("bbb")),
                 weight: 20,
+                mirror: 0,
                 matches: None,
             }),
             ..CanaryStatus::default()

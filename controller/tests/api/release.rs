@@ -6,7 +6,7 @@ use kube::{
     api::{Patch, PatchParams},
 };
 use serde_json::json;
-use sluice_crds::{Phase, VerdictStatus, labels};
+use sluice_crds::{Canary, CanaryStatus, Phase, VerdictStatus, labels};
 use std::sync::atomic::Ordering;
 
 use crate::world::World;
@@ -142,4 +142,54 @@ async fn a_weight_that_is_taken_back_while_the_fleet_has_an_older_one_is_cut() {
     world.guard.breach(&world.key("web"));
     world.until_status("web", "weight 0 is requested", |status| status.requested_weight == 0).await;
     assert_eq!(*world.fleet.cuts.lock().unwrap(), [world.key("web")]);
+}
+
+/// The step counts once every member of the fleet has the mirror, no weight is requested meanwhile, and the fleet is told at once
+/// when copies fail.
+#[tokio::test]
+async fn copies_are_judged_before_any_weight_and_a_version_that_fails_them_gets_none() {
+    let Some(world) = World::new("mirrored").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({"spec": {"analysis": {"mirror": true, "mirrorWeight": 60}}})).await;
+    let first = world.until_settled("web").await.primary_revision.unwrap();
+    world.patch_deployment("web", image("app:2")).await;
+    let requested = |status: &CanaryStatus| status.traffic.as_ref().is_some_and(|traffic| traffic.mirror == 60);
+    let status = world.until_status("web", "the mirror is requested", requested).await;
+    assert_eq!((status.requested_weight, status.progress.as_str()), (0, "1/2 (mirror)"));
+    let status = world.until_status("web", "promoted", |status| status.phase == Phase::Succeeded).await;
+    assert_eq!(status.traffic.as_ref().unwrap().mirror, 0);
+    let second = status.primary_revision.unwrap();
+    assert_ne!(first, second);
+    assert_eq!(*world.fleet.cuts.lock().unwrap(), []);
+
+    *world.judge.verdict.lock().unwrap() = Some(VerdictStatus::Fail);
+    world.patch_deployment("web", image("app:bad")).await;
+    let status = world.until_status("web", "rolled back", |status| status.phase == Phase::Failed).await;
+    assert_eq!(status.primary_revision, Some(second));
+    assert_eq!(status.plan.unwrap().steps.first().map(|step| (step.weight, step.mirror)), Some((0, 60)));
+    assert!(!world.fleet.cuts.lock().unwrap().is_empty(), "the fleet was told at once");
+    let told = world.told.reasons();
+    let started = told.iter().rposition(|reason| *reason == "ReleaseStarted").unwrap();
+    let steps = told[started..].iter().filter(|reason| **reason == "StepStarted").count();
+    assert_eq!(steps, 1, "no weight was ever requested: {told:?}");
+}
+
+#[tokio::test]
+async fn a_fault_on_purpose_is_told_of_and_shown_for_as_long_as_it_is_there() {
+    let Some(world) = World::new("rehearsal").await else { return };
+    world.running_application("web").await;
+    let fault = json!({"abort": {"percentage": {"value": 5}, "httpStatus": 503}});
+    world.canary("web", json!({"spec": {"service": {"fault": fault}}})).await;
+    world.until_settled("web").await;
+    let shown = |status: &CanaryStatus| {
+        status.conditions.iter().any(|condition| {
+            condition.reason == "FaultInjected" && condition.message.contains("answers 5 percent with 503")
+        })
+    };
+    world.until_status("web", "the fault is shown", shown).await;
+    world.until_told("Warning").await;
+    let none = json!({"spec": {"service": {"fault": null}}});
+    world.api::<Canary>().patch("web", &PatchParams::default(), &Patch::Merge(&none)).await.unwrap();
+    world.until_status("web", "nothing is shown any more", |status| !shown(status)).await;
+    assert_eq!(world.told.reasons().iter().filter(|reason| **reason == "Warning").count(), 1);
 }

@@ -96,6 +96,7 @@ fn policy(it: &Policy) -> Value {
             "perTryTimeoutMs": retry.per_try_timeout.map(|timeout| timeout.as_millis()),
         })),
         "fault": it.fault.as_ref().map(|fault| json!({
+            "headers": (!fault.headers.is_empty()).then(|| format!("{:?}", fault.headers)),
             "delay": fault.delay.map(|(delay, share)| json!({ "ms": delay.as_millis(), "millionths": share.0 })),
             "abort": fault.abort.map(|(abort, share)| json!({ "with": format!("{abort:?}"), "millionths": share.0 })),
         })),

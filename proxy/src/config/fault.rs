@@ -12,7 +12,7 @@ use sluice_xds::envoy::{
     r#type::v3::FractionalPercent,
 };
 
-use super::{ConfigError, route, share, tls};
+use super::{ConfigError, matching, route, share, tls};
 use crate::{
     metrics::GrpcStatus,
     snapshot::{Abort, Fault, Share},
@@ -28,15 +28,12 @@ pub(super) fn of_listener(any: &Any, field: &str) -> Result<(), ConfigError> {
 }
 
 pub(super) fn parse(message: &HttpFault, field: &str) -> Result<Option<Fault>, ConfigError> {
-    if !message.headers.is_empty() {
-        let found = format!("{} matchers", message.headers.len());
-        return Err(ConfigError::unsupported(format!("{field}.headers"), found, "faults for all requests of a route"));
-    }
+    let headers = matching::headers(&message.headers, field)?;
     let delay = message.delay.as_ref().map(|it| delay(it, &format!("{field}.delay"))).transpose()?;
     let abort = message.abort.as_ref().map(|it| abort(it, &format!("{field}.abort"))).transpose()?;
     let (delay, abort) =
         (delay.filter(|(_, share)| *share > Share::NONE), abort.filter(|(_, share)| *share > Share::NONE));
-    Ok((delay.is_some() || abort.is_some()).then_some(Fault { delay, abort }))
+    Ok((delay.is_some() || abort.is_some()).then_some(Fault { headers, delay, abort }))
 }
 
 fn delay(message: &FaultDelay, field: &str) -> Result<(Duration, Share), ConfigError> {

@@ -18,15 +18,19 @@ use crate::{
 /// `field` is where the message stands.
 pub(super) fn parse(message: Option<&Message>, field: &str) -> Result<RouteMatch, ConfigError> {
     let message = message.ok_or_else(|| ConfigError::missing(field))?;
-    let headers = message.headers.iter().enumerate();
     let query = message.query_parameters.iter().enumerate();
     Ok(RouteMatch {
         path: path(message, field)?,
-        headers: headers.map(|(at, one)| header(one, &format!("{field}.headers[{at}]"))).collect::<Result<_, _>>()?,
+        headers: headers(&message.headers, field)?,
         query: query
             .map(|(at, one)| parameter(one, &format!("{field}.query_parameters[{at}]")))
             .collect::<Result<_, _>>()?,
     })
+}
+
+/// What `headers` of the message at `field` say.
+pub(super) fn headers(messages: &[HeaderMatcher], field: &str) -> Result<Vec<HeaderMatch>, ConfigError> {
+    messages.iter().enumerate().map(|(at, one)| header(one, &format!("{field}.headers[{at}]"))).collect()
 }
 
 fn path(message: &Message, field: &str) -> Result<StringMatch, ConfigError> {

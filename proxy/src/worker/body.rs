@@ -200,17 +200,18 @@ pub(super) async fn read_out(mut body: UpstreamBody, lease: Lease) {
     }
 }
 
-/// Reads an answer that is for nobody, however long it is. Returns whether it had an end.
-pub(super) async fn read_whole(mut body: UpstreamBody, lease: Lease) -> bool {
+/// Reads an answer that is for nobody, however long it is. Returns its trailers; `None` if it had no end.
+pub(super) async fn read_whole(mut body: UpstreamBody, lease: Lease) -> Option<HeaderMap> {
+    let mut trailers = HeaderMap::new();
     while let Some(frame) = body.frame().await {
-        if frame.is_err() {
-            return false;
+        if let Ok(found) = frame.ok()?.into_trailers() {
+            trailers = found;
         }
     }
     if body.is_request_sent() {
         lease.release(body, Instant::now());
     }
-    true
+    Some(trailers)
 }
 
 /// A response's body as it comes from an upstream.

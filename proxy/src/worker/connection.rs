@@ -442,10 +442,7 @@ async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_concurrent_streams(MAX_STREAMS)
         .max_send_buf_size(SEND_BUFFER)
-        .serve_connection(
-            TokioIo::new(Resets::of(Batch::new(stream), connection.slot.metrics.clone())),
-            service,
-        );
+        .serve_connection(TokioIo::new(Resets::of(Batch::new(stream), connection.slot.metrics.clone())), service);
     let mut served = pin!(served);
     let mut timer = pin!(sleep(connection.look_every()));
     let mut told = false;

@@ -11,8 +11,13 @@ use crate::snapshot::{Field, HeaderMatch, HeaderRule, QueryMatch, QueryRule, Rou
 /// authority in HTTP/2.
 pub(super) fn takes(rule: &RouteMatch, request: &request::Parts, tls: bool) -> bool {
     matches(&rule.path, request.uri.path().as_bytes())
-        && rule.headers.iter().all(|rule| header(rule, request, tls))
+        && headers(&rule.headers, request, tls)
         && rule.query.iter().all(|rule| parameter(rule, request.uri.query().unwrap_or_default()))
+}
+
+/// Whether a request meets all of these.
+pub(super) fn headers(rules: &[HeaderMatch], request: &request::Parts, tls: bool) -> bool {
+    rules.iter().all(|rule| header(rule, request, tls))
 }
 
 pub(super) fn matches(rule: &StringMatch, value: &[u8]) -> bool {

@@ -25,13 +25,12 @@ use super::{
     Shared,
     body::{self, BodyError, ClientBody, MAX_REPLAY, RequestBody},
     cluster::Cluster,
-    connection::Connection,
     headers,
     pool::{SendError, Wire},
 };
 use crate::{
     failure::NOT_PROCESSED,
-    metrics::{MirrorMetrics, Mirrored},
+    metrics::{GrpcStatus, MirrorMetrics, Mirrored},
     snapshot::{self, Share},
 };
 
@@ -39,6 +38,9 @@ use crate::{
 const MOST_COPIES: u32 = 128;
 /// How far a copy may be behind its request, in bytes. Of a body that is known to be longer there is none.
 const MOST_BEHIND: usize = MAX_REPLAY;
+/// Endpoints that are tried until a connection is made, as for a request.
+const MOST_TRIES: usize = 3;
+const GRPC_STATUS: &str = "grpc-status";
 /// From the end of a copy to that of its answer, where the route has no time-out: Envoy's default of `RouteAction.timeout`.
 const TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -51,34 +53,46 @@ pub(super) struct Mirror {
     metrics: Option<MirrorMetrics>,
 }
 
+/// What a copy has to know of its request beside what is sent.
+#[derive(Clone, Copy)]
+pub(super) struct Original {
+    pub(super) wire: Wire,
+    /// It came in TLS.
+    pub(super) tls: bool,
+    pub(super) grpc: bool,
+    /// When its headers were received.
+    pub(super) started: Instant,
+    /// Of its route.
+    pub(super) timeout: Option<Duration>,
+    /// The address that its connection was made to.
+    pub(super) local: SocketAddr,
+}
+
 /// Begins the copies of a request. Returns its body, which they read along.
 pub(super) fn copy(
     mirrors: &[Rc<Mirror>],
     parts: &request::Parts,
     body: RequestBody,
-    downstream: Wire,
-    timeout: Option<Duration>,
-    connection: &Connection,
+    original: Original,
 ) -> RequestBody {
-    let local = connection.local;
     let mut copies = Vec::new();
     for mirror in mirrors.iter().filter(|mirror| mirror.share.draw()) {
         let length = body.size_hint().exact();
         if length.is_some_and(|length| length > MOST_BEHIND as u64) {
-            mirror.count(Mirrored::TooLarge);
+            mirror.count(Mirrored::TooLarge, original);
             continue;
         }
         let Some(under_way) = UnderWay::begin(&mirror.cluster.copies) else {
-            mirror.count(Mirrored::Busy);
+            mirror.count(Mirrored::Busy, original);
             continue;
         };
-        let wire = mirror.cluster.wire(downstream);
+        let wire = mirror.cluster.wire(original.wire);
         let mut head = mirror.head(parts);
-        if wire != downstream && headers::translate(&mut head, wire, body.is_end_stream(), connection.is_tls()).is_err()
-        {
-            mirror.count(Mirrored::Failed);
+        if wire != original.wire && headers::translate(&mut head, wire, body.is_end_stream(), original.tls).is_err() {
+            mirror.count(Mirrored::Cancelled, original);
             continue;
         }
+        let original = Original { wire, ..original };
         let (copied, ended) = if body.is_end_stream() {
             (RequestBody::Empty, None)
         } else {
@@ -93,10 +107,10 @@ pub(super) fn copy(
             let outcome = tokio::select! {
                 // A copy that was given up fails, too, and that is not the reason.
                 biased;
-                outcome = over(ended, timeout.unwrap_or(TIMEOUT)) => outcome,
-                outcome = mirror.exchange(request, wire, local) => outcome,
+                outcome = over(ended, original.timeout.unwrap_or(TIMEOUT)) => outcome,
+                outcome = mirror.exchange(request, original) => outcome,
             };
-            mirror.count(outcome);
+            mirror.count(outcome, original);
             drop(under_way);
         });
     }
@@ -146,33 +160,47 @@ impl Mirror {
         head
     }
 
-    fn count(&self, outcome: Mirrored) {
+    fn count(&self, outcome: Mirrored, original: Original) {
         if let Some(metrics) = &self.metrics {
-            metrics.record(outcome);
+            metrics.record(outcome, original.started.elapsed());
         }
     }
 
-    /// One try, but for a kept connection that turns out to be closed.
-    async fn exchange(&self, mut request: Request<RequestBody>, wire: Wire, local: SocketAddr) -> Mirrored {
-        for fresh in [false, true] {
-            let Some(endpoint) = self.cluster.pick(&[], local) else { break };
-            let sent = endpoint.send(&self.cluster.connector, wire, request, fresh, Instant::now()).await;
+    /// One try, but for what was not sent: a kept connection that turns out to be closed, or one that cannot be made.
+    async fn exchange(&self, mut request: Request<RequestBody>, original: Original) -> Mirrored {
+        let mut unreachable: Vec<SocketAddr> = Vec::new();
+        let mut fresh = false;
+        for _ in 0..MOST_TRIES {
+            let Some(endpoint) = self.cluster.pick(&unreachable, original.local) else { break };
+            let sent = endpoint.send(&self.cluster.connector, original.wire, request, fresh, Instant::now()).await;
             let error = match sent {
                 Ok((response, lease)) => {
                     self.cluster.reached(&endpoint);
                     let status = response.status();
                     let not_processed =
                         self.cluster.config.tls.is_some() && response.headers().contains_key(NOT_PROCESSED);
-                    let whole = body::read_whole(response.into_body(), lease).await;
-                    return if whole && !not_processed { Mirrored::Answered(status) } else { Mirrored::Failed };
+                    let said = response.headers().get(GRPC_STATUS).cloned();
+                    let Some(trailers) = body::read_whole(response.into_body(), lease).await else {
+                        return Mirrored::Failed;
+                    };
+                    let said = said.or_else(|| trailers.get(GRPC_STATUS).cloned());
+                    let grpc = original.grpc.then(|| {
+                        let parse = |said: HeaderValue| GrpcStatus::parse(said.as_bytes());
+                        said.map_or_else(|| GrpcStatus::of_http(status), parse)
+                    });
+                    return if not_processed { Mirrored::Failed } else { Mirrored::Answered(status, grpc) };
                 }
                 Err(SendError::Stale { request: unsent }) => {
                     request = *unsent;
+                    fresh = true;
                     continue;
                 }
-                Err(SendError::Connect { error, .. }) => {
+                Err(SendError::Connect { request: unsent, error }) => {
                     self.cluster.unreachable(&endpoint);
-                    error.to_string()
+                    tracing::debug!(cluster = self.cluster.config.name, %error, "a copy is tried elsewhere");
+                    unreachable.push(endpoint.address);
+                    request = *unsent;
+                    continue;
                 }
                 Err(SendError::Overflow { .. }) => return Mirrored::Busy,
                 Err(SendError::Refused { error } | SendError::Lost { error }) => error.to_string(),

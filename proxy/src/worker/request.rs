@@ -14,7 +14,7 @@ use super::{
     cluster::Cluster,
     connection::{Connection, Current},
     cors::{self, Grant, Verdict},
-    fault, headers, mirror,
+    fault, headers, matching, mirror,
     pool::{Endpoint, Lease, SendError, Wire},
     retry::Retries,
     rewrite,
@@ -183,6 +183,7 @@ async fn forward(
             }
         }
         if let Some(fault) = &policy.fault
+            && matching::headers(&fault.headers, &parts, chain.tls.is_some())
             && fault::inject(fault, tally).await?
         {
             after_delay = current(&connection)?;
@@ -208,7 +209,15 @@ async fn forward(
 
     let mut body = std::mem::replace(unread, RequestBody::Empty);
     if !split.mirrors.is_empty() && !upgrade {
-        body = mirror::copy(&split.mirrors, &parts, body, downstream, policy.timeout, &connection);
+        let original = mirror::Original {
+            wire: downstream,
+            tls: connection.is_tls(),
+            grpc: tally.is_grpc(),
+            started: tally.started(),
+            timeout: policy.timeout,
+            local: connection.local,
+        };
+        body = mirror::copy(&split.mirrors, &parts, body, original);
     }
     if wire != downstream
         && let Err(failure) = headers::translate(&mut parts, wire, body.is_end_stream(), connection.is_tls())

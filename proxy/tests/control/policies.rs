@@ -7,7 +7,7 @@ use prost_types::Any;
 use sluice_proxy::{
     config::Resources,
     metrics::GrpcStatus,
-    snapshot::{Abort, Action, Fault, HashPolicy, HashedBy, Policy, Protocol, Share, Snapshot, Split},
+    snapshot::{Abort, Action, Fault, HashPolicy, HashedBy, HeaderRule, Policy, Protocol, Share, Snapshot, Split},
 };
 use sluice_xds::{
     TypeUrl,
@@ -16,6 +16,7 @@ use sluice_xds::{
             core::v3::RuntimeFractionalPercent,
             route::v3::{
                 HeaderMatcher, RouteAction, RouteConfiguration,
+                header_matcher::HeaderMatchSpecifier,
                 route::Action as MessageAction,
                 route_action::{
                     ClusterSpecifier, HashPolicy as HashMessage, RequestMirrorPolicy,
@@ -220,13 +221,18 @@ fn faults_of_a_route_are_served_or_refused_by_field() {
         (
             fault(Some(delay(2, Some(percent(50)))), Some(abort(ErrorType::HttpStatus(503), 100))),
             Some(Fault {
+                headers: Vec::new(),
                 delay: Some((Duration::from_secs(2), Share(500_000))),
                 abort: Some((Abort::Http(StatusCode::SERVICE_UNAVAILABLE), Share::ALL)),
             }),
         ),
         (
             fault(None, Some(abort(ErrorType::GrpcStatus(14), 1))),
-            Some(Fault { delay: None, abort: Some((Abort::Grpc(GrpcStatus::UNAVAILABLE), Share(10_000))) }),
+            Some(Fault {
+                headers: Vec::new(),
+                delay: None,
+                abort: Some((Abort::Grpc(GrpcStatus::UNAVAILABLE), Share(10_000))),
+            }),
         ),
         // Without a percentage, none.
         (fault(Some(delay(2, None)), None), None),
@@ -235,9 +241,19 @@ fn faults_of_a_route_are_served_or_refused_by_field() {
     for (message, expected) in good {
         assert_eq!(served(&serve(&faulty(&message))).1.fault, expected);
     }
-    let by_header = HttpFault { headers: vec![HeaderMatcher::default()], ..fault(None, None) };
+    let by_header =
+        |matcher| HttpFault { headers: vec![matcher], ..fault(None, Some(abort(ErrorType::HttpStatus(503), 100))) };
+    let rehearsed = HeaderMatcher {
+        name: "x-rehearse".to_owned(),
+        header_match_specifier: Some(HeaderMatchSpecifier::PresentMatch(true)),
+        ..HeaderMatcher::default()
+    };
+    let snapshot = serve(&faulty(&by_header(rehearsed.clone())));
+    let [rule] = served(&snapshot).1.fault.as_ref().unwrap().headers.as_slice() else { panic!() };
+    assert_eq!((&rule.rule, rule.invert), (&HeaderRule::Present(true), false));
     let bad = [
-        (by_header, "headers is '1 matchers'"),
+        (by_header(HeaderMatcher::default()), "headers[0].string_match is missing"),
+        (by_header(HeaderMatcher { name: "a b".to_owned(), ..rehearsed }), "headers[0].name is 'a b'"),
         (fault(Some(delay(0, None)), None), "delay.fixed_delay is '0 s'"),
         (fault(Some(delay(-1, None)), None), "delay.fixed_delay is '-1 s"),
         (fault(Some(FaultDelay::default()), None), "delay.fixed_delay is missing"),

@@ -8,7 +8,10 @@ use std::{
 use http::{Request, StatusCode};
 use sluice_proxy::{
     metrics::GrpcStatus,
-    snapshot::{Abort, Action, Fault, MetricLabels, Policy, Protocol, Share},
+    snapshot::{
+        Abort, Action, Fault, Field, HeaderMatch, HeaderRule, MetricLabels, Policy, Protocol, Share, StringMatch,
+        StringRule,
+    },
     workers::Role,
 };
 use sluice_xds::sluice::guard::v1::Outcomes;
@@ -24,11 +27,11 @@ fn with(fault: Fault, app: &App) -> Protocol {
 }
 
 fn abort(abort: Abort, share: Share) -> Fault {
-    Fault { delay: None, abort: Some((abort, share)) }
+    Fault { headers: Vec::new(), delay: None, abort: Some((abort, share)) }
 }
 
 fn delay(by: Duration) -> Fault {
-    Fault { delay: Some((by, Share::ALL)), abort: None }
+    Fault { headers: Vec::new(), delay: Some((by, Share::ALL)), abort: None }
 }
 
 fn outcomes(proxy: &Proxy) -> Outcomes {
@@ -61,6 +64,44 @@ async fn an_injected_answer_says_that_it_is_one_and_counts_against_nobody() {
     assert_eq!((app.requests(), proxy.metric(INJECTED)), (0, 6));
     assert_eq!(outcomes(&proxy), Outcomes::default());
     assert_eq!(proxy.counted("a", "5xx", ""), 0);
+}
+
+#[tokio::test]
+async fn only_requests_with_its_headers_meet_a_fault() {
+    let app = App::named("a").await;
+    let proxy = Proxy::start(Role::Fleet);
+    let rule = |name: &'static str, rule| HeaderMatch {
+        of: Field::Header(http::HeaderName::from_static(name)),
+        rule,
+        invert: false,
+        missing_is_empty: false,
+    };
+    let exact = StringMatch { rule: StringRule::Exact("yes".to_owned()), ignore_case: false };
+    let headers = vec![rule("x-rehearse", HeaderRule::Text(exact)), rule("x-user", HeaderRule::Present(true))];
+    proxy.serve(with(Fault { headers, ..abort(Abort::Http(StatusCode::BAD_GATEWAY), Share::ALL) }, &app)).await;
+    let (mut http1, mut http2) = (Http1::connect(proxy.address).await, Http2::connect(proxy.address).await);
+    for (said, hit) in [
+        (vec![], false),
+        (vec![("x-rehearse", "yes")], false),
+        (vec![("x-rehearse", "no"), ("x-user", "jane")], false),
+        (vec![("x-rehearse", "yes"), ("x-user", "jane")], true),
+    ] {
+        let request = || {
+            let mut request = Request::get("http://cart.shop/").body(full("")).unwrap();
+            for (name, value) in &said {
+                request.headers_mut().insert(*name, http::HeaderValue::from_static(value));
+            }
+            request
+        };
+        let mut over_http1 = request();
+        *over_http1.uri_mut() = http::Uri::from_static("/");
+        over_http1.headers_mut().insert("host", http::HeaderValue::from_static("cart.shop"));
+        for answer in [http1.send(over_http1).await.unwrap(), http2.send(request()).await.unwrap()] {
+            let expected = if hit { StatusCode::BAD_GATEWAY } else { StatusCode::OK };
+            assert_eq!(answer.status, expected, "{said:?}");
+        }
+    }
+    assert_eq!((app.requests(), proxy.metric(INJECTED)), (6, 2));
 }
 
 #[tokio::test]

@@ -42,6 +42,12 @@ fn copies(metrics: &Metrics, outcome: &str) -> u64 {
     value.unwrap_or_else(|| panic!("{series} is missing in\n{text}")).parse().unwrap()
 }
 
+/// Copies whose duration was measured.
+fn measured(proxy: &Proxy) -> u64 {
+    let labels = "destination_namespace=\"shop\",destination_service=\"cart\",revision=\"m\"";
+    proxy.metric(&format!("sluice_mirrored_request_duration_seconds_count{{{labels}}}"))
+}
+
 async fn until(proxy: &Proxy, outcome: &str, count: u64) {
     eventually(&format!("{count} copies: {outcome}"), || copies(&proxy.metrics, outcome) == count).await;
 }
@@ -127,9 +133,9 @@ async fn copies_arrive_whole_and_nobody_sees_their_answers() {
         assert_eq!(host, marked);
         assert_eq!(sum.is_some(), path.ends_with("chunked"), "{path}");
     }
-    assert_eq!((mirror.requests(), app.requests()), (6, 6));
+    assert_eq!((mirror.requests(), app.requests(), measured(&proxy)), (6, 6, 6));
 
-    // What gates and the guard read is of users alone.
+    // What the guard reads, and gates at a weight above 0, is of users alone.
     let labels =
         MetricLabels { destination_namespace: "shop".into(), destination_service: "cart".into(), revision: "m".into() };
     assert_eq!(proxy.metrics.outcomes(&labels, Duration::from_millis(1)), Outcomes::default());
@@ -165,6 +171,67 @@ async fn a_mirror_that_hangs_resets_or_refuses_costs_the_request_nothing() {
         }
         assert_eq!(proxy.counted("a", "2xx", ""), 15);
         until(&proxy, outcome, 15).await;
+        assert_eq!(measured(&proxy), 15, "{outcome}");
+    }
+}
+
+/// As a user's request: it was certainly not processed.
+#[tokio::test]
+async fn a_copy_that_was_not_sent_is_tried_at_another_endpoint() {
+    let ((app, _), (mirror, _)) = (echo(StatusCode::OK).await, echo(StatusCode::OK).await);
+    let proxy = Proxy::start(Role::Fleet);
+    let mut split = split([(cluster("a", &[app.address]), 100)]);
+    let there = cluster("m", &[SocketAddr::new(own_ip(), 9), mirror.address]);
+    split.mirrors = vec![Mirror { cluster: Arc::new(there), share: Share::ALL, marks_host: false }];
+    proxy.serve(Protocol::http(Action::Forward { split, policy: Arc::default() })).await;
+    let mut client = Http1::connect(proxy.address).await;
+    for _ in 0..20 {
+        assert_eq!(client.send(post("/", "body")).await.unwrap().status, StatusCode::OK);
+    }
+    until(&proxy, "2xx", 20).await;
+    assert_eq!((copies(&proxy.metrics, "failed"), mirror.requests()), (0, 20));
+}
+
+/// The status of a gRPC call says whether its server failed, whatever HTTP says.
+#[tokio::test]
+async fn copies_of_grpc_calls_are_counted_by_their_status() {
+    let (app, _) = echo(StatusCode::OK).await;
+    let proxy = Proxy::start(Role::Fleet);
+    let mut counted = [("2xx", 0), ("grpc_failed", 0), ("5xx", 0)];
+    // Without a status it is that of HTTP: 200 is UNKNOWN.
+    for (http, in_head, in_trailers, outcome) in [
+        (200, Some("0"), None, "2xx"),
+        (200, None, Some("0"), "2xx"),
+        (200, None, Some("5"), "2xx"),
+        (200, Some("13"), None, "grpc_failed"),
+        (200, None, Some("14"), "grpc_failed"),
+        (200, None, None, "grpc_failed"),
+        (503, None, None, "5xx"),
+    ] {
+        let mirror = App::start(own_ip(), 8080, move |request| async move {
+            // What HTTP/2 says of the request may be cut off by an early answer.
+            let _ = request.into_body().collect().await;
+            let mut answer = Response::builder().status(http).header("content-type", "application/grpc");
+            if let Some(status) = in_head {
+                answer = answer.header("grpc-status", status);
+            }
+            let trailers = in_trailers.map(|status| {
+                let value = HeaderValue::from_static(status);
+                Frame::trailers(HeaderMap::from_iter([(header::HeaderName::from_static("grpc-status"), value)]))
+            });
+            let frames = trailers.into_iter().map(Ok);
+            answer.body(BodyExt::boxed(StreamBody::new(futures::stream::iter(frames)))).unwrap()
+        })
+        .await;
+        proxy.serve(mirrored(&app, mirror.address, Share::ALL, Policy::default())).await;
+        let mut client = Http2::connect(proxy.address).await;
+        let before = copies(&proxy.metrics, outcome);
+        client.send(call("/cart.Cart/Get")).await.unwrap();
+        until(&proxy, outcome, before + 1).await;
+        for (name, count) in &mut counted {
+            *count += u64::from(*name == outcome);
+            assert_eq!(copies(&proxy.metrics, name), *count, "{http} {in_head:?} {in_trailers:?}");
+        }
     }
 }
 
@@ -193,6 +260,8 @@ async fn no_more_copies_are_under_way_than_a_bound() {
         }
     }
     assert_eq!((copies(&proxy.metrics, "busy"), proxy.counted("a", "2xx", "")), (200 - 128, 200));
+    // Those are still under way, and what was not sent says nothing about the version.
+    assert_eq!(measured(&proxy), 0);
 }
 
 #[tokio::test]

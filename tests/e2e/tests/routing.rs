@@ -1,10 +1,15 @@
 //! What decides who reaches the canary beside weights, on the real cluster.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
+use std::time::Duration;
+
+use kube::ResourceExt;
 use serde_json::json;
-use sluice_crds::{Phase, Stage};
+use sluice_crds::{Phase, Stage, VerdictStatus};
 use sluice_e2e::{
-    adopted::{MINUTE, Use, adopted, quick},
+    adopted::{Adopted, MINUTE, Use, adopted, quick},
+    cluster::SYSTEM,
+    installation,
     load::Load,
     watch::unix_ms,
 };
@@ -117,5 +122,82 @@ async fn a_user_with_a_cookie_stays_on_one_version_while_weights_stay() {
     for load in &users {
         assert!(load.failures_since(applied).is_empty(), "{:?}", load.failures_since(applied));
     }
+    stage.end().await;
+}
+
+/// Copies for a revision by their outcome, as the fleet has counted them so far, over all of its members.
+async fn copies(stage: &Adopted, revision: &str, outcome: &str) -> u64 {
+    let cluster = &stage.app.cluster;
+    let labels = format!(
+        "sluice_mirrored_requests_total{{destination_namespace=\"{}\",destination_service=\"hello\",revision=\"{revision}\",outcome=\"{outcome}\"}} ",
+        stage.app.namespace
+    );
+    let mut sum = 0;
+    for pod in installation::fleet(cluster).await {
+        let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{}:20444/proxy/metrics", pod.name_any());
+        let text = cluster.kubectl(&["get", "--raw", &path], None).await.unwrap();
+        let counted = text.lines().find_map(|line| line.strip_prefix(&labels));
+        sum += counted.map_or(0, |count| count.parse::<u64>().unwrap());
+    }
+    sum
+}
+
+/// Copies of users' requests come before any weight. Users see nothing of them, and a version that fails them is never seen at all.
+#[tokio::test]
+async fn copies_of_requests_judge_a_version_before_any_user_sees_it() {
+    let mut spec = quick();
+    spec["analysis"]["mirror"] = json!(true);
+    // The gates alone decide here.
+    spec["analysis"]["guard"] = json!({"enabled": false});
+    let Some(stage) = adopted("mirrored", Use::Shared, &[], spec).await else { return };
+
+    // One that answers every copy with 500.
+    let applied = stage.app.release(&[("VERSION", "v2"), ("ERROR_RATE", "1")]).await.unwrap();
+    let judging = stage
+        .wait("judgement of copies", applied, |status| {
+            status.stage == Stage::Judge && status.effective_mirror == Some(100)
+        })
+        .await;
+    assert_eq!((judging.effective_weight, judging.progress.as_str()), (Some(0), "1/3 (mirror)"));
+    let bad = judging.canary_revision.clone().unwrap();
+    let failed = stage.app.ends(applied, Phase::Failed, 2 * MINUTE).await.unwrap().status;
+    assert_eq!(failed.rollback.as_ref().unwrap().reason, "ThresholdReached");
+    let gate = failed.gates.iter().find(|gate| gate.name == "request-success-rate").unwrap();
+    assert_eq!((gate.verdict, gate.value, gate.primary_value), (VerdictStatus::Fail, Some(0.0), Some(100.0)));
+    assert!(gate.query.contains("sluice_mirrored_requests_total"), "{}", gate.query);
+    println!("{bad}: {} copies judged", gate.samples.unwrap());
+    assert_eq!(stage.answers_of("v2", applied).await, 0, "no user saw it");
+
+    // A good one: it has copies in the first step, and users from the second on.
+    let applied = stage.app.release(&[("VERSION", "v3"), ("ERROR_RATE", "0")]).await.unwrap();
+    let judging = stage
+        .wait("judgement of copies", applied, |status| {
+            status.stage == Stage::Judge && status.effective_mirror == Some(100)
+        })
+        .await;
+    let good = judging.canary_revision.clone().unwrap();
+    // While the mirror is configured: its series goes with it.
+    let mut sent = 0;
+    while sent == 0 {
+        sent = copies(&stage, &good, "2xx").await;
+        assert!(unix_ms() < applied + 120_000, "no copy arrives");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    println!("{good}: {sent} copies answered so far");
+    assert_eq!(copies(&stage, &good, "5xx").await, 0);
+    let weighted = stage.wait("the first weight", applied, |status| status.requested_weight == 20).await;
+    let until = unix_ms();
+    assert_eq!((weighted.progress.as_str(), weighted.failed_checks), ("2/3", 0));
+    stage.load.catch_up().await.unwrap();
+    // The status is seen a moment after the fleet has it.
+    let early: Vec<_> = stage
+        .load
+        .since(applied)
+        .into_iter()
+        .filter(|bucket| bucket.version == "v3" && bucket.last_ms + 2_000 < until)
+        .collect();
+    assert!(early.is_empty(), "users had it while it was judged by copies: {early:?}");
+    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
+    assert!(stage.answers_of("v3", applied).await > 0);
     stage.end().await;
 }

@@ -56,9 +56,7 @@ fn begin(run: &mut Run<'_>) -> Next {
     if let Some(template) = &mut run.status.template {
         template.name.clear();
     }
-    if let Some(traffic) = &mut run.status.traffic {
-        traffic.weight = 0;
-    }
+    run.take_back();
     if run.status.traffic.as_ref().is_none_or(|traffic| traffic.primary.is_original()) {
         run.enter(Stage::ReturnSwitch)
     } else {

@@ -24,6 +24,8 @@ pub(super) fn holds(before: &CanaryStatus, outcome: &Outcome, seen: &Observation
     let after = &outcome.status;
     let weight = |status: &CanaryStatus| status.traffic.as_ref().map_or(0, |traffic| traffic.weight);
     let (from, to) = (weight(before), weight(after));
+    let mirror = |status: &CanaryStatus| status.traffic.as_ref().map_or(0, |traffic| traffic.mirror);
+    let copies = mirror(after);
     let effective = if seen.fleet.joining { None } else { seen.fleet.effective.as_ref() };
 
     require((0..=100).contains(&to), "a weight lies within 0 and 100")?;
@@ -31,10 +33,17 @@ pub(super) fn holds(before: &CanaryStatus, outcome: &Outcome, seen: &Observation
         after.traffic.as_ref().is_none_or(|traffic| traffic.weight == 0 || traffic.canary.is_some()),
         "only a named revision has a weight",
     )?;
+    require((0..=100).contains(&copies), "a mirror lies within 0 and 100")?;
+    require(
+        copies == 0 || (to == 0 && after.traffic.as_ref().is_some_and(|traffic| traffic.canary.is_some())),
+        "copies go to a named revision that gets no requests",
+    )?;
+    let stays = after.stage == Stage::PromoteScale || crate::delivery::status::step(after).is_some();
+    require(copies == 0 || stays, "copies end with the last step")?;
     let matching = |status: &CanaryStatus| status.traffic.as_ref().is_some_and(|traffic| traffic.matches.is_some());
     // Requests that did not match may reach it from now on.
-    let widened = to > 0 && matching(before) && !matching(after);
-    if to > from || widened {
+    let widened = to.max(copies) > 0 && matching(before) && !matching(after);
+    if to > from || copies > mirror(before) || widened {
         let canary = after.canary_revision.as_deref().unwrap_or_default();
         require(
             seen.revisions.get(canary).is_some_and(|revision| revision.ready > 0),
@@ -54,7 +63,7 @@ pub(super) fn holds(before: &CanaryStatus, outcome: &Outcome, seen: &Observation
                     after.step.unwrap_or_default() <= before.step.unwrap_or_default() + 1,
                     "at most one step at a time",
                 )?;
-                plan.steps.get(index).map(|step| step.weight)
+                plan.steps.get(index).map(|step| (step.weight, step.mirror))
             }
             // Only after the last step, or without any, or by hand.
             Stage::PromoteShift => {
@@ -62,7 +71,7 @@ pub(super) fn holds(before: &CanaryStatus, outcome: &Outcome, seen: &Observation
                 let passed =
                     before.phase == Phase::Promoting || (before.stage == Stage::Judge && before.step == Some(last));
                 require(passed || plan.unjudged.is_some(), "all requests only after the last step")?;
-                Some(100)
+                Some((100, 0))
             }
             Stage::AdoptFleet
             | Stage::AdoptService
@@ -82,7 +91,7 @@ pub(super) fn holds(before: &CanaryStatus, outcome: &Outcome, seen: &Observation
             | Stage::ReturnService
             | Stage::ReturnSettle => None,
         };
-        require(next == Some(to), "a weight is raised to what the plan says")?;
+        require(next == Some((to, copies)), "weight and mirror are raised to what the plan says")?;
     }
     unjudged(before, after, seen)?;
     match (&before.primary_revision, &after.primary_revision) {
@@ -198,7 +207,8 @@ fn allowed(action: &Action, outcome: &Outcome, seen: &Observation) -> Result<(),
             require(after.service.is_none(), "the status lets the Service go before the key is removed")
         }
         Action::CutTraffic => {
-            require(after.traffic.as_ref().is_none_or(|traffic| traffic.weight == 0), "what is cut is written as 0")
+            let nothing = |traffic: &Traffic| traffic.weight == 0 && traffic.mirror == 0;
+            require(after.traffic.as_ref().is_none_or(nothing), "what is cut is written as 0")
         }
         Action::Release => require(
             seen.deleting || after.phase == Phase::Terminated,

@@ -2,7 +2,7 @@
 //! then weight, then the fleet's acknowledgement, then judgement.
 
 use jiff::Timestamp;
-use sluice_crds::{Backend, FrozenPlan, InconclusiveAction, Phase, Rollback, Stage, Verb, VerdictStatus};
+use sluice_crds::{Backend, FrozenPlan, FrozenStep, InconclusiveAction, Phase, Rollback, Stage, Verb, VerdictStatus};
 
 use super::{
     Next, Run, adopt, guarded,
@@ -150,7 +150,9 @@ fn settled(run: &mut Run<'_>) -> Next {
     }
     // At rest: all requests go to the primary, and every member says so.
     let at_rest = run.effective().is_some_and(|effective| {
-        effective.weight == 0 && run.status.traffic.as_ref().is_some_and(|traffic| traffic.primary == effective.primary)
+        effective.weight == 0
+            && effective.mirror == 0
+            && run.status.traffic.as_ref().is_some_and(|traffic| traffic.primary == effective.primary)
     });
     if !at_rest {
         return run.wait_for_fleet(None);
@@ -240,10 +242,10 @@ fn start(run: &mut Run<'_>, plan: FrozenPlan) -> Next {
 
 // What ends a release.
 
-/// A canary that takes requests has no endpoint left: weight 0 at once, whatever else is so.
+/// A canary that takes requests, or copies of them, has no endpoint left: weight 0 at once, whatever else is so.
 fn lost_endpoints(run: &mut Run<'_>) -> Option<Next> {
     let hash = run.status.canary_revision.clone()?;
-    if run.weight() == 0 || run.ready(&hash) > 0 {
+    if (run.weight() == 0 && run.mirror() == 0) || run.ready(&hash) > 0 {
         return None;
     }
     run.status.failed_checks = run.status.failed_checks.saturating_add(1);
@@ -302,9 +304,7 @@ fn failing(run: &mut Run<'_>) -> Option<Next> {
 /// Requests weight 0; `upkeep` cuts the traffic beside the status until that is acknowledged. `rejected`: the revision was found bad; otherwise its owner has withdrawn it.
 pub(super) fn give_up(run: &mut Run<'_>, reason: &'static str, message: String, rejected: bool) -> Next {
     let canary = run.status.canary_revision.clone().unwrap_or_default();
-    if let Some(traffic) = &mut run.status.traffic {
-        traffic.weight = 0;
-    }
+    run.take_back();
     let message = status::cut(message, 2048);
     let verb = if rejected { "rolls back" } else { "takes back" };
     run.tell(rejected, reason, format!("{verb} revision {canary}: {message}"));
@@ -345,16 +345,14 @@ fn roll_back(run: &mut Run<'_>) -> Next {
 // Steps.
 
 /// The plan's step that `status.step` names.
-fn step_weight(run: &Run<'_>) -> i32 {
-    let index = run.status.step.and_then(|index| usize::try_from(index).ok());
-    let step = run.status.plan.as_ref().zip(index).and_then(|(plan, index)| plan.steps.get(index));
-    step.map_or(0, |step| step.weight)
+fn present_step(run: &Run<'_>) -> FrozenStep {
+    status::step(&run.status).unwrap_or(FrozenStep { weight: 0, mirror: 0 })
 }
 
-/// Brings the canary to the capacity that a weight needs; the weight itself comes only then.
-fn bring_up(run: &mut Run<'_>, weight: i32) -> Option<Next> {
+/// Brings the canary to the capacity that so many percent of the requests need; they come only then.
+fn bring_up(run: &mut Run<'_>, load: i32) -> Option<Next> {
     let canary = run.status.canary_revision.clone().unwrap_or_default();
-    let pods = plan::capacity(run.rising_wish(), weight);
+    let pods = plan::capacity(run.rising_wish(), load);
     run.at_least(&canary, pods);
     if run.has_capacity(&canary, pods) {
         return None;
@@ -404,23 +402,31 @@ fn primary_is_short(run: &mut Run<'_>) -> Option<Next> {
 }
 
 fn scale(run: &mut Run<'_>) -> Next {
-    let weight = step_weight(run);
-    if let Some(next) = bring_up(run, weight).or_else(|| held(run)).or_else(|| primary_is_short(run)) {
+    let FrozenStep { weight, mirror } = present_step(run);
+    if let Some(next) =
+        bring_up(run, plan::load(FrozenStep { weight, mirror })).or_else(|| held(run)).or_else(|| primary_is_short(run))
+    {
         return next;
     }
     if let Some(traffic) = &mut run.status.traffic {
         traffic.weight = weight;
+        traffic.mirror = mirror;
     }
     let canary = run.status.canary_revision.clone().unwrap_or_default();
     let progress = status::progress(&run.status);
-    run.tell(false, "StepStarted", format!("step {progress}: {weight} percent{} for revision {canary}", of(run)));
+    run.tell(false, "StepStarted", format!("step {progress}: {} for revision {canary}", share(run)));
     run.enter(Stage::Shift)
 }
 
-/// Of what a weight is a share, where that is not all requests.
-fn of(run: &Run<'_>) -> &'static str {
-    let matched = run.status.traffic.as_ref().is_some_and(|traffic| traffic.matches.is_some() && traffic.weight > 0);
-    if matched { " of the requests that match" } else { "" }
+/// What the canary is to get, in words.
+fn share(run: &Run<'_>) -> String {
+    let matches = run.status.traffic.as_ref().is_some_and(|traffic| traffic.matches.is_some());
+    match (run.weight(), run.mirror(), matches) {
+        (_, 1.., true) => format!("copies of {} percent of the requests that match", run.mirror()),
+        (_, 1.., false) => format!("copies of {} percent of the requests", run.mirror()),
+        (1.., _, true) => format!("{} percent of the requests that match", run.weight()),
+        (weight, _, _) => format!("{weight} percent"),
+    }
 }
 
 /// The fleet's acknowledgement has no deadline of ours (a silent member leaves the fleet by itself), but a configuration that
@@ -449,7 +455,7 @@ fn shift(run: &mut Run<'_>) -> Next {
     run.status.acknowledged_at = Some(run.now);
     run.status.inconclusive_since = None;
     run.status.error_since = None;
-    let message = format!("every member of the fleet has acknowledged {} percent{}", run.weight(), of(run));
+    let message = format!("every member of the fleet has acknowledged {}", share(run));
     run.tell(false, "WeightAcknowledged", message);
     run.enter(Stage::Judge)
 }
@@ -494,7 +500,7 @@ pub(super) fn task(run: &Run<'_>) -> Option<Task> {
     let step = watched(run)?;
     let plan = run.status.plan.as_ref()?;
     let judgement = Judgement::of(plan).filter(|judgement| !judgement.gates.is_empty())?;
-    let weight = usize::try_from(step.index).ok().and_then(|index| plan.steps.get(index))?.weight;
+    let FrozenStep { weight, mirror } = *usize::try_from(step.index).ok().and_then(|index| plan.steps.get(index))?;
     Some(Task {
         canary: run.spec.key.clone(),
         service: run.spec.service.clone(),
@@ -506,6 +512,7 @@ pub(super) fn task(run: &Run<'_>) -> Option<Task> {
         acknowledged_at: run.status.acknowledged_at?,
         interval: judgement.interval,
         weight,
+        mirrored: mirror > 0,
         members: run.seen.fleet.names.clone(),
         step,
     })
@@ -605,7 +612,7 @@ fn prepare_next(run: &mut Run<'_>, begun: Timestamp, end: Timestamp) {
     }
     let steps = run.status.plan.as_ref().map(|plan| plan.steps.as_slice()).unwrap_or_default();
     let next = run.status.step.and_then(|index| usize::try_from(index).ok()).and_then(|index| steps.get(index + 1));
-    let pods = plan::capacity(run.rising_wish(), next.map_or(100, |step| step.weight));
+    let pods = plan::capacity(run.rising_wish(), next.map_or(100, |step| plan::load(*step)));
     let canary = run.status.canary_revision.clone().unwrap_or_default();
     run.at_least(&canary, pods);
 }
@@ -648,8 +655,8 @@ fn paused(run: &mut Run<'_>) -> Next {
     let canary = run.status.canary_revision.clone().unwrap_or_default();
     let command = |verb| verb::command(&run.spec.key, &run.status, verb, &canary);
     let message = format!(
-        "there was no conclusive verdict for too long, and spec.analysis.inconclusive says Pause at {} percent. To judge the step anew: {}. To go back: {}",
-        run.weight(),
+        "there was no conclusive verdict for too long, and spec.analysis.inconclusive says Pause at {}. To judge the step anew: {}. To go back: {}",
+        share(run),
         command(Verb::Resume),
         command(Verb::Abort),
     );
@@ -691,6 +698,7 @@ fn promote_scale(run: &mut Run<'_>) -> Next {
     }
     if let Some(traffic) = &mut run.status.traffic {
         traffic.weight = 100;
+        traffic.mirror = 0;
         traffic.matches = None;
     }
     run.enter(Stage::PromoteShift)

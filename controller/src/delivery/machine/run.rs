@@ -268,6 +268,19 @@ impl<'a> Run<'a> {
         self.status.traffic.as_ref().map_or(0, |traffic| traffic.weight)
     }
 
+    /// Percent of the primary's requests of which the canary is to get copies.
+    pub(super) fn mirror(&self) -> i32 {
+        self.status.traffic.as_ref().map_or(0, |traffic| traffic.mirror)
+    }
+
+    /// Nobody and no copy is to reach the canary any more; `NAME-canary` still leads to it.
+    pub(super) fn take_back(&mut self) {
+        if let Some(traffic) = &mut self.status.traffic {
+            traffic.weight = 0;
+            traffic.mirror = 0;
+        }
+    }
+
     /// Percent of all requests that the primary may have to serve.
     pub(super) fn primary_share(&self) -> i32 {
         match &self.status.traffic {
@@ -425,7 +438,8 @@ impl<'a> Run<'a> {
     }
 
     pub(super) fn set_traffic(&mut self, primary: Backend, canary: Option<&str>, weight: i32) {
-        self.status.traffic = Some(Traffic { primary, canary: canary.map(Backend::revision), weight, matches: None });
+        let canary = canary.map(Backend::revision);
+        self.status.traffic = Some(Traffic { primary, canary, weight, mirror: 0, matches: None });
     }
 
     /// Sees to it that a revision has at least so many replicas.

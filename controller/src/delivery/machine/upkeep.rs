@@ -40,10 +40,12 @@ pub(super) fn keep(run: &mut Run<'_>) {
     }
 }
 
-/// A canary that is being taken back has no request more than can be helped.
+/// A canary that is being taken back has no request more than can be helped, nor a copy of one.
 fn cut(run: &mut Run<'_>) {
     let taken_back = matches!(run.status.stage, Stage::RollBack | Stage::ReturnScale)
-        && run.status.traffic.as_ref().is_some_and(|traffic| traffic.canary.is_some() && traffic.weight == 0);
+        && run.status.traffic.as_ref().is_some_and(|traffic| traffic.canary.is_some())
+        && run.weight() == 0
+        && run.mirror() == 0;
     if taken_back && !run.acknowledged() {
         run.act(Action::CutTraffic);
     }
@@ -125,7 +127,7 @@ fn autoscaler(run: &mut Run<'_>) {
 }
 
 /// The primary has its full capacity until another one is promoted; during a release it only grows. The canary has what its
-/// weight needs.
+/// weight, or the copies that it gets, need.
 fn capacity(run: &mut Run<'_>) {
     let Some(primary) = run.status.primary_revision.clone() else { return };
     let wish = run.wish();
@@ -143,9 +145,9 @@ fn capacity(run: &mut Run<'_>) {
         Some(_) => {}
     }
     let Some(canary) = run.status.canary_revision.clone() else { return };
-    let weight = run.weight();
-    let needs = plan::capacity(run.rising_wish(), weight);
-    if weight > 0 && run.desired(&canary).is_some_and(|has| has < needs) {
+    let load = run.weight().max(run.mirror());
+    let needs = plan::capacity(run.rising_wish(), load);
+    if load > 0 && run.desired(&canary).is_some_and(|has| has < needs) {
         run.act(Action::ScaleRevision { revision: canary, replicas: needs });
     }
 }

@@ -28,6 +28,8 @@ enum Happening {
     PauseWithoutSamples(bool),
     SkipAnalysis(bool),
     Match(bool),
+    /// Copies of so many percent of the requests; none at 0.
+    Mirror(u8),
     Scale(u8),
     GitReplicas(u8),
     KeyDropped,
@@ -63,6 +65,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => any::<bool>().prop_map(Happening::PauseWithoutSamples),
         1 => any::<bool>().prop_map(Happening::SkipAnalysis),
         2 => any::<bool>().prop_map(Happening::Match),
+        3 => prop_oneof![Just(0), Just(100), 1_u8..100].prop_map(Happening::Mirror),
         2 => (0_u8..6).prop_map(Happening::Scale),
         2 => (0_u8..6).prop_map(Happening::GitReplicas),
         1 => Just(Happening::KeyDropped),
@@ -124,6 +127,11 @@ fn happen(world: &mut World, happening: &Happening) {
         }
         Happening::Match(matching) => {
             world.spec.analysis.as_mut().unwrap().matches = matching.then(|| vec![HttpMatch::default()]);
+        }
+        Happening::Mirror(percent) => {
+            let analysis = world.spec.analysis.as_mut().unwrap();
+            analysis.mirror = (*percent > 0).then_some(true);
+            analysis.mirror_weight = (*percent > 0).then(|| i32::from(*percent));
         }
         Happening::SkipAnalysis(skip) => world.spec.skip_analysis = *skip,
         Happening::Scale(replicas) => world.spec.replicas = Some(u32::from(*replicas)),
@@ -254,7 +262,7 @@ fn at_the_end(world: &World) -> Result<(), TestCaseError> {
         | Phase::Terminating
         | Phase::Terminated => prop_assert!(false, "{}", world.summary()),
     }
-    let rest = Traffic { primary: Backend::revision(&primary), canary: None, weight: 0, matches: None };
+    let rest = Traffic { primary: Backend::revision(&primary), canary: None, weight: 0, mirror: 0, matches: None };
     prop_assert_eq!(world.status.traffic.as_ref(), Some(&rest));
     prop_assert_eq!(world.effective(), Some(rest));
     prop_assert!(world.key && world.finalizer && world.service_exists);
@@ -307,7 +315,8 @@ proptest! {
         world.settle();
         for happening in &happenings {
             happen(&mut world, happening);
-            if world.weight() > 0 && !world.gone {
+            let mirror = |world: &World| world.status.traffic.as_ref().map_or(0, |traffic| traffic.mirror);
+            if (world.weight() > 0 || mirror(&world) > 0) && !world.gone {
                 // The worst hour: no endpoint, no fleet, no analysis, no target.
                 let mut lost = world.clone();
                 lost.joining = true;
@@ -319,7 +328,7 @@ proptest! {
                     running.ready = 0;
                 }
                 lost.reconcile();
-                prop_assert_eq!(lost.weight(), 0, "{}", lost.summary());
+                prop_assert_eq!((lost.weight(), mirror(&lost)), (0, 0), "{}", lost.summary());
                 let actions = lost.outcome.as_ref().map(|outcome| outcome.actions.clone()).unwrap_or_default();
                 prop_assert_eq!(actions.first(), Some(&Action::CutTraffic));
             }
@@ -373,6 +382,20 @@ fn crash_everywhere(script: Script) {
 #[test]
 fn a_crash_at_any_action_of_takeover_and_a_good_release_ends_in_the_same_state() {
     crash_everywhere(&[(60, |world| world.apply("v2")), (250, |_| ())]);
+}
+
+fn mirror(world: &mut World) {
+    world.spec.analysis.as_mut().unwrap().mirror = Some(true);
+}
+
+#[test]
+fn a_crash_at_any_action_of_a_mirrored_release_ends_in_the_same_state() {
+    crash_everywhere(&[(0, mirror), (60, |world| world.apply("v2")), (250, |_| ())]);
+}
+
+#[test]
+fn a_crash_at_any_action_of_a_rollback_from_a_mirrored_step_ends_in_the_same_state() {
+    crash_everywhere(&[(0, mirror), (60, |world| world.apply("v3")), (250, |_| ())]);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 mod at_rest;
 mod deletion;
 mod guarded;
+mod mirrored;
 mod release;
 mod takeover;
 

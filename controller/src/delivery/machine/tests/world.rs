@@ -285,6 +285,7 @@ impl World {
         let mut traffic = self.status.traffic.clone()?;
         if self.cut {
             traffic.weight = 0;
+            traffic.mirror = 0;
         }
         Some(traffic)
     }
@@ -487,7 +488,7 @@ impl World {
         // As the API server returns it.
         self.status = serde_json::from_value(serde_json::to_value(&outcome.status).unwrap()).unwrap();
         assert_eq!(self.status, outcome.status, "a status survives being written and read");
-        if self.status.traffic.as_ref().is_none_or(|traffic| traffic.weight == 0) {
+        if self.status.traffic.as_ref().is_none_or(|traffic| traffic.weight == 0 && traffic.mirror == 0) {
             self.cut = false;
         }
         self.task = outcome.task.clone();
@@ -624,6 +625,8 @@ impl World {
             assert!(!frozen, "nothing goes on while suspended or paused");
         }
         let weight = |status: &CanaryStatus| status.traffic.as_ref().map_or(0, |traffic| traffic.weight);
+        let mirror = |status: &CanaryStatus| status.traffic.as_ref().map_or(0, |traffic| traffic.mirror);
+        assert!(mirror(after) <= mirror(before) || !frozen, "no copies begin while suspended or paused");
         if weight(after) > weight(before) {
             assert!(!frozen, "nothing is raised while suspended or paused");
             let plan = plan.unwrap();
@@ -672,7 +675,8 @@ impl World {
             if let Action::ScaleRevision { revision, replicas: 0 } = action {
                 let used = self.members.iter().any(|member| {
                     member.acknowledged.as_ref().is_some_and(|traffic| {
-                        mentions(traffic, revision) && (traffic.primary.0 == *revision || traffic.weight > 0)
+                        let used = traffic.weight > 0 || traffic.mirror > 0;
+                        mentions(traffic, revision) && (traffic.primary.0 == *revision || used)
                     })
                 });
                 let primary = after.primary_revision.as_ref() == Some(revision);
