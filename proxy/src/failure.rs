@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 
-use crate::{metrics::GrpcStatus, snapshot::Abort};
+use crate::{metrics::GrpcStatus, refused::Refused, snapshot::Abort};
 
 /// On every answer of our own but to CORS preflights, so that users can tell it from one of the application.
 pub const FLAG_HEADER: HeaderName = HeaderName::from_static("x-sluice-response-flag");
@@ -30,8 +30,8 @@ pub enum Failure {
     Overloaded,
     #[error("nothing is configured to serve this")]
     NoRoute,
-    #[error("the request is not valid: {0}")]
-    BadRequest(&'static str),
+    #[error("the request is not valid: {1}")]
+    BadRequest(Refused, &'static str),
     #[error("the request's headers are too many or too large")]
     HeadTooLarge,
     #[error("the request's target is too long")]
@@ -128,7 +128,7 @@ impl Failure {
             Self::UpstreamProtocol => (StatusCode::BAD_GATEWAY, Flag::UpstreamProtocolError),
             Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, Flag::OverloadManager),
             Self::NoRoute => (StatusCode::NOT_FOUND, Flag::NoRoute),
-            Self::BadRequest(_) => (StatusCode::BAD_REQUEST, Flag::DownstreamProtocolError),
+            Self::BadRequest(..) => (StatusCode::BAD_REQUEST, Flag::DownstreamProtocolError),
             Self::HeadTooLarge => (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, Flag::DownstreamProtocolError),
             Self::UriTooLong => (StatusCode::URI_TOO_LONG, Flag::DownstreamProtocolError),
             Self::UnknownCoding => (StatusCode::NOT_IMPLEMENTED, Flag::DownstreamProtocolError),
@@ -153,7 +153,7 @@ impl Failure {
             // What follows a CONNECT or an upgrade may be meant for the tunnel (draft-ietf-httpbis-optimistic-upgrade, 5.2).
             Self::MethodRefused
             | Self::UpgradeRefused
-            | Self::BadRequest(_)
+            | Self::BadRequest(..)
             | Self::HeadTooLarge
             | Self::UriTooLong
             | Self::UnknownCoding => true,
@@ -229,7 +229,7 @@ mod tests {
             (Failure::UpstreamProtocol, 502, "UPE", "14"),
             (Failure::Overloaded, 503, "OM", "14"),
             (Failure::NoRoute, 404, "NR", "12"),
-            (Failure::BadRequest("no host"), 400, "DPE", "13"),
+            (Failure::BadRequest(Refused::Host, "no host"), 400, "DPE", "13"),
             (Failure::HeadTooLarge, 431, "DPE", "2"),
             (Failure::UriTooLong, 414, "DPE", "2"),
             (Failure::UnknownCoding, 501, "DPE", "2"),

@@ -45,8 +45,6 @@ pub enum Refused {
     Chunk,
     Trailers,
     Connect,
-    /// Not valid in a way that has no name here.
-    BadRequest,
     /// The connection of a client that gave up most of its requests at once.
     RapidReset,
     /// A stream or connection that broke a rule of HTTP/2, by the error code that it was ended with (RFC 9113, 7).
@@ -61,7 +59,7 @@ pub enum Refused {
 }
 
 impl Refused {
-    pub const ALL: [(Self, &'static str); 35] = [
+    pub const ALL: [(Self, &'static str); 34] = [
         (Self::ConnectionLimit, "connection_limit"),
         (Self::FileDescriptors, "file_descriptors"),
         (Self::OverloadConnection, "overload_connection"),
@@ -88,7 +86,6 @@ impl Refused {
         (Self::Chunk, "chunk"),
         (Self::Trailers, "trailers"),
         (Self::Connect, "connect"),
-        (Self::BadRequest, "bad_request"),
         (Self::RapidReset, "rapid_reset"),
         (Self::Http2Protocol, "http2_protocol_error"),
         (Self::Http2FlowControl, "http2_flow_control_error"),
@@ -104,7 +101,7 @@ impl Refused {
     pub fn by(failure: &Failure) -> Option<Self> {
         match failure {
             Failure::Overloaded => Some(Self::OverloadRequest),
-            Failure::BadRequest(words) => Some(Self::of_words(words)),
+            Failure::BadRequest(why, _) => Some(*why),
             Failure::HeadTooLarge => Some(Self::HeadTooLarge),
             Failure::UriTooLong => Some(Self::TargetTooLong),
             Failure::UnknownCoding => Some(Self::TransferCoding),
@@ -122,27 +119,6 @@ impl Refused {
             | Failure::FaultInjected(_)
             | Failure::ClientGone => None,
         }
-    }
-
-    /// The words of a 400 say what is wrong by the part that it is in. Words that are new here have no reason of their own
-    /// until they are named (`tests/data_path/downstream_http1.rs` holds them to it).
-    fn of_words(words: &str) -> Self {
-        const PARTS: [(&str, Refused); 12] = [
-            ("header's name", Refused::HeaderName),
-            ("header's value", Refused::HeaderValue),
-            ("CR without LF", Refused::LineEnding),
-            ("version", Refused::Version),
-            ("first line", Refused::FirstLine),
-            ("both Transfer-Encoding and Content-Length", Refused::TwoLengths),
-            ("Content-Length", Refused::ContentLength),
-            ("Transfer-Encoding", Refused::TransferEncoding),
-            ("chunk", Refused::Chunk),
-            ("trailers", Refused::Trailers),
-            ("its target", Refused::Target),
-            ("authority", Refused::Host),
-        ];
-        let part = PARTS.iter().find(|(part, _)| words.contains(part)).map(|(_, reason)| *reason);
-        part.unwrap_or(if words.contains("Host") { Self::Host } else { Self::BadRequest })
     }
 
     /// Why a TLS handshake came to nothing.

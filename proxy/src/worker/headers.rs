@@ -10,6 +10,7 @@ use http::{
 use super::{matching::joined, pool::Wire};
 use crate::{
     failure::{FLAG_HEADER, Failure, NOT_PROCESSED},
+    refused::Refused,
     snapshot::HeaderChanges,
 };
 
@@ -25,30 +26,30 @@ pub(super) fn check_request(parts: &mut request::Parts) -> Result<(), Failure> {
     let mut hosts = parts.headers.get_all(header::HOST).iter();
     let (host, authority) = (hosts.next(), parts.uri.authority());
     if hosts.next().is_some() {
-        return Err(Failure::BadRequest("more than one Host"));
+        return Err(Failure::BadRequest(Refused::Host, "more than one Host"));
     }
     if host.is_some_and(|host| !is_host(host.as_bytes())) {
-        return Err(Failure::BadRequest("Host is not a host and a port"));
+        return Err(Failure::BadRequest(Refused::Host, "Host is not a host and a port"));
     }
     if authority.is_some_and(|authority| !is_host(authority.as_str().as_bytes())) {
-        return Err(Failure::BadRequest("the authority of the target is not a host and a port"));
+        return Err(Failure::BadRequest(Refused::Host, "the authority of the target is not a host and a port"));
     }
     if parts.version == Version::HTTP_2 {
         return match (host, authority) {
             (Some(host), Some(authority)) if !host.as_bytes().eq_ignore_ascii_case(authority.as_str().as_bytes()) => {
-                Err(Failure::BadRequest("the header Host differs from :authority"))
+                Err(Failure::BadRequest(Refused::Host, "the header Host differs from :authority"))
             }
             (Some(_) | None, Some(_)) => Ok(()),
             (host, None) => {
                 let host = host.and_then(|host| Authority::try_from(host.as_bytes()).ok());
                 parts.uri = with_authority(&parts.uri, Scheme::HTTP, host)
-                    .ok_or(Failure::BadRequest("neither :authority nor Host names a host"))?;
+                    .ok_or(Failure::BadRequest(Refused::Host, "neither :authority nor Host names a host"))?;
                 Ok(())
             }
         };
     }
     if host.is_none() && parts.version == Version::HTTP_11 {
-        return Err(Failure::BadRequest("no Host"));
+        return Err(Failure::BadRequest(Refused::Host, "no Host"));
     }
     if let Some(authority) = authority {
         // Absolute-form: the authority of the target wins over Host.
@@ -71,7 +72,7 @@ pub(super) fn translate(parts: &mut request::Parts, wire: Wire, ended: bool, tls
             let scheme = if tls { Scheme::HTTPS } else { Scheme::HTTP };
             // An authority must not be empty there (RFC 9113, 8.3.1).
             parts.uri = with_authority(&parts.uri, scheme, host)
-                .ok_or(Failure::BadRequest("Host does not name a host, which HTTP/2 needs"))?;
+                .ok_or(Failure::BadRequest(Refused::Host, "Host does not name a host, which HTTP/2 needs"))?;
             headers.remove(header::CONNECTION);
             parts.version = Version::HTTP_2;
         }

@@ -26,6 +26,7 @@ use crate::{
     failure::{Failure, NOT_PROCESSED, is_grpc},
     metrics::{GrpcStatus, Retry},
     overload,
+    refused::Refused,
 };
 
 /// Endpoints tried for one request that is certain not to have been processed.
@@ -164,7 +165,7 @@ async fn forward(
         if parts.version == Version::HTTP_10 && !parts.headers.contains_key(header::HOST) {
             // Whatever we speak onwards needs one.
             let host = HeaderValue::from_str(&connection.local.to_string());
-            parts.headers.insert(header::HOST, host.map_err(|_| Failure::BadRequest("no Host"))?);
+            parts.headers.insert(header::HOST, host.map_err(|_| Failure::BadRequest(Refused::Host, "no Host"))?);
         }
         parts.version = Version::HTTP_11;
     }

@@ -10,7 +10,7 @@ use http::{
 use hyper::ext::ReasonPhrase;
 
 use super::body::{Decoder, Encoder};
-use crate::failure::Failure;
+use crate::{failure::Failure, refused::Refused};
 
 /// Largest head, in bytes.
 pub(super) const MAX_HEAD: usize = 64 * 1024;
@@ -56,23 +56,32 @@ impl Malformed {
             Self::HeadTooLong | Self::Head(Parse::TooManyHeaders) => Failure::HeadTooLarge,
             Self::LineTooLong => Failure::UriTooLong,
             Self::TransferCoding => Failure::UnknownCoding,
-            Self::Head(Parse::HeaderName) => Failure::BadRequest("a header's name has a character that is not allowed"),
+            Self::Head(Parse::HeaderName) => {
+                Failure::BadRequest(Refused::HeaderName, "a header's name has a character that is not allowed")
+            }
             Self::Head(Parse::HeaderValue) => {
-                Failure::BadRequest("a header's value has a character that is not allowed")
+                Failure::BadRequest(Refused::HeaderValue, "a header's value has a character that is not allowed")
             }
-            Self::Head(Parse::NewLine) => Failure::BadRequest("a line ends in CR without LF"),
-            Self::Head(Parse::Version) => Failure::BadRequest("its version is not HTTP/1.0 or HTTP/1.1"),
-            Self::Head(Parse::Token | Parse::Status) => Failure::BadRequest("its first line is not one of a request"),
-            Self::Target => Failure::BadRequest("its target is not one for its method"),
-            Self::ContentLength => Failure::BadRequest("its Content-Length is not one number"),
-            Self::TransferEncoding => {
-                Failure::BadRequest("its Transfer-Encoding does not end in chunked, or is not allowed in HTTP/1.0")
+            Self::Head(Parse::NewLine) => Failure::BadRequest(Refused::LineEnding, "a line ends in CR without LF"),
+            Self::Head(Parse::Version) => {
+                Failure::BadRequest(Refused::Version, "its version is not HTTP/1.0 or HTTP/1.1")
             }
-            Self::TwoLengths => Failure::BadRequest("it has both Transfer-Encoding and Content-Length"),
-            Self::ChunkSize => Failure::BadRequest("a chunk's size line is not valid"),
-            Self::ChunkEnd => Failure::BadRequest("a chunk is longer than its size says"),
-            Self::ChunkExtensions => Failure::BadRequest("its chunk extensions are too long"),
-            Self::Trailers => Failure::BadRequest("its trailers cannot be parsed or are too long"),
+            Self::Head(Parse::Token | Parse::Status) => {
+                Failure::BadRequest(Refused::FirstLine, "its first line is not one of a request")
+            }
+            Self::Target => Failure::BadRequest(Refused::Target, "its target is not one for its method"),
+            Self::ContentLength => Failure::BadRequest(Refused::ContentLength, "its Content-Length is not one number"),
+            Self::TransferEncoding => Failure::BadRequest(
+                Refused::TransferEncoding,
+                "its Transfer-Encoding does not end in chunked, or is not allowed in HTTP/1.0",
+            ),
+            Self::TwoLengths => {
+                Failure::BadRequest(Refused::TwoLengths, "it has both Transfer-Encoding and Content-Length")
+            }
+            Self::ChunkSize => Failure::BadRequest(Refused::Chunk, "a chunk's size line is not valid"),
+            Self::ChunkEnd => Failure::BadRequest(Refused::Chunk, "a chunk is longer than its size says"),
+            Self::ChunkExtensions => Failure::BadRequest(Refused::Chunk, "its chunk extensions are too long"),
+            Self::Trailers => Failure::BadRequest(Refused::Trailers, "its trailers cannot be parsed or are too long"),
         }
     }
 }
