@@ -832,9 +832,9 @@ mod tests {
         let count = || metrics.render().lines().filter(|line| !line.starts_with('#')).count();
         let process = count();
         let listener = metrics.listener("l", 0);
-        assert_eq!(count() - process, 24);
+        assert_eq!(count() - process, 25);
         let revision = metrics.revision(&labels(), 0);
-        assert_eq!(count() - process - 24, 4 + 2 * 31);
+        assert_eq!(count() - process - 25, 4 + 2 * 31);
         for status in (100..1000).map(|status| StatusCode::from_u16(status).unwrap()) {
             for grpc in 0..=u8::MAX {
                 // As requests are recorded: a 5xx has none.
@@ -847,9 +847,9 @@ mod tests {
         for flag in Flag::ALL {
             listener.local_error(flag);
         }
-        assert_eq!(count() - process - 24, 55 + 2 * 31);
+        assert_eq!(count() - process - 25, 55 + 2 * 31);
         let _mirror = metrics.mirror(&labels(), 1);
-        assert_eq!(count() - process - 24, 55 + 2 * 31 + 9);
+        assert_eq!(count() - process - 25, 55 + 2 * 31 + 10 + 31);
     }
 
     #[test]

@@ -259,7 +259,7 @@ impl Encoder {
 }
 
 /// Trailers without those that must not be: HTTP/2 passes on what it is given.
-fn forwardable(mut trailers: HeaderMap) -> HeaderMap {
+pub(super) fn forwardable(mut trailers: HeaderMap) -> HeaderMap {
     if trailers.keys().any(|name| !may_trail(name)) {
         let refused: Vec<HeaderName> = trailers.keys().filter(|name| !may_trail(name)).cloned().collect();
         for name in refused {

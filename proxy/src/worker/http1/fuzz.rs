@@ -21,7 +21,7 @@ use tokio::io::AsyncWriteExt;
 use super::{
     super::headers,
     Malformed,
-    body::{Decoder, Encoder, Step},
+    body::{self, Decoder, Encoder, Step},
     head::{self, Answer},
 };
 use crate::fuzz::{assert_same, cuts};
@@ -36,10 +36,12 @@ pub(super) struct Read {
 }
 
 impl Read {
-    fn new(line: String, headers: &HeaderMap, body: &[u8], trailers: Option<&HeaderMap>) -> Self {
+    fn new(line: String, headers: &HeaderMap, content: &[u8], trailers: Option<&HeaderMap>) -> Self {
         let mut headers: Vec<_> = headers.iter().map(|(name, value)| (name.to_string(), plain(name, value))).collect();
         headers.dedup_by(|a, b| a == b && a.0 == "content-length");
-        Self { line, headers, body: body.to_vec(), trailers: trailers.cloned() }
+        // Those that must not be passed on hyper leaves to its user.
+        let trailers = trailers.cloned().map(body::forwardable).filter(|trailers| !trailers.is_empty());
+        Self { line, headers, body: content.to_vec(), trailers }
     }
 
     fn request<B>(request: &Request<B>, body: &[u8], trailers: Option<&HeaderMap>) -> Self {
