@@ -1,7 +1,7 @@
 //! Bodies on their way through: a request's, which can be sent again, and a response's, which is measured.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     pin::Pin,
     rc::Rc,
     task::{Context, Poll, ready},
@@ -75,12 +75,39 @@ pub(super) enum ClientBody {
     Http2(Incoming),
     Watched(Box<Watched>),
     Mirrored(Box<Mirrored>),
+    Noted(Box<Noted>),
 }
 
 /// A body that copies of a request read along.
 pub(super) struct Mirrored {
     pub(super) body: ClientBody,
     pub(super) copies: Vec<mirror::Feed>,
+}
+
+/// A body whose reader does not tell why it broke off.
+pub(super) struct Noted {
+    body: ClientBody,
+    why: Broken,
+}
+
+/// Why a request's body broke off, if it did. Of a request in HTTP/2, hyper says no more than that its stream was reset.
+#[derive(Clone, Default)]
+pub(super) struct Broken(Rc<Cell<Option<Failure>>>);
+
+impl Broken {
+    /// Of a body that has not been read yet.
+    pub(super) fn note(&self, body: RequestBody) -> RequestBody {
+        match body {
+            RequestBody::Once(body) => {
+                RequestBody::Once(ClientBody::Noted(Box::new(Noted { body, why: self.clone() })))
+            }
+            body @ (RequestBody::Empty | RequestBody::Replayable(_) | RequestBody::Copied(_)) => body,
+        }
+    }
+
+    pub(super) fn why(&self) -> Option<Failure> {
+        self.0.take()
+    }
 }
 
 /// A body whose end, or the end of whoever reads it, is told by dropping `read`.
@@ -151,6 +178,13 @@ impl Body for ClientBody {
                 mirrored.copies.retain_mut(|copy| copy.pass_on(frame.as_ref(), ended));
                 return Poll::Ready(frame);
             }
+            Self::Noted(noted) => {
+                let frame = ready!(Pin::new(&mut noted.body).poll_frame(cx));
+                if let Some(Err(error)) = &frame {
+                    noted.why.0.set(Some(error.failure()));
+                }
+                return Poll::Ready(frame);
+            }
         };
         frame.map_err(BodyError::Client)
     }
@@ -161,6 +195,7 @@ impl Body for ClientBody {
             Self::Http2(body) => body.is_end_stream(),
             Self::Watched(watched) => watched.body.is_end_stream(),
             Self::Mirrored(mirrored) => mirrored.body.is_end_stream(),
+            Self::Noted(noted) => noted.body.is_end_stream(),
         }
     }
 
@@ -170,6 +205,7 @@ impl Body for ClientBody {
             Self::Http2(body) => body.size_hint(),
             Self::Watched(watched) => watched.body.size_hint(),
             Self::Mirrored(mirrored) => mirrored.body.size_hint(),
+            Self::Noted(noted) => noted.body.size_hint(),
         }
     }
 }
@@ -527,6 +563,13 @@ impl ResponseBody {
     /// The request turned out not to be valid while it was answered.
     pub(super) fn fail(mut self, failure: &Failure) {
         self.tally.fail(failure, Instant::now());
+    }
+
+    /// The answer has no content, whatever its upstream has yet to say.
+    pub(super) fn end_unread(&mut self) {
+        if let Content::Upstream { .. } = self.content {
+            self.end();
+        }
     }
 
     fn end(&mut self) {

@@ -77,6 +77,9 @@ pub(super) fn translate(parts: &mut request::Parts, wire: Wire, ended: bool, tls
             parts.version = Version::HTTP_2;
         }
         Wire::Http1 => {
+            if parts.uri.path() == "*" && parts.method != Method::OPTIONS {
+                return Err(Failure::BadRequest(Refused::Target, "its target is not one for its method"));
+            }
             // The authority of the target is written as Host, in place of one that is there.
             if headers.get_all(header::COOKIE).iter().nth(1).is_some()
                 && let Some(crumbs) = joined(headers, &header::COOKIE, b"; ")
@@ -350,6 +353,9 @@ mod tests {
         translate(&mut all, Wire::Http2, true, false).unwrap();
         assert_eq!((all.uri.path(), all.uri.authority().unwrap().as_str()), ("*", "shop"));
         assert!(translate(&mut request(Version::HTTP_11, "/", &[("host", "")]), Wire::Http2, true, false).is_err());
+
+        // The server as a whole is asked by OPTIONS alone (RFC 9112, 3.2.4).
+        assert!(translate(&mut request(Version::HTTP_2, "*", &[]), Wire::Http1, true, true).is_err());
 
         let headers = [("cookie", "a=1"), ("x-mine", "1"), ("cookie", "b=2"), ("te", "trailers")];
         let mut parts = request(Version::HTTP_2, "http://shop:8080/cart?x=1", &headers);

@@ -283,7 +283,7 @@ impl UpstreamError {
             Self::Http1(http1::Error::Length) => Failure::ClientGone,
             Self::Http1(http1::Error::Malformed(_)) => Failure::UpstreamProtocol,
             Self::Http1(http1::Error::Io(_) | http1::Error::Closed) => Failure::UpstreamReset,
-            Self::Http2(error) if error.is_user() => Failure::ClientGone,
+            Self::Http2(error) if error.is_user() || is_reset_by_us(error) => Failure::ClientGone,
             Self::Http2(error) if error.is_parse() => Failure::UpstreamProtocol,
             Self::Http2(_) => Failure::UpstreamReset,
         }
@@ -587,6 +587,12 @@ impl Endpoint {
             None => unanswered(error.into_error().into()),
         }
     }
+}
+
+/// Whether this side has reset the stream, as hyper does when the body of a request breaks off.
+fn is_reset_by_us(error: &hyper::Error) -> bool {
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<h2::Error>());
+    cause.is_some_and(|h2| h2.is_reset() && !h2.is_remote() && !h2.is_library())
 }
 
 fn unanswered(error: UpstreamError) -> SendError {

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::{
     Role,
     affinity::User,
-    body::{self, Limit, Replay, RequestBody, RequestEnd, ResponseBody, UpstreamBody},
+    body::{self, Broken, Limit, Replay, RequestBody, RequestEnd, ResponseBody, UpstreamBody},
     cluster::Cluster,
     connection::{Connection, Current},
     cors::{self, Grant, Verdict},
@@ -220,11 +220,15 @@ async fn forward(
         };
         body = mirror::copy(&split.mirrors, &parts, body, original);
     }
-    if wire != downstream
-        && let Err(failure) = headers::translate(&mut parts, wire, body.is_end_stream(), connection.is_tls())
-    {
-        *unread = body;
-        return Err(failure.into());
+    let mut broken = None;
+    if wire != downstream {
+        if let Err(failure) = headers::translate(&mut parts, wire, body.is_end_stream(), connection.is_tls()) {
+            *unread = body;
+            return Err(failure.into());
+        }
+        if wire == Wire::Http2 && has_body {
+            body = broken.insert(Broken::default()).note(body);
+        }
     }
     // Both sides of a WebSocket talk for as long as they like.
     let retry = policy.retry.as_ref().filter(|_| !upgrade);
@@ -251,7 +255,10 @@ async fn forward(
     if let Some(request) = outgoing.next.take() {
         *unread = request.into_body();
     }
-    let (mut response, lease) = sent?;
+    let (mut response, lease) = sent.map_err(|refusal| match (refusal, &broken) {
+        (Refusal::Failure(Failure::ClientGone), Some(broken)) => broken.why().unwrap_or(Failure::ClientGone).into(),
+        (refusal, _) => refusal,
+    })?;
     let lease = lease.admitted(admitted);
     tally.answered(response.status(), Instant::now());
     if tally.is_grpc()
@@ -264,6 +271,10 @@ async fn forward(
         return Err(if upgrade { switched(tally, response, lease) } else { Failure::UpstreamProtocol.into() });
     }
     headers::clean_response(response.headers_mut(), version_on(wire), cluster.config.tls.is_none());
+    if wire != downstream && response.status() == StatusCode::NO_CONTENT {
+        // Some HTTP/2 clients take one with it for malformed (RFC 9110, 8.6).
+        response.headers_mut().remove(header::CONTENT_LENGTH);
+    }
     headers::change(response.headers_mut(), &policy.response_headers);
     *response.version_mut() = version_on(downstream);
     Ok(Answer { response, lease, limit })

@@ -15,6 +15,7 @@ use sluice_proxy::{
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
     sync::{mpsc, oneshot},
 };
 
@@ -151,7 +152,7 @@ async fn http1_answers_of_all_forms_reach_an_http2_client() {
         upgrade: h2c\r\nx-mine: 1\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nx-sum: 1\r\nconnection: close\r\n\r\n";
     // Status and content, and whether the connection is kept.
     type Form = (&'static [u8], Method, u16, &'static str, bool);
-    let table: [Form; 7] = [
+    let table: [Form; 8] = [
         (HOP, Method::GET, 200, "ok", true),
         (
             b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok",
@@ -162,6 +163,7 @@ async fn http1_answers_of_all_forms_reach_an_http2_client() {
         ),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 7\r\n\r\n", Method::HEAD, 200, "", true),
         (b"HTTP/1.1 204 No Content\r\n\r\n", Method::GET, 204, "", true),
+        (b"HTTP/1.1 204 No Content\r\ncontent-length: 7\r\n\r\n", Method::GET, 204, "", true),
         (b"HTTP/1.1 304 Not Modified\r\ncontent-length: 7\r\n\r\n", Method::GET, 304, "", true),
         (b"HTTP/1.0 200 OK\r\n\r\nuntil the end", Method::GET, 200, "until the end", false),
         (b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nuntil the end", Method::GET, 200, "until the end", false),
@@ -179,6 +181,7 @@ async fn http1_answers_of_all_forms_reach_an_http2_client() {
             {
                 assert!(!got.headers.contains_key(name), "{name} after {text}");
             }
+            assert!(status != 204 || !got.headers.contains_key("content-length"), "{text}");
             if answer == HOP {
                 let trailers = got.trailers.unwrap();
                 assert_eq!((trailers.len(), &trailers["x-sum"]), (1, &HeaderValue::from_static("1")));
@@ -303,8 +306,47 @@ async fn an_http1_request_is_said_in_http2() {
     assert_eq!((version, target), (Version::HTTP_2, format!("http://{}/", proxy.address)));
     assert_eq!((&headers["content-length"], &body[..]), (&HeaderValue::from_static("5"), &b"hello"[..]));
 
+    // Its stream is ended by a frame of its own.
     let head = raw(proxy.address, "HEAD / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await;
     assert!(head.starts_with("HTTP/1.1 200 OK\r\n") && head.ends_with("\r\n\r\n"), "{head}");
+    eventually("all requests' account", || proxy.counted("a", "2xx", "") == 3).await;
+    assert_eq!(proxy.metric("sluice_client_aborts_total{listener=\"shop/cart:80\"}"), 0);
+}
+
+#[tokio::test]
+async fn content_that_a_client_breaks_off_is_not_the_http2_upstreams_fault() {
+    let (reached, mut reaches) = mpsc::channel(8);
+    let app = App::start(own_ip(), 8080, move |request| {
+        let reached = reached.clone();
+        async move {
+            reached.send(request.uri().path().to_owned()).await.unwrap();
+            let _ = request.into_body().collect().await;
+            Response::new(full("ok"))
+        }
+    })
+    .await;
+    let retry = RetryPolicy { on: vec![RetryOn::Reset], retries: 3, per_try_timeout: None };
+    let policy = Arc::new(Policy { retry: Some(retry), ..Policy::default() });
+    let split = split([(speaking(UpstreamProtocol::Http2, &[app.address]), 100)]);
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(Protocol::http(Action::Forward { split, policy })).await;
+    let begun =
+        |path: &str| format!("POST {path} HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n");
+
+    let malformed = raw(proxy.address, format!("{}nonsense\r\n", begun("/malformed"))).await;
+    assert!(malformed.starts_with("HTTP/1.1 400") && malformed.contains("x-sluice-response-flag: DPE"), "{malformed}");
+
+    let mut gone = TcpStream::connect(proxy.address).await.unwrap();
+    gone.write_all(begun("/gone").as_bytes()).await.unwrap();
+    // Of the first one the application may have seen nothing.
+    while soon("the request", reaches.recv()).await.unwrap() != "/gone" {}
+    drop(gone);
+    let aborts = || proxy.metric("sluice_client_aborts_total{listener=\"shop/cart:80\"}");
+    eventually("its end", || aborts() == 1).await;
+    assert_eq!((proxy.counted("a", "4xx", ""), proxy.counted("a", "5xx", "")), (1, 0));
+
+    assert_eq!(Http1::connect(proxy.address).await.get("/next").await.body, "ok");
+    assert_eq!(reaches.try_recv().unwrap(), "/next");
 }
 
 #[tokio::test]

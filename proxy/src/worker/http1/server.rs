@@ -164,7 +164,7 @@ impl Connection {
 
     /// Sends an answer to its end.
     pub(in super::super) async fn send(&mut self, response: Response<ResponseBody>) -> Sent {
-        let (mut parts, body) = response.into_parts();
+        let (mut parts, mut body) = response.into_parts();
         let switches = parts.status == StatusCode::SWITCHING_PROTOCOLS;
         let mut message = {
             let io = &mut *self.io.borrow_mut();
@@ -173,6 +173,10 @@ impl Connection {
             }
             let length = if body.is_end_stream() { Some(0) } else { body.size_hint().exact() };
             let has_no_body = head::has_no_body(self.asked.to_head, parts.status);
+            if has_no_body && length != Some(0) {
+                // An HTTP/2 server may say the end behind the head, and nobody reads so far.
+                body.end_unread();
+            }
             let encoder = match length {
                 Some(length) => Encoder::Length(length),
                 None if has_no_body => Encoder::Length(0),
