@@ -15,7 +15,7 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{http1::COPY, stream::Stream, thread};
+use super::{http1::COPY, resets::Resets, stream::Stream, thread};
 
 /// What is collected at most before it is sent in any case. A TLS record takes as much (RFC 8446, 5.1).
 const MOST: usize = 16 * 1024;
@@ -36,10 +36,13 @@ struct Inner<S> {
     failed: Option<io::Error>,
     /// The connection is over.
     closed: bool,
+    /// Towards a client.
+    resets: Option<Resets>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin + 'static> Batch<S> {
-    pub(super) fn new(stream: S) -> Self {
+    /// `resets` counts those that are written.
+    pub(super) fn new(stream: S, resets: Option<Resets>) -> Self {
         let inner = Rc::new(RefCell::new(Inner {
             stream,
             output: Vec::new(),
@@ -48,6 +51,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + 'static> Batch<S> {
             waiting: false,
             failed: None,
             closed: false,
+            resets,
         }));
         let sending = Rc::clone(&inner);
         tokio::task::spawn_local(poll_fn(move |cx| {
@@ -107,13 +111,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Inner<S> {
         }
     }
 
-    /// A write of the connection, after which the sender is to look: a flush may be left, or it has to wait for room again.
+    /// After a write of the connection the sender is to look: a flush may be left, or it has to wait for room again.
     fn written<T>(&mut self, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         self.waiting = written.is_pending();
         if !self.waiting {
             self.wake_sender();
         }
         written
+    }
+
+    fn write(&mut self, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let written = self.poll_write(cx, bufs);
+        if let (Some(resets), Poll::Ready(Ok(length))) = (&mut self.resets, &written) {
+            resets.written(bufs, *length);
+        }
+        self.written(written)
     }
 
     /// Collects what is small, and sends what is large behind it.
@@ -169,9 +181,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + 'static> AsyncRead for Batch<S> {
 
 impl<S: AsyncRead + AsyncWrite + Unpin + 'static> AsyncWrite for Batch<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let inner = &mut *self.0.borrow_mut();
-        let written = inner.poll_write(cx, &[IoSlice::new(buf)]);
-        inner.written(written)
+        self.0.borrow_mut().write(cx, &[IoSlice::new(buf)])
     }
 
     fn poll_write_vectored(
@@ -179,9 +189,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + 'static> AsyncWrite for Batch<S> {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let inner = &mut *self.0.borrow_mut();
-        let written = inner.poll_write(cx, bufs);
-        inner.written(written)
+        self.0.borrow_mut().write(cx, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -243,7 +251,7 @@ mod tests {
             .run_until(async {
                 let (ours, theirs) = duplex(room);
                 let writes = Rc::default();
-                test(Batch::new(Counted(ours, Rc::clone(&writes))), theirs, writes).await;
+                test(Batch::new(Counted(ours, Rc::clone(&writes)), None), theirs, writes).await;
             })
             .await;
     }

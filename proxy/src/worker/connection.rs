@@ -436,13 +436,14 @@ async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
         // In a box: hyper passes it on by value several times.
         Box::pin(request::serve(Rc::clone(connection), request)).map(Ok::<_, Infallible>)
     });
+    let resets = Resets::of(connection.slot.metrics.clone());
     let served = http2::Builder::new(LocalExecutor)
         .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_concurrent_streams(MAX_STREAMS)
         .max_send_buf_size(SEND_BUFFER)
-        .serve_connection(TokioIo::new(Resets::of(Batch::new(stream), connection.slot.metrics.clone())), service);
+        .serve_connection(TokioIo::new(Batch::new(stream, Some(resets))), service);
     let mut served = pin!(served);
     let mut timer = pin!(sleep(connection.look_every()));
     let mut told = false;

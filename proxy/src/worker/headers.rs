@@ -17,7 +17,7 @@ use crate::{
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-pub(super) const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 
 /// Refuses a request whose host two implementations may understand differently, and makes the target origin-form with
 /// a fitting Host, as a server wants it (RFC 9112, 3.2). What is ambiguous about framing (RFC 9112, 11.2) `http1`
@@ -62,6 +62,16 @@ pub(super) fn check_request(parts: &mut request::Parts) -> Result<(), Failure> {
     Ok(())
 }
 
+/// What the client asked with: as the first proxy noted it, as far as it is a scheme that is served here, else by this connection.
+pub(super) fn scheme(headers: &HeaderMap, tls: bool) -> &'static str {
+    match headers.get(FORWARDED_PROTO).map(HeaderValue::as_bytes) {
+        Some(b"https") => "https",
+        Some(b"http") => "http",
+        Some(_) | None if tls => "https",
+        Some(_) | None => "http",
+    }
+}
+
 /// Says a request that has been checked and cleaned in the protocol of its upstream, which is not the client's. `ended` is
 /// whether it has no content, `tls` whether the client's connection has TLS.
 pub(super) fn translate(parts: &mut request::Parts, wire: Wire, ended: bool, tls: bool) -> Result<(), Failure> {
@@ -69,7 +79,7 @@ pub(super) fn translate(parts: &mut request::Parts, wire: Wire, ended: bool, tls
     match wire {
         Wire::Http2 => {
             let host = headers.remove(header::HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok());
-            let scheme = if tls { Scheme::HTTPS } else { Scheme::HTTP };
+            let scheme = if scheme(headers, tls) == "https" { Scheme::HTTPS } else { Scheme::HTTP };
             // An authority must not be empty there (RFC 9113, 8.3.1).
             parts.uri = with_authority(&parts.uri, scheme, host)
                 .ok_or(Failure::BadRequest(Refused::Host, "Host does not name a host, which HTTP/2 needs"))?;
@@ -349,6 +359,11 @@ mod tests {
             names.sort_unstable();
             assert_eq!(names, ["content-length", "te"]);
         }
+        // A sidecar is always asked in TLS; what the client asked with the fleet has noted.
+        let noted = [("host", "shop"), ("x-forwarded-proto", "http")];
+        let mut parts = request(Version::HTTP_11, "/", &noted);
+        translate(&mut parts, Wire::Http2, true, true).unwrap();
+        assert_eq!(parts.uri, "http://shop/");
         let mut all = request(Version::HTTP_11, "*", &[("host", "shop")]);
         translate(&mut all, Wire::Http2, true, false).unwrap();
         assert_eq!((all.uri.path(), all.uri.authority().unwrap().as_str()), ("*", "shop"));

@@ -175,7 +175,7 @@ impl Connector {
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
-            .handshake(TokioIo::new(Batch::new(stream)))
+            .handshake(TokioIo::new(Batch::new(stream, None)))
             .await
             .map_err(|error| ConnectError::Http(address, error.into()))?;
         tokio::task::spawn_local(connection.map(drop));

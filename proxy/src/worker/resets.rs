@@ -1,14 +1,9 @@
 //! Which streams of a client HTTP/2 makes us reset. h2 does so by itself, where a request is malformed, and tells nobody: what
 //! it writes is the one place where that can be seen.
 
-use std::{
-    io::{self, IoSlice},
-    pin::Pin,
-    task::{Context, Poll, ready},
-};
+use std::io::IoSlice;
 
 use h2::Reason;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::{metrics::ListenerMetrics, refused::Refused};
 
@@ -17,59 +12,28 @@ const HEAD: usize = 9;
 const RESET: usize = HEAD + 4;
 const RST_STREAM: u8 = 3;
 
-/// A connection of HTTP/2, whose resets are counted as they are written.
-pub(super) struct Resets<S> {
-    stream: S,
+/// Counts the resets of a connection of HTTP/2 as they are written.
+pub(super) struct Resets {
     frames: Frames,
     metrics: ListenerMetrics,
 }
 
-impl<S> Resets<S> {
-    pub(super) fn of(stream: S, metrics: ListenerMetrics) -> Self {
-        Self { stream, frames: Frames::default(), metrics }
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Resets<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Resets<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let written = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes))?;
-        let Self { frames, metrics, .. } = &mut *self;
-        frames.written(&bytes[..written], metrics);
-        Poll::Ready(Ok(written))
+impl Resets {
+    pub(super) fn of(metrics: ListenerMetrics) -> Self {
+        Self { frames: Frames::default(), metrics }
     }
 
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, slices))?;
-        let Self { frames, metrics, .. } = &mut *self;
-        let mut left = written;
+    /// So many bytes of these were written.
+    pub(super) fn written(&mut self, slices: &[IoSlice<'_>], mut length: usize) {
         for slice in slices {
-            let of_it = left.min(slice.len());
-            frames.written(&slice[..of_it], metrics);
-            left -= of_it;
+            let of_it = length.min(slice.len());
+            self.frames.read(&slice[..of_it], |code| {
+                if let Some(why) = Refused::by_reset(Reason::from(code)) {
+                    self.metrics.refused(why);
+                }
+            });
+            length -= of_it;
         }
-        Poll::Ready(Ok(written))
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 
@@ -83,14 +47,6 @@ struct Frames {
 }
 
 impl Frames {
-    fn written(&mut self, bytes: &[u8], metrics: &ListenerMetrics) {
-        self.read(bytes, |code| {
-            if let Some(why) = Refused::by_reset(Reason::from(code)) {
-                metrics.refused(why);
-            }
-        });
-    }
-
     fn read(&mut self, mut bytes: &[u8], mut reset: impl FnMut(u32)) {
         loop {
             let passed = self.rest.min(bytes.len());

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::{
     cluster::Cluster,
     connection::Connection,
-    headers::FORWARDED_PROTO,
+    headers,
     trace::{End, Trace},
 };
 use crate::{
@@ -276,24 +276,12 @@ impl Drop for Tally {
 
 impl Head {
     fn new(parts: &request::Parts, tls: bool) -> Self {
-        // What the first proxy noted, as far as it is a scheme that is served here.
-        let scheme = match parts.headers.get(FORWARDED_PROTO).map(HeaderValue::as_bytes) {
-            Some(b"https") => "https",
-            Some(b"http") => "http",
-            Some(_) | None => {
-                if tls {
-                    "https"
-                } else {
-                    "http"
-                }
-            }
-        };
         Self {
             time: Timestamp::now(),
             version: parts.version,
             method: parts.method.clone(),
             uri: parts.uri.clone(),
-            scheme,
+            scheme: headers::scheme(&parts.headers, tls),
             host: parts.headers.get(header::HOST).cloned(),
             user_agent: parts.headers.get(header::USER_AGENT).cloned(),
             upstream: None,
