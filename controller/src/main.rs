@@ -124,6 +124,7 @@ async fn run(settings: Settings, provider: Arc<CryptoProvider>) -> anyhow::Resul
     }
 
     let mesh_settings = settings.mesh()?;
+    let limits = mesh_settings.limits;
     let (publisher, handle) = Publisher::new(client.clone(), cache.clone(), lease.clone(), mesh_settings.clone());
     let catch_up = publisher.catch_up();
     let publishing = stop.clone();
@@ -205,6 +206,7 @@ async fn run(settings: Settings, provider: Arc<CryptoProvider>) -> anyhow::Resul
             deadline: DEADLINE,
         },
         settle: Duration::from_secs(settings.settle_seconds),
+        limits,
         mesh: Arc::new(Fleets { members: members.clone(), handle }),
         judge: Arc::new(Gates(engine)),
         guard: Arc::new(Guarded(guard)),

@@ -23,6 +23,7 @@ use crate::{
     analysis::Report,
     cache::{Cache, CanaryKey, deployment_resource},
     guard::Breach,
+    mesh::Limits,
 };
 
 /// The observation, and the objects that it was made from: actions are carried out on exactly these.
@@ -52,6 +53,8 @@ pub struct Reports {
     pub breach: Option<Breach>,
     /// What is known to forbid going on and is not in the cache.
     pub problems: Vec<Problem>,
+    /// What the installation gives to each Service.
+    pub limits: Limits,
 }
 
 /// The target Deployment of a Canary.
@@ -78,6 +81,7 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
     let mut problems = reports.problems;
     // First, so that the condition has its reason.
     let mut warnings: Vec<Problem> = services::injected(canary).into_iter().collect();
+    warnings.extend(services::capped(canary, reports.limits));
     problems.extend(conflict(canary, &cache.canaries_in(Some(&key.namespace))));
 
     let template = target.as_ref().zip(pod_template).map(|(target, pod_template)| {

@@ -34,6 +34,7 @@ use crate::{
     analysis::{DryRun, DryRunRequest, Report, Task},
     cache::{CanaryKey, autoscaler_resource, deployment_resource},
     guard::{Breach, Watch},
+    mesh::Limits,
 };
 
 /// Reconciles at the same time.
@@ -100,6 +101,8 @@ pub struct Context {
     pub effects: Effects,
     /// Floor of time for kube-proxy at takeover and hand-back.
     pub settle: Duration,
+    /// What the fleet gives to each Service.
+    pub limits: Limits,
     pub mesh: Arc<dyn Mesh>,
     pub judge: Arc<dyn Judge>,
     pub guard: Arc<dyn Guarding>,
@@ -184,7 +187,13 @@ async fn look(canary: Arc<Canary>, ctx: Arc<Context>) -> Result<Action, Error> {
     // What is requested may still be on its way, so what was acknowledged before says nothing: a weight that is withdrawn in that
     // moment would seem to have never been given.
     fleet.effective.take_if(|effective| before.traffic.as_ref() != Some(&*effective));
-    let reports = Reports { fleet, report: ctx.judge.report(&key), breach: ctx.guard.breach(&key), problems: taken };
+    let reports = Reports {
+        fleet,
+        report: ctx.judge.report(&key),
+        breach: ctx.guard.breach(&key),
+        problems: taken,
+        limits: ctx.limits,
+    };
     let mut observed = observe::observe(&ctx.effects.cache, &canary, tracked, reports);
     observed.observation.leading_since = ctx.memory.leading_since();
     observed.observation.dry_run =

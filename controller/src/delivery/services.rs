@@ -15,6 +15,7 @@ use serde_json::Value;
 use sluice_crds::{Canary, PortRef, labels};
 
 use super::{machine::Problem, revisions, template};
+use crate::mesh::Limits;
 
 /// Longest name of an apex Service: `-primary` has to fit in 63.
 const MAX_APEX_NAME: usize = 55;
@@ -162,6 +163,24 @@ pub fn injected(canary: &Canary) -> Option<Problem> {
     let fault = canary.spec.service.fault.as_ref()?;
     let message = format!("a fault is injected on purpose: {}. To end it, remove spec.service.fault", fault.in_words());
     Some(Problem { reason: "FaultInjected", message })
+}
+
+/// What the Canary asks for beyond what the installation gives to each Service.
+#[must_use]
+pub fn capped(canary: &Canary, limits: Limits) -> Vec<Problem> {
+    let policy = canary.spec.service.traffic_policy.as_ref();
+    let http = policy.and_then(|policy| policy.connection_pool.as_ref()?.http.as_ref());
+    let (Some(http), Some(most)) = (http, limits.requests) else { return Vec::new() };
+    let fields =
+        [("http1MaxPendingRequests", http.http1_max_pending_requests), ("http2MaxRequests", http.http2_max_requests)];
+    let beyond = |(field, said): (&str, Option<i32>)| {
+        let said = said.and_then(|said| u32::try_from(said).ok()).filter(|said| *said > most)?;
+        let message = format!(
+            "spec.service.trafficPolicy.connectionPool.http.{field} is {said}, but {most} holds, which each Service may have (fleet.limits.requestsPerService of the chart). Say at most {most}, or have that raised"
+        );
+        Some(Problem { reason: "LimitCapped", message })
+    };
+    fields.into_iter().filter_map(beyond).collect()
 }
 
 /// What a person should know about a Service that is taken over.
@@ -424,6 +443,18 @@ mod tests {
         assert_eq!(reasons(json!({"externalTrafficPolicy": "Local"}), 80), ["ExternalTrafficPolicyLocal"]);
         assert_eq!(reasons(json!({"publishNotReadyAddresses": true}), 80), ["PublishNotReadyAddresses"]);
         assert_eq!(reasons(json!({}), 9898), ["PortMismatch"]);
+    }
+
+    #[test]
+    fn what_a_canary_asks_for_beyond_its_share_is_named_with_what_holds() {
+        let limits = Limits { requests: Some(2048), connections: None };
+        let canary = |http: Value| canary(json!({"port": 80, "trafficPolicy": {"connectionPool": {"http": http}}}));
+        let asks = canary(json!({"http1MaxPendingRequests": 10, "http2MaxRequests": 5000}));
+        let [problem] = &capped(&asks, limits)[..] else { panic!() };
+        assert_eq!(problem.reason, "LimitCapped");
+        assert!(problem.message.contains("http2MaxRequests is 5000, but 2048 holds"), "{}", problem.message);
+        assert_eq!(capped(&asks, Limits::default()), [], "nothing is limited");
+        assert_eq!(capped(&canary(json!({"http2MaxRequests": 2048})), limits), []);
     }
 
     #[test]

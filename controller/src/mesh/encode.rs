@@ -181,7 +181,6 @@ pub(super) fn tcp_listener(name: &str, port: u16, split: &Split, limits: Limits)
     resource(&fleet_listener(name, port, filter, limits), needs_of(split))
 }
 
-/// The split of an HTTP port, and how its requests are forwarded; without a split, the answer is 503.
 pub(super) fn needs_of(split: &Split) -> BTreeSet<(TypeUrl, String)> {
     let both = |name: &String| [(TypeUrl::Cluster, name.clone()), (TypeUrl::Endpoints, name.clone())];
     split.iter().flat_map(|(name, _)| both(name)).collect()

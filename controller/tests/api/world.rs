@@ -323,6 +323,7 @@ impl World {
                 deadline,
             },
             settle: Duration::from_millis(50),
+            limits: sluice_controller::mesh::Limits::default(),
             mesh: Arc::clone(&self.fleet) as Arc<dyn Mesh>,
             judge: Arc::clone(&self.judge) as Arc<dyn Judge>,
             guard: Arc::clone(&self.guard) as Arc<dyn Guarding>,
