@@ -20,8 +20,6 @@ use tokio::{io::AsyncReadExt, net::TcpStream, sync::watch};
 
 use crate::support::*;
 
-const REQUESTS: &str = "sluice_refused_total{listener=\"shop/cart:80\",reason=\"overload_request\"}";
-const CONNECTIONS: &str = "sluice_refused_total{listener=\"shop/cart:80\",reason=\"overload_connection\"}";
 const SHED: &str = "sluice_local_errors_total{listener=\"shop/cart:80\",flag=\"OM\"}";
 const OPEN: &str = "sluice_connections_open{listener=\"shop/cart:80\"}";
 
@@ -112,7 +110,7 @@ async fn pressure_walks_through_all_actions_and_back_while_health_and_metrics_an
     let answer = http2.send(call("/")).await.unwrap();
     let said = (answer.status, answer.header("grpc-status"), answer.header("x-sluice-response-flag"));
     assert_eq!(said, (StatusCode::OK, "14", "OM"));
-    assert_eq!((app.requests(), proxy.metric(SHED), proxy.metric(REQUESTS)), (before, 2, 2));
+    assert_eq!((app.requests(), proxy.metric(SHED), proxy.refused("overload_request")), (before, 2, 2));
     // Neither revision has anything to do with it.
     assert_eq!((proxy.counted("a", "5xx", ""), proxy.counted("a", "2xx", "")), (0, 3));
 
@@ -123,7 +121,7 @@ async fn pressure_walks_through_all_actions_and_back_while_health_and_metrics_an
     if let Ok(mut refused) = TcpStream::connect(proxy.address).await {
         assert!(matches!(soon("the reset", refused.read(&mut [0; 8])).await, Ok(0) | Err(_)));
     }
-    eventually("it is counted", || proxy.metric(CONNECTIONS) == 1).await;
+    eventually("it is counted", || proxy.refused("overload_connection") == 1).await;
 
     used.store(60, SeqCst);
     eventually("the end", || !overload.is_active(Action::DisableKeepalive)).await;

@@ -195,9 +195,14 @@ impl Proxy {
         line.unwrap_or_else(|| panic!("{series} is missing in\n{text}")).trim().parse().unwrap()
     }
 
-    /// What was refused for this reason at `shop/cart:80`. What has not occurred has no series.
+    /// What was refused for this reason at `shop/cart:80`.
     pub(crate) fn refused(&self, reason: &str) -> u64 {
-        let series = format!("sluice_refused_total{{listener=\"shop/cart:80\",reason=\"{reason}\"}} ");
+        self.refused_at("shop/cart:80", reason)
+    }
+
+    /// What was refused for this reason at a listener. What has not occurred has no series.
+    pub(crate) fn refused_at(&self, listener: &str, reason: &str) -> u64 {
+        let series = format!("sluice_refused_total{{listener=\"{listener}\",reason=\"{reason}\"}} ");
         let text = self.metrics.render();
         text.lines().find_map(|line| line.strip_prefix(&series)).map_or(0, |value| value.parse().unwrap())
     }

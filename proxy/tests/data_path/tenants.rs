@@ -22,10 +22,6 @@ const CONNECTIONS: u64 = 8;
 const REQUESTS: u32 = 4;
 const HEADER: Duration = Duration::from_millis(100);
 
-fn refused(reason: &str) -> String {
-    format!("sluice_refused_total{{listener=\"shop/loud:80\",reason=\"{reason}\"}}")
-}
-
 const OPEN: &str = "sluice_connections_open{listener=\"shop/loud:80\"}";
 const ACTIVE: &str = "sluice_requests_active{listener=\"shop/loud:80\"}";
 const UO: &str = "sluice_local_errors_total{listener=\"shop/loud:80\",flag=\"UO\"}";
@@ -81,19 +77,12 @@ impl Shared {
         }
     }
 
-    fn metric(&self, series: &str) -> u64 {
-        // What has not occurred has no series.
-        let text = self.proxy.metrics.render();
-        let line = text.lines().find_map(|line| line.strip_prefix(series));
-        line.map_or(0, |value| value.trim().parse().unwrap())
-    }
-
     /// So many connections of the loud Service that are open and served by the proxy.
     async fn connections(&self, count: u64) -> Vec<TcpStream> {
         let mut open = Vec::new();
         for number in 1..=count {
             open.push(TcpStream::connect(self.loud).await.unwrap());
-            eventually("it is open", || self.metric(OPEN) == number).await;
+            eventually("it is open", || self.proxy.metric(OPEN) == number).await;
         }
         open
     }
@@ -109,11 +98,11 @@ async fn a_service_has_as_many_connections_as_it_may_on_all_threads_together_and
             assert!(matches!(soon("the reset", more.read(&mut [0; 8])).await, Ok(0) | Err(_)));
         }
     }
-    eventually("they are counted", || shared.metric(&refused("connection_limit")) == 100).await;
+    eventually("they are counted", || shared.proxy.refused_at("shop/loud:80", "connection_limit") == 100).await;
     shared.the_other_is_served().await;
     // Who is connected is served, and so is the next one when there is room.
     open.pop();
-    eventually("there is room", || shared.metric(OPEN) == CONNECTIONS - 1).await;
+    eventually("there is room", || shared.proxy.metric(OPEN) == CONNECTIONS - 1).await;
     assert_eq!(Http1::connect(shared.loud).await.get("/").await.body, "loud");
 }
 
@@ -131,13 +120,13 @@ async fn thousands_of_requests_that_are_never_answered_are_refused_beyond_a_boun
         })
         .collect();
     // Each of the two threads has its part, if it has connections at all.
-    eventually("all but a few are refused", || shared.metric(UO) >= 2000 - u64::from(REQUESTS)).await;
-    assert!(shared.metric(ACTIVE) <= u64::from(REQUESTS));
+    eventually("all but a few are refused", || shared.proxy.metric(UO) >= 2000 - u64::from(REQUESTS)).await;
+    assert!(shared.proxy.metric(ACTIVE) <= u64::from(REQUESTS));
     shared.the_other_is_served().await;
     for asking in asking {
         asking.abort();
     }
-    eventually("they are over", || shared.metric(ACTIVE) == 0).await;
+    eventually("they are over", || shared.proxy.metric(ACTIVE) == 0).await;
     assert_eq!(clients[0].send(get("/")).await.unwrap().status, StatusCode::OK);
 }
 
@@ -149,8 +138,8 @@ async fn heads_that_come_byte_by_byte_end_with_their_connections() {
         stream.write_all(b"GET / HTTP/1.1\r\nhost: ").await.unwrap();
     }
     shared.the_other_is_served().await;
-    eventually("they are counted", || shared.metric(&refused("head_timeout")) == CONNECTIONS).await;
-    eventually("they are closed", || shared.metric(OPEN) == 0).await;
+    eventually("they are counted", || shared.proxy.refused_at("shop/loud:80", "head_timeout") == CONNECTIONS).await;
+    eventually("they are closed", || shared.proxy.metric(OPEN) == 0).await;
 }
 
 #[tokio::test]
@@ -164,5 +153,5 @@ async fn clients_that_never_read_their_answers_hold_up_nobody_else() {
     let endless = http2.start(get("/endless")).await.unwrap();
     shared.the_other_is_served().await;
     drop((endless, open));
-    eventually("they are over", || shared.metric(ACTIVE) == 0).await;
+    eventually("they are over", || shared.proxy.metric(ACTIVE) == 0).await;
 }
