@@ -1,6 +1,7 @@
 //! [`build`]: the snapshot that follows from the facts.
 
 use std::{
+    borrow::Borrow,
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
 };
@@ -302,8 +303,9 @@ impl OneService<'_> {
     /// The target's own Pods: no sidecar, so the application's port in plaintext. Each may have the named port elsewhere.
     fn original(&self, target: &IntOrString) -> Addresses {
         let pods = self.inputs.originals.get(self.key).into_iter().flatten();
-        let ready = pods.filter(|pod| serves(pod));
-        ready.filter_map(|pod| Some((SocketAddr::new(pod_ip(pod)?, target_port(pod, target)?), zone(pod)))).collect()
+        serving(pods)
+            .filter_map(|pod| Some((SocketAddr::new(pod_ip(pod)?, target_port(pod, target)?), zone(pod))))
+            .collect()
     }
 
     fn revision(&self, target: &IntOrString, revision: &str) -> ((String, SpiffeId), Addresses) {
@@ -312,7 +314,7 @@ impl OneService<'_> {
         let facts = self.index.facts.get(&key).cloned().unwrap_or_default();
         let port = facts.port(target);
         let pods = self.index.pods.get(&key).into_iter().flatten();
-        let ready = pods.filter(|pod| serves(pod)).filter_map(|pod| Some((pod_ip(pod)?, zone(pod))));
+        let ready = serving(pods).filter_map(|pod| Some((pod_ip(pod)?, zone(pod))));
         // As with any Service, a name that no container has leads nowhere.
         let addresses =
             ready.filter(|_| port.is_some()).map(|(ip, zone)| (SocketAddr::new(ip, SIDECAR_PORT), zone)).collect();
@@ -394,9 +396,20 @@ pub(super) fn is_member(pod: &Pod, settings: &Settings) -> bool {
 
 /// Ready, and not about to go.
 pub(super) fn serves(pod: &Pod) -> bool {
-    let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
-    let ready = conditions.into_iter().any(|condition| condition.type_ == "Ready" && condition.status == "True");
-    ready && pod.metadata.deletion_timestamp.is_none()
+    is_ready(pod) && pod.metadata.deletion_timestamp.is_none()
+}
+
+fn is_ready(pod: &Pod) -> bool {
+    let mut conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
+    conditions.any(|condition| condition.type_ == "Ready" && condition.status == "True")
+}
+
+/// Those of a version's Pods that get requests: where all are about to go, those that are ready still, as with any Service
+/// (KEP-1669).
+fn serving<'a, P: Borrow<Pod> + 'a>(pods: impl Iterator<Item = &'a P> + Clone) -> impl Iterator<Item = &'a Pod> {
+    let pods = pods.map(Borrow::borrow);
+    let all_go = !pods.clone().any(serves);
+    pods.filter(move |pod| if all_go { is_ready(pod) } else { serves(pod) })
 }
 
 /// Put on Pods by the API server from 1.35 on; before, it is not known unless somebody else does.
@@ -655,6 +668,20 @@ mod tests {
         shop.pods.push(going);
         let view = build(&shop.inputs()).fleet;
         assert_eq!(addresses(&view, "shop/web:80/aaa"), ["10.0.0.1:20443", "10.0.0.2:20443"]);
+    }
+
+    #[test]
+    fn where_all_pods_of_a_version_are_going_away_those_that_are_ready_get_its_requests() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", None, 0);
+        for (name, ip, ready) in [("going", "10.0.0.4", true), ("gone", "10.0.0.5", false)] {
+            let labels = [("sluice.dev/canary", "web"), ("sluice.dev/revision", "aaa")];
+            let mut pod = testing::pod("shop", name, ip, ready, &labels);
+            pod["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+            shop.pods.push(pod);
+        }
+        let view = build(&shop.inputs()).fleet;
+        assert_eq!(addresses(&view, "shop/web:80/aaa"), ["10.0.0.4:20443"]);
     }
 
     #[test]

@@ -18,6 +18,8 @@ const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+/// Says by which certificate a client is known, which no client of ours has shown: Envoy's default, `SANITIZE`.
+const FORWARDED_CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 
 /// Refuses a request whose host two implementations may understand differently, and makes the target origin-form with
 /// a fitting Host, as a server wants it (RFC 9112, 3.2). What is ambiguous about framing (RFC 9112, 11.2) `http1`
@@ -162,7 +164,7 @@ pub(super) fn keep_websocket(headers: &mut HeaderMap) {
 fn needs_cleaning(headers: &HeaderMap) -> bool {
     headers.keys().any(|name| match *name {
         header::CONNECTION | header::TE | header::TRANSFER_ENCODING | header::UPGRADE | header::EXPECT => true,
-        _ => [KEEP_ALIVE, PROXY_CONNECTION, NOT_PROCESSED, FLAG_HEADER].contains(name),
+        _ => [KEEP_ALIVE, PROXY_CONNECTION, NOT_PROCESSED, FLAG_HEADER, FORWARDED_CLIENT_CERT].contains(name),
     })
 }
 
@@ -186,6 +188,7 @@ pub(super) fn clean_request(headers: &mut HeaderMap, version: Version) {
     // Answered with 100 when the body is first read, that is, when an upstream takes it.
     headers.remove(header::EXPECT);
     headers.remove(NOT_PROCESSED);
+    headers.remove(FORWARDED_CLIENT_CERT);
 }
 
 /// Takes off what concerned the connection to the upstream, and what only proxies of ours may say: the flag of an
@@ -261,7 +264,15 @@ pub(super) fn add_forwarded(headers: &mut HeaderMap, client: IpAddr, client_valu
             nobody.insert(client_value.clone());
         }
     }
-    headers.entry(FORWARDED_PROTO).or_insert_with(|| HeaderValue::from_static(if tls { "https" } else { "http" }));
+    let proto = if tls { "https" } else { "http" };
+    headers.entry(FORWARDED_PROTO).or_insert_with(|| HeaderValue::from_static(proto));
+    // An application that reads this one must not take what the client wrote for a proxy's word (RFC 7239, 8.1).
+    if headers.contains_key(header::FORWARDED) {
+        let client = if client.is_ipv6() { format!("\"[{client}]\"") } else { client.to_string() };
+        if let Ok(element) = HeaderValue::from_str(&format!("for={client};proto={proto}")) {
+            headers.append(header::FORWARDED, element);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -413,6 +424,21 @@ mod tests {
         assert_eq!(headers.get_all("x-forwarded-for").iter().count(), 1);
         assert_eq!(&headers["x-forwarded-for"], "1.1.1.1, 2.2.2.2, 10.0.0.9");
         assert_eq!(&headers["x-forwarded-proto"], "https");
+    }
+
+    #[test]
+    fn the_client_is_added_to_forwarded_where_that_is_in_use() {
+        let added = |before: Option<&'static str>, client: &str, tls| {
+            let mut headers = HeaderMap::new();
+            headers.extend(before.map(|before| (header::FORWARDED, HeaderValue::from_static(before))));
+            let value = HeaderValue::from_str(client).unwrap();
+            add_forwarded(&mut headers, client.parse().unwrap(), &value, tls);
+            let values: Vec<_> = headers.get_all("forwarded").iter().map(|v| v.to_str().unwrap().to_owned()).collect();
+            values.join(", ")
+        };
+        assert_eq!(added(None, "10.0.0.9", false), "");
+        assert_eq!(added(Some("for=1.1.1.1"), "10.0.0.9", false), "for=1.1.1.1, for=10.0.0.9;proto=http");
+        assert_eq!(added(Some("for=x"), "2001:db8::1", true), "for=x, for=\"[2001:db8::1]\";proto=https");
     }
 
     #[test]

@@ -257,7 +257,7 @@ pub(super) enum SendError {
     Connect { request: Box<Request<RequestBody>>, error: ConnectError },
     /// Not sent: too many wait for a connection.
     Overflow { request: Box<Request<RequestBody>> },
-    /// Not sent: the kept connection turned out to be closed.
+    /// The kept connection turned out to be closed. Not sent, or without a byte of an answer and may be sent twice.
     Stale { request: Box<Request<RequestBody>> },
     /// Sent, and certainly not processed: refused by the other side.
     Refused { error: UpstreamError },
@@ -472,13 +472,17 @@ impl Endpoint {
                 }
             }
         };
-        match connection.send(request).await {
+        // A proxy of ours says before it closes a connection; an application that stops or was idle may not.
+        let again = reused && connector.tls.is_none();
+        match connection.send(request, again).await {
             Ok(response) => Ok((response.map(UpstreamBody::Http1), Lease::new(outstanding, Leased::Http1))),
-            Err(NoAnswer::Unsent { request, .. }) if reused => Err(SendError::Stale { request }),
+            Err(NoAnswer::Unsent { request, .. } | NoAnswer::Silent { request, .. }) if reused => {
+                Err(SendError::Stale { request })
+            }
             Err(NoAnswer::Unsent { request, error }) => {
                 Err(SendError::Connect { request, error: ConnectError::Http(self.address, error.into()) })
             }
-            Err(NoAnswer::Sent(error)) => Err(unanswered(error.into())),
+            Err(NoAnswer::Silent { error, .. } | NoAnswer::Sent(error)) => Err(unanswered(error.into())),
         }
     }
 

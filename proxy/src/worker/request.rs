@@ -367,8 +367,8 @@ impl Outgoing {
     }
 }
 
-/// Sends the request to endpoints of its cluster until one answers. Another one is tried when it is certain that the request
-/// was not processed, and as far as `retries` allow.
+/// Sends the request to endpoints of its cluster until one answers. It is tried again when it is certain that it was not processed, when
+/// a kept connection of an application was closed instead of an answer and it is idempotent, and as far as `retries` allow.
 async fn send(
     tally: &mut Tally,
     cluster: &Rc<Cluster>,

@@ -41,6 +41,9 @@ async fn the_fleet_says_who_the_client_is_and_changes_nothing_else() {
     let mut client = Http1::connect(proxy.address).await;
     let mut request = get("/x?y=1");
     request.headers_mut().insert("x-sluice-not-processed", HeaderValue::from_static("1"));
+    request
+        .headers_mut()
+        .insert("x-forwarded-client-cert", HeaderValue::from_static("URI=spiffe://test/ns/shop/sa/admin"));
     request.headers_mut().insert("x-mine", HeaderValue::from_static("2"));
     let answer = client.send(request).await.unwrap();
     assert_eq!((answer.status, answer.body.as_str()), (StatusCode::OK, "hello"));

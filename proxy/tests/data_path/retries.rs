@@ -8,7 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 use sluice_proxy::workers::Role;
@@ -212,6 +212,57 @@ async fn a_kept_connection_that_the_application_closes_meanwhile_costs_no_reques
         assert_eq!(Http1::connect(proxy.address).await.get("/").await.body, "ok");
         tokio::task::yield_now().await;
     }
+}
+
+/// A server that answers one request of each connection, and closes it when it has read another.
+async fn answers_once() -> (SocketAddr, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind((own_ip(), 8080)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let heads = Arc::new(AtomicUsize::new(0));
+    let seen = heads.clone();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let seen = seen.clone();
+            tokio::spawn(async move {
+                for answered in [true, false] {
+                    let mut head = Vec::new();
+                    while !head.ends_with(b"\r\n\r\n") {
+                        let Ok(byte) = stream.read_u8().await else { return };
+                        head.push(byte);
+                    }
+                    seen.fetch_add(1, SeqCst);
+                    if answered {
+                        let content = if head.starts_with(b"PUT /x?y=1 ") { "put" } else { "ok" };
+                        let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{content}", content.len());
+                        stream.write_all(answer.as_bytes()).await.unwrap();
+                    }
+                }
+            });
+        }
+    });
+    (address, heads)
+}
+
+/// RFC 9110, 9.2.2; RFC 9112, 9.3.1.
+#[tokio::test]
+async fn what_may_be_sent_twice_is_when_an_application_closes_a_kept_connection_instead_of_answering() {
+    let (address, heads) = answers_once().await;
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(http_to([(cluster("a", &[address]), 100)])).await;
+    let stale = || proxy.metric(&format!("{RETRIES}\"stale\"}}"));
+    let mut client = Http1::connect(proxy.address).await;
+    let empty = |method: Method, target: &str| {
+        Request::builder().method(method).uri(target).header("host", "cart.shop").body(full("")).unwrap()
+    };
+    assert_eq!(client.get("/").await.body, "ok");
+    let put = client.send(empty(Method::PUT, "/x?y=1")).await.unwrap();
+    assert_eq!((put.status, put.body.as_str()), (StatusCode::OK, "put"));
+    assert_eq!((heads.load(SeqCst), stale()), (3, 1));
+    // It might have been carried out.
+    let post = client.send(empty(Method::POST, "/")).await.unwrap();
+    assert_eq!((post.status, post.header("x-sluice-response-flag")), (StatusCode::SERVICE_UNAVAILABLE, "UC"));
+    assert_eq!((heads.load(SeqCst), stale()), (4, 1));
 }
 
 /// An HTTP/2 server that says GOAWAY again and again, on each connection after a few requests.

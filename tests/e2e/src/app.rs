@@ -131,6 +131,19 @@ impl App {
     }
 }
 
+/// Of a test that failed: what it leaves would fail others, such as the one that uninstalls Sluice.
+impl Drop for App {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let mut kubectl = self.cluster.command("kubectl");
+            let deleted = kubectl.args(["delete", "namespace", &self.namespace, "--wait=false"]).status();
+            if !deleted.is_ok_and(|status| status.success()) {
+                eprintln!("namespace {} is left", self.namespace);
+            }
+        }
+    }
+}
+
 /// Deployment, ConfigMap and Service.
 fn manifest(cluster: &Cluster, replicas: u32) -> anyhow::Result<String> {
     Ok(cluster

@@ -70,18 +70,25 @@ impl Cluster {
         std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
     }
 
+    /// kubectl or helm, to be run in the repository.
+    #[must_use]
+    pub fn command(&self, program: &str) -> std::process::Command {
+        let path = self.bin.as_ref().map_or_else(|| PathBuf::from(program), |bin| bin.join(program));
+        let mut command = std::process::Command::new(path);
+        command.current_dir(&self.root);
+        command
+    }
+
     async fn run(&self, program: &str, arguments: &[&str], input: Option<&str>) -> anyhow::Result<String> {
         use tokio::io::AsyncWriteExt;
-        let path = self.bin.as_ref().map_or_else(|| PathBuf::from(program), |bin| bin.join(program));
-        let mut child = tokio::process::Command::new(&path)
+        let mut child = tokio::process::Command::from(self.command(program))
             .args(arguments)
-            .current_dir(&self.root)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
-            .with_context(|| format!("cannot run {}", path.display()))?;
+            .with_context(|| format!("cannot run {program}"))?;
         if let (Some(mut stdin), Some(input)) = (child.stdin.take(), input) {
             stdin.write_all(input.as_bytes()).await?;
         }

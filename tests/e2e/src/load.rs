@@ -1,6 +1,9 @@
 //! The load generator as a Pod, and what it has seen so far.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use anyhow::Context;
 use k8s_openapi::api::core::v1::Pod;
@@ -21,6 +24,9 @@ pub struct Load {
     buckets: Arc<Mutex<Vec<Bucket>>>,
     reader: JoinHandle<()>,
 }
+
+/// The longest that its requests wait for an answer.
+pub const TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Load {
     /// Starts a load Pod with these arguments of `sluice-load`.
@@ -49,7 +55,7 @@ impl Load {
         }))?;
         pods.create(&PostParams::default(), &pod).await.with_context(|| format!("cannot start load pod {name}"))?;
         let running = await_condition(pods.clone(), name, is_pod_running());
-        tokio::time::timeout(std::time::Duration::from_secs(60), running)
+        tokio::time::timeout(Duration::from_secs(60), running)
             .await
             .with_context(|| format!("load pod {namespace}/{name} does not run"))??;
         let buckets = Arc::<Mutex<Vec<Bucket>>>::default();
@@ -84,10 +90,10 @@ impl Load {
         let now = unix_ms();
         let later = async {
             while !self.buckets.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|b| b.first_ms > now) {
-                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+                tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
-        tokio::time::timeout(std::time::Duration::from_secs(15), later)
+        tokio::time::timeout(Duration::from_secs(15), later)
             .await
             .with_context(|| format!("load pod {} reports nothing any more", self.name))
     }
@@ -102,14 +108,14 @@ impl Load {
         let steady = async {
             loop {
                 let from = unix_ms();
-                tokio::time::sleep(std::time::Duration::from_secs(4)).await;
+                tokio::time::sleep(Duration::from_secs(4)).await;
                 self.catch_up().await?;
                 if self.failures_since(from).is_empty() {
                     return anyhow::Ok(unix_ms());
                 }
             }
         };
-        tokio::time::timeout(std::time::Duration::from_secs(60), steady)
+        tokio::time::timeout(Duration::from_secs(60), steady)
             .await
             .with_context(|| format!("load pod {} is not answered steadily", self.name))?
     }
@@ -120,7 +126,7 @@ impl Load {
     /// If the Pod cannot be deleted.
     pub async fn stop(mut self) -> anyhow::Result<Vec<Bucket>> {
         self.pods.delete(&self.name, &DeleteParams::default()).await?;
-        let _ = tokio::time::timeout(std::time::Duration::from_secs(10), &mut self.reader).await;
+        let _ = tokio::time::timeout(Duration::from_secs(10), &mut self.reader).await;
         Ok(std::mem::take(&mut *self.buckets.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 }

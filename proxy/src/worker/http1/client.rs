@@ -27,6 +27,8 @@ use super::{
 pub(in super::super) enum NoAnswer {
     /// Not a byte of it was taken by the system.
     Unsent { request: Box<Request<RequestBody>>, error: Error },
+    /// Sent, and the connection ended without a byte of an answer. It may be sent again as it is (RFC 9110, 9.2.2).
+    Silent { request: Box<Request<RequestBody>>, error: Error },
     /// Sent, wholly or in part.
     Sent(Error),
 }
@@ -69,6 +71,8 @@ struct Exchange {
     /// Until it is sent.
     request: Option<request::Parts>,
     looked_at: usize,
+    /// Some byte of an answer has come.
+    heard: bool,
     /// An empty map for the answer's headers.
     headers: HeaderMap,
 }
@@ -118,22 +122,31 @@ impl Connection {
         let _ = Pin::new(stream).poll_shutdown(&mut Context::from_waker(Waker::noop()));
     }
 
-    /// Sends a request and waits for the head of its answer. Dropped before, the connection is closed.
-    pub(in super::super) async fn send(self, request: Request<RequestBody>) -> Result<Response<AnswerBody>, NoAnswer> {
+    /// Sends a request and waits for the head of its answer. Dropped before, the connection is closed. With `again`, a
+    /// request that may be sent again is kept for that.
+    pub(in super::super) async fn send(
+        self,
+        request: Request<RequestBody>,
+        again: bool,
+    ) -> Result<Response<AnswerBody>, NoAnswer> {
         let (parts, body) = request.into_parts();
         let length = if body.is_end_stream() { Some(0) } else { body.size_hint().exact() };
         let encoder = length.map_or_else(|| Encoder::chunked(Some(&parts.headers)), Encoder::Length);
-        {
+        let copy = {
             let io = &mut *self.0.borrow_mut();
             io.life.request();
-            head::write_request(io.output.small(), &parts, &encoder);
-        }
+            let head = io.output.small();
+            head::write_request(head, &parts, &encoder);
+            // Of what is sent, as that is one piece.
+            (again && length == Some(0) && parts.method.is_idempotent()).then(|| Bytes::copy_from_slice(head))
+        };
         let message = Outgoing { body, encoder, ended: length == Some(0) };
         let mut sending = Sending { message, over: false, failed: None };
         let mut exchange = Exchange {
             to_head: parts.method == Method::HEAD,
             request: Some(parts),
             looked_at: 0,
+            heard: false,
             headers: HeaderMap::default(),
         };
         let head = poll_fn(|cx| self.0.borrow_mut().poll_answer(cx, &mut sending, &mut exchange)).await;
@@ -141,11 +154,16 @@ impl Connection {
             Ok(head) => head,
             Err(error) => {
                 let unsent = self.0.borrow().is_unsent(&sending);
-                return Err(match exchange.request {
-                    Some(parts) if unsent => {
+                let is_silent = matches!(error, Error::Closed | Error::Io(_)) && !exchange.heard;
+                let copy = copy.filter(|_| is_silent).and_then(head::reread_request);
+                return Err(match (exchange.request, copy) {
+                    (Some(parts), _) if unsent => {
                         NoAnswer::Unsent { request: Box::new(Request::from_parts(parts, sending.message.body)), error }
                     }
-                    Some(_) | None => NoAnswer::Sent(error),
+                    (_, Some(parts)) => {
+                        NoAnswer::Silent { request: Box::new(Request::from_parts(parts, RequestBody::Empty)), error }
+                    }
+                    (Some(_) | None, None) => NoAnswer::Sent(error),
                 });
             }
         };
@@ -303,7 +321,7 @@ impl Io {
         loop {
             match ready!(self.input.poll_read(cx, &mut self.stream)) {
                 Ok(0) => return Poll::Ready(Err(sending.failed.take().map_or(Error::Closed, Error::Io))),
-                Ok(_) => {}
+                Ok(_) => exchange.heard = true,
                 Err(error) => return Poll::Ready(Err(Error::Io(error))),
             }
             if let Some(head) = exchange.read(&mut self.input)? {

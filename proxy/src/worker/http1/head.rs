@@ -128,6 +128,11 @@ pub(super) fn read_request(
     }
 }
 
+/// The request without content whose head [`write_request`] wrote.
+pub(super) fn reread_request(written: Bytes) -> Option<request::Parts> {
+    read_request(&mut BytesMut::from(written), &mut 0, &mut HeaderMap::new()).ok().flatten().map(|head| head.parts)
+}
+
 /// Takes the head of the final answer to a request from `input`, and what is informational before it (RFC 9110, 15.2):
 /// 100 was not asked for, and nobody waits for the others. Otherwise as [`read_request`].
 pub(super) fn read_answer(
