@@ -8,8 +8,11 @@ use std::{
     time::Duration,
 };
 
+use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
+pub(crate) const PROXY_CORE: usize = 0;
+pub(crate) const LOAD_CORE: usize = 1;
 /// Of a service with two revisions: stable and canary.
 pub(crate) const WEIGHTS: [u32; 2] = [95, 5];
 /// The settings that all proxies share, besides no access log and the metrics that each has by default.
@@ -73,9 +76,14 @@ impl Job {
 
     /// Of the routes of a service, in order: the last one takes every request, and those before it none.
     pub(crate) fn prefixes(&self) -> impl Iterator<Item = String> {
-        let others = if self.services.len() > 1 { ROUTES - 1 } else { 0 };
-        (0..others).map(|n| format!("/other/{n}/")).chain(["/".to_owned()])
+        let skipped = if self.services.len() > 1 { 0 } else { ROUTES - 1 };
+        many_prefixes().skip(skipped)
     }
+}
+
+/// The same where there are many.
+pub(crate) fn many_prefixes() -> impl Iterator<Item = String> {
+    (0..ROUTES - 1).map(|n| format!("/other/{n}/")).chain(["/".to_owned()])
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -120,10 +128,24 @@ pub(crate) fn counted(
     what: &impl Serialize,
     counts: &Path,
 ) -> anyhow::Result<Command> {
+    let mut command = counted_program(core, counts)?;
+    command.arg(role).arg(told(role, folder, what)?);
+    Ok(command)
+}
+
+/// This program under callgrind.
+pub(crate) fn counted_program(core: usize, counts: &Path) -> anyhow::Result<Command> {
     let mut command = pinned(core, Path::new("valgrind"));
     command.args(["--quiet", "--tool=callgrind"]).arg(format!("--callgrind-out-file={}", counts.display()));
-    command.arg(std::env::current_exe()?).arg(role).arg(told(role, folder, what)?);
+    command.arg(std::env::current_exe()?);
     Ok(command)
+}
+
+/// All that callgrind has counted.
+pub(crate) fn instructions(counts: &Path) -> anyhow::Result<f64> {
+    let text = fs::read_to_string(counts).context("reading callgrind's counts")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("totals: ")).context("no totals")?;
+    Ok(line.trim().parse()?)
 }
 
 fn told(role: &str, folder: &Path, what: &impl Serialize) -> anyhow::Result<PathBuf> {

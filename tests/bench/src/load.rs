@@ -25,6 +25,7 @@ use crate::{
     certificates, http2,
     job::{Protocol, Security},
     message::{self, Answers, BoxStream, Check, OWNERS, Sizes},
+    update::Updated,
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -39,6 +40,8 @@ pub(crate) enum Load {
     Handshakes { at_once: usize },
     /// Connections that had a request each are kept, first so many, then so many.
     Idle { connections: [usize; 2] },
+    /// No requests, but a new configuration, and so many small changes of it.
+    Updates { small: usize },
 }
 
 /// The load of one window.
@@ -73,6 +76,8 @@ pub(crate) struct Window {
     /// From the time at which a request should have been sent.
     pub(crate) p50_us: Option<f64>,
     pub(crate) kib_per_connection: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) update: Option<Updated>,
 }
 
 /// Answers by owner.
@@ -153,6 +158,7 @@ impl Task {
             }
             Load::Idle { connections } => return self.idle(&client, connections).await,
             Load::Open { .. } => bail!("an open loop needs threads"),
+            Load::Updates { .. } => bail!("updates are no requests"),
         }
         let read = || self.read(client.counts.each_ref().map(Cell::get));
         let window = async {
@@ -368,7 +374,7 @@ fn head(bytes: &[u8]) -> anyhow::Result<Option<usize>> {
 }
 
 /// What all threads of the processes ran so far (first field of `schedstat`, in nanoseconds).
-fn cpu_seconds(pids: &[u32]) -> anyhow::Result<f64> {
+pub(crate) fn cpu_seconds(pids: &[u32]) -> anyhow::Result<f64> {
     let mut nanoseconds = 0;
     for pid in pids {
         for task in std::fs::read_dir(format!("/proc/{pid}/task")).context("reading the proxy's threads")? {
@@ -384,13 +390,14 @@ fn cpu_seconds(pids: &[u32]) -> anyhow::Result<f64> {
 
 /// Memory of the processes.
 pub(crate) fn rss_kib(pids: &[u32]) -> anyhow::Result<f64> {
-    let mut kib = 0.0;
-    for pid in pids {
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-        kib += line.split_whitespace().next().context("an empty VmRSS")?.parse::<f64>()?;
-    }
-    Ok(kib)
+    pids.iter().map(|pid| status_kib(*pid, "VmRSS:")).sum()
+}
+
+/// A field of memory in `/proc/<pid>/status` (proc_pid_status(5)).
+pub(crate) fn status_kib(pid: u32, field: &str) -> anyhow::Result<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field)).with_context(|| format!("no {field}"))?;
+    Ok(line.split_whitespace().next().with_context(|| format!("an empty {field}"))?.parse()?)
 }
 
 /// Stolen ticks and all ticks of all cores (proc(5), `/proc/stat`).

@@ -10,7 +10,9 @@
 #![allow(clippy::print_stdout, reason = "the table is the product")]
 
 mod certificates;
+mod control;
 mod envoy;
+mod fleet;
 mod haproxy;
 mod http2;
 mod job;
@@ -20,6 +22,7 @@ mod message;
 mod report;
 mod rows;
 mod sluice;
+mod update;
 mod upstream;
 
 use std::path::{Path, PathBuf};
@@ -47,6 +50,10 @@ enum Command {
     Upstream { what: PathBuf },
     /// (Started by `run`.) The load of one window; prints one line of JSON.
     Load { task: PathBuf },
+    /// (Started by `run`.) One measurement of updates; prints one line of JSON.
+    Update { task: PathBuf },
+    /// (Started by `update`.) Our proxy, as `sluice-proxy fleet` runs it, until standard input ends.
+    Fleet(Box<sluice_proxy::process::Settings>),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -58,6 +65,11 @@ fn main() -> anyhow::Result<()> {
             println!("{}", serde_json::to_string(&read::<load::Task>(&task)?.run()?)?);
             Ok(())
         }
+        Command::Update { task } => {
+            println!("{}", serde_json::to_string(&read::<update::Task>(&task)?.run()?)?);
+            Ok(())
+        }
+        Command::Fleet(settings) => sluice::fleet(*settings),
     }
 }
 

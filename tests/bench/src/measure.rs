@@ -14,16 +14,17 @@ use clap::{Args, builder::FalseyValueParser};
 
 use crate::{
     envoy, haproxy,
-    job::{Job, Protocol, Role, Running, Security, Service, WEIGHTS, child, counted, pinned},
+    job::{
+        Job, LOAD_CORE, PROXY_CORE, Protocol, Role, Running, Security, Service, WEIGHTS, child, counted, instructions,
+        pinned,
+    },
     load::{self, Load, Task, Window},
     message::OWNERS,
     report::{Observation, Report},
     rows::{Peer, Proxy, ROWS, Row},
+    update::{self, Updated},
     upstream::Upstream,
 };
-
-const PROXY_CORE: usize = 0;
-const LOAD_CORE: usize = 1;
 
 #[derive(Args)]
 pub(crate) struct Plan {
@@ -43,8 +44,8 @@ pub(crate) struct Plan {
     /// Only the rows with this in their name.
     #[arg(long, env = "ONLY")]
     only: Option<String>,
-    /// Instead, count the instructions that a request of the saturated rows takes our proxy in user space. They do not depend
-    /// on what else the machine does, but leave the kernel out.
+    /// Instead, count the instructions that a request of the saturated rows, and an update, takes our proxy in user space. They do not
+    /// depend on what else the machine does, but leave the kernel out.
     #[arg(long, env = "INSTRUCTIONS", value_parser = FalseyValueParser::new())]
     instructions: bool,
     /// Write all rounds and figures to this file.
@@ -124,6 +125,9 @@ impl Plan {
     }
 
     fn row(&self, row: &Row, folder: &Path, observations: &mut Vec<Observation>) -> anyhow::Result<()> {
+        if let Load::Updates { small } = row.load {
+            return self.updates(row, small, folder, observations);
+        }
         let (_upstream, listen) = self.upstream(row, folder)?;
         // What memory was given for is not given back: a process serves one round of it. It scatters little.
         let fresh = matches!(row.load, Load::Idle { .. });
@@ -135,11 +139,7 @@ impl Plan {
             }
         }
         for round in 0..rounds {
-            let mut order: Vec<usize> = (0..row.peers.len()).collect();
-            if round % 2 == 1 {
-                order.reverse();
-            }
-            for index in order {
+            for index in order(row, round) {
                 let own;
                 let started = if fresh {
                     own = self.peer(row.peers[index], row, &listen, folder)?;
@@ -159,6 +159,52 @@ impl Plan {
             }
         }
         Ok(())
+    }
+
+    /// Each round has proxies of its own, that begin without a configuration.
+    fn updates(
+        &self,
+        row: &Row,
+        small: usize,
+        folder: &Path,
+        observations: &mut Vec<Observation>,
+    ) -> anyhow::Result<()> {
+        for round in 0..self.rounds.unwrap_or(3) {
+            for index in order(row, round) {
+                let peer = row.peers[index];
+                let seen = self.update(peer, peer.services, small, None, folder);
+                let seen = seen.with_context(|| format!("{}, round {round}", peer.name))?;
+                observations.push(Observation {
+                    row: row.name,
+                    round,
+                    peer: peer.name,
+                    window: Window { rss_kib: seen.small_kib, update: Some(seen), ..Window::default() },
+                    rss_idle_kib: seen.empty_kib,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn update(
+        &self,
+        peer: Peer,
+        services: usize,
+        small: usize,
+        counts: Option<&Path>,
+        folder: &Path,
+    ) -> anyhow::Result<Updated> {
+        let task = update::Task {
+            proxy: peer.proxy,
+            envoy: self.envoy.clone(),
+            services,
+            small,
+            counts: counts.map(Path::to_owned),
+            folder: folder.to_owned(),
+        };
+        let output = child(LOAD_CORE, "update", folder, &task)?.stdout(Stdio::piped()).output()?;
+        ensure!(output.status.success(), "the measurement failed");
+        serde_json::from_slice(&output.stdout).context("reading its result")
     }
 
     #[allow(clippy::disallowed_methods, reason = "no runtime here that a sleep could block")]
@@ -240,6 +286,9 @@ impl Plan {
     fn count(&self, row: &Row, folder: &Path) -> anyhow::Result<()> {
         let unit = if row.sizes.answer < 1 << 20 { 1 << 10 } else { 1 << 6 };
         let counts = [unit, 5 * unit];
+        if let Load::Updates { small } = row.load {
+            return self.count_updates(row, small, folder);
+        }
         let Load::Saturated { connections, at_once } = row.load else { return Ok(()) };
         for peer in row.peers.iter().filter(|peer| peer.proxy == Proxy::Sluice) {
             let mut totals = [0.0; 2];
@@ -253,12 +302,26 @@ impl Plan {
                     drop(process.0.stdin.take());
                     process.0.wait()?;
                 }
-                let text = fs::read_to_string(folder.join("callgrind")).context("reading callgrind's counts")?;
-                let line = text.lines().find_map(|line| line.strip_prefix("totals: ")).context("no totals")?;
-                *total = line.trim().parse()?;
+                *total = instructions(&folder.join("callgrind"))?;
             }
             let each = (totals[1] - totals[0]) / (counts[1] - counts[0]) as f64;
             println!("{:<50} {:<14} {each:>10.0} instructions", row.name, peer.name);
+        }
+        Ok(())
+    }
+
+    fn count_updates(&self, row: &Row, small: usize, folder: &Path) -> anyhow::Result<()> {
+        for peer in row.peers.iter().filter(|peer| peer.proxy == Proxy::Sluice) {
+            let count = |services, small| {
+                let counts = folder.join("callgrind");
+                self.update(*peer, services, small, Some(&counts), folder)?;
+                instructions(&counts)
+            };
+            // The differences leave out what a process does without them.
+            let full = count(peer.services, 0)?;
+            let each = (count(peer.services, small)? - full) / small as f64;
+            println!("{:<60} {:<14} {:>13.0} instructions, full", row.name, peer.name, full - count(3, 0)?);
+            println!("{:<60} {:<14} {each:>13.0} instructions, small", row.name, peer.name);
         }
         Ok(())
     }
@@ -296,6 +359,15 @@ impl Plan {
         }
         Ok(window)
     }
+}
+
+/// In which the peers of a row take their turns.
+fn order(row: &Row, round: u32) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..row.peers.len()).collect();
+    if round % 2 == 1 {
+        order.reverse();
+    }
+    order
 }
 
 /// Free ports. A stale process on a fixed one would share it unseen (`SO_REUSEPORT`) and spoil every figure.

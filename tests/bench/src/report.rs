@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::{
     load::{Load, Window},
     rows::{Compare, DIRECT, Figure, Measure, Peer, Proxy, ROWS, Row},
+    update::Updated,
 };
 
 /// A proxy that uses less of its core was not what held the requests up.
@@ -137,10 +138,50 @@ impl Report {
             Measure::RssIdle => Some(of_peer.rss_idle_kib),
             Measure::RssLoaded => Some(of_peer.window.rss_kib),
             Measure::KibPerConnection => of_peer.window.kib_per_connection,
+            Measure::Update(of) => of_peer.window.update.as_ref().map(of),
         }
     }
 
+    fn updates(&self, f: &mut fmt::Formatter<'_>, row: &Row) -> fmt::Result {
+        writeln!(f, "{}; median (min-max)", row.name)?;
+        writeln!(
+            f,
+            "{:<8} {:>20} {:>17} {:>34} {:>22} {:>22} {:>22} {:>20}",
+            "",
+            "full s",
+            "full CPU s",
+            "MiB: empty, full, peak, at the end",
+            "weight acked ms",
+            "weight seen ms",
+            "endpoint acked ms",
+            "small CPU ms"
+        )?;
+        for peer in row.peers {
+            let of = |value: fn(&Updated) -> f64| {
+                self.of(row, peer).filter_map(|seen| seen.window.update.as_ref()).map(value).collect::<Vec<_>>()
+            };
+            let mib = |value| format!("{:.1}", median(&of(value)) / 1024.0);
+            let memory = [mib(|it| it.empty_kib), mib(|it| it.full_kib), mib(|it| it.peak_kib), mib(|it| it.small_kib)];
+            writeln!(
+                f,
+                "{:<8} {:>20} {:>17} {:>34} {:>22} {:>22} {:>22} {:>20}",
+                peer.name,
+                spread(&of(|it| it.full_seconds), 2),
+                spread(&of(|it| it.full_cpu_seconds), 2),
+                memory.join(", "),
+                spread(&of(|it| it.weights_acknowledged_seconds * 1e3), 2),
+                spread(&of(|it| it.weights_effective_seconds * 1e3), 2),
+                spread(&of(|it| it.endpoints_acknowledged_seconds * 1e3), 2),
+                spread(&of(|it| it.small_cpu_seconds * 1e3), 3),
+            )?;
+        }
+        writeln!(f)
+    }
+
     fn row(&self, f: &mut fmt::Formatter<'_>, row: &Row) -> fmt::Result {
+        if let Load::Updates { .. } = row.load {
+            return self.updates(f, row);
+        }
         writeln!(f, "{}; median (min-max)", row.name)?;
         writeln!(
             f,

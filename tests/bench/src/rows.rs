@@ -1,9 +1,12 @@
 //! The table that is measured: a row is data.
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     job::{Protocol, Security},
     load::Load,
     message::Sizes,
+    update::Updated,
 };
 
 /// One kind of traffic, and what is held against what.
@@ -30,7 +33,7 @@ pub(crate) struct Peer {
     pub(crate) services: usize,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Proxy {
     /// No proxy: what the machine alone takes.
     Direct,
@@ -56,7 +59,7 @@ pub(crate) struct Figure {
     pub(crate) aim: Option<f64>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) enum Measure {
     /// Of a request, a message of a relay, or a handshake.
     Cpu,
@@ -65,6 +68,7 @@ pub(crate) enum Measure {
     RssIdle,
     RssLoaded,
     KibPerConnection,
+    Update(fn(&Updated) -> f64),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,6 +97,11 @@ const fn cpu(what: &'static str, compare: Compare, must: f64, aim: Option<f64>) 
 
 const fn at_most(what: &'static str, measure: Measure, compare: Compare, must: f64, aim: Option<f64>) -> Figure {
     Figure { what, measure, compare, must: Some(must), aim }
+}
+
+/// At most Envoy's.
+const fn update(what: &'static str, of: fn(&Updated) -> f64) -> Figure {
+    at_most(what, Measure::Update(of), Compare::Share, 1.0, None)
 }
 
 const PER_REQUEST: &str = "CPU per request";
@@ -240,6 +249,25 @@ pub(crate) const ROWS: &[Row] = &[
             must: None,
             aim: None,
         }],
+        ..SMALL
+    },
+    Row {
+        name: "updates of 1,000 services of 10 endpoints, 10 routes each",
+        upstream: Security::Mtls,
+        endpoints: 10,
+        load: Load::Updates { small: 100 },
+        peers: &[peer("envoy", Proxy::Envoy, 1000), peer("sluice", Proxy::Sluice, 1000)],
+        figures: &[
+            update("full update: time, share of Envoy's", |it| it.full_seconds),
+            update("full update: CPU", |it| it.full_cpu_seconds),
+            update("full update: memory", |it| it.full_kib - it.empty_kib),
+            update("full update: peak of memory", |it| it.peak_kib - it.empty_kib),
+            update("change of one weight: time until acknowledged", |it| it.weights_acknowledged_seconds),
+            update("change of one weight: time until a request shows it", |it| it.weights_effective_seconds),
+            update("change of one endpoint: time until acknowledged", |it| it.endpoints_acknowledged_seconds),
+            update("small change: CPU", |it| it.small_cpu_seconds),
+            update("memory after the small changes", |it| it.small_kib - it.empty_kib),
+        ],
         ..SMALL
     },
 ];

@@ -1,10 +1,11 @@
-//! Our data path with a static snapshot, on one thread.
+//! Our proxy: its data path with a static snapshot, on one thread; and all of it.
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
 use sluice_proxy::{
     metrics::Metrics,
     overload::Overload,
+    process,
     snapshot::{
         Action, ClientTls, Cluster, FilterChain, Listener, MetricLabels, Policy, Protocol, RetryOn, RetryPolicy, Route,
         RouteMatch, ServerTls, Snapshot, Split, StringMatch, StringRule, TrafficPolicy, Upstream, UpstreamProtocol,
@@ -41,6 +42,19 @@ pub(crate) fn run(job: &Job) -> anyhow::Result<()> {
         job::until_stdin_ends().await;
         Ok(())
     })
+}
+
+/// As the binary does, until standard input ends.
+pub(crate) fn fleet(settings: process::Settings) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let result = runtime.block_on(async {
+        tokio::select! {
+            ended = process::run(workers::Role::Fleet, settings) => ended.map_err(anyhow::Error::from),
+            () = job::until_stdin_ends() => Ok(()),
+        }
+    });
+    runtime.shutdown_background();
+    result
 }
 
 fn snapshot(job: &Job) -> Snapshot {
