@@ -27,6 +27,7 @@ use crate::{
     metrics::{GrpcStatus, Retry},
     overload,
     refused::Refused,
+    snapshot::HeaderChanges,
 };
 
 /// Endpoints tried for one request that is certain not to have been processed.
@@ -78,14 +79,16 @@ pub(super) async fn serve(connection: Rc<Connection>, request: Request<RequestBo
             response
         }
         Err(Refusal::Switched { response, upstream, lease }) => {
-            return response.map(|()| ResponseBody::tunnel(upstream, lease, tally));
+            response.map(|()| ResponseBody::tunnel(upstream, lease, tally))
         }
     };
     if let Some(grant) = grant {
         grant.write(response.headers_mut());
     }
     let draining = response.body().connection().ends_after_answer();
-    if draining && version != Version::HTTP_2 {
+    // A tunnel is no longer a connection of HTTP/1.1, which could be kept for another request.
+    let ends = version != Version::HTTP_2 && response.status() != StatusCode::SWITCHING_PROTOCOLS;
+    if draining && ends {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
@@ -268,7 +271,11 @@ async fn forward(
     }
     user.give_cookies(response.headers_mut());
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-        return Err(if upgrade { switched(tally, response, lease) } else { Failure::UpstreamProtocol.into() });
+        return Err(if upgrade {
+            switched(tally, response, lease, &policy.response_headers)
+        } else {
+            Failure::UpstreamProtocol.into()
+        });
     }
     headers::clean_response(response.headers_mut(), version_on(wire), cluster.config.tls.is_none());
     if wire != downstream && response.status() == StatusCode::NO_CONTENT {
@@ -488,13 +495,14 @@ async fn send(
     })
 }
 
-fn switched(tally: &mut Tally, response: Response<UpstreamBody>, lease: Lease) -> Refusal {
+fn switched(tally: &mut Tally, response: Response<UpstreamBody>, lease: Lease, changes: &HeaderChanges) -> Refusal {
     let (mut parts, body) = response.into_parts();
     let Some(upstream) = body.into_stream() else {
         return Failure::UpstreamProtocol.into();
     };
     tally.upgraded();
     headers::clean_response(&mut parts.headers, Version::HTTP_11, true);
+    headers::change(&mut parts.headers, changes);
     headers::keep_websocket(&mut parts.headers);
     Refusal::Switched { response: Response::from_parts(parts, ()), upstream, lease }
 }
