@@ -55,7 +55,7 @@ conformance: ## The proxy held to other people's tests: h2spec, smuggling corpus
 	tests/conformance/run
 
 .PHONY: fuzz
-fuzz: ## Searches for bytes that break the proxy (SECONDS_EACH=60 TARGETS="request answer hello xds")
+fuzz: ## Searches for bytes that break the proxy (SECONDS_EACH=60 TARGETS="request answer hello trace xds")
 	tests/fuzz/run $(TARGETS)
 
 .PHONY: cluster

@@ -25,7 +25,7 @@ pub enum Refused {
     TlsCertificate,
     /// What came is no TLS 1.3 as it is spoken here.
     TlsProtocol,
-    /// The client went away in the handshake.
+    /// The client went away in the handshake, or said by an alert that it does not go on.
     TlsClosed,
     /// A head that was not whole in time.
     HeadTimeout,
@@ -127,6 +127,8 @@ impl Refused {
         use rustls::Error as Tls;
         match error.get_ref().and_then(|inner| inner.downcast_ref::<Tls>()) {
             Some(Tls::NoCertificatesPresented | Tls::InvalidCertificate(_)) => Self::TlsCertificate,
+            // It is the client that refuses, such as our certificate.
+            Some(Tls::AlertReceived(_)) => Self::TlsClosed,
             Some(_) => Self::TlsProtocol,
             None if error.kind() == ErrorKind::TimedOut => Self::TlsTimeout,
             None if error.kind() == ErrorKind::NotFound => Self::TlsServerName,

@@ -2,6 +2,7 @@
 //! bytes, guided by what they reach; the tests here try what was kept of that, and some thousand changes of it.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod trace;
 mod wire;
 mod xds;
 
@@ -13,8 +14,8 @@ use crate::worker::fuzz::{answer, hello, request};
 pub type Target = fn(&[u8]);
 
 /// What can be fuzzed. The names are those of the folders in `tests/fuzz/corpus`.
-pub const TARGETS: [(&str, Target); 4] =
-    [("request", request), ("answer", answer), ("hello", hello), ("xds", xds::run)];
+pub const TARGETS: [(&str, Target); 5] =
+    [("request", request), ("answer", answer), ("hello", hello), ("trace", trace::run), ("xds", xds::run)];
 
 /// # Panics
 /// With both, where they differ.
@@ -118,6 +119,11 @@ mod tests {
     #[test]
     fn whatever_a_connection_begins_with_is_told_apart_in_one_way_only() {
         all("hello", hello);
+    }
+
+    #[test]
+    fn whatever_a_caller_says_of_its_trace_goes_on_as_one_context() {
+        all("trace", trace::run);
     }
 
     #[test]

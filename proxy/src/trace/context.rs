@@ -149,7 +149,10 @@ impl Received {
                 headers.remove(B3_PARENT_SPAN_ID);
             }
             headers.insert(B3_SAMPLED, HeaderValue::from_static(flag(sampled)));
-            if !self.debug {
+            // It may have come in the other form.
+            if self.debug {
+                headers.insert(B3_FLAGS, HeaderValue::from_static("1"));
+            } else {
                 headers.remove(B3_FLAGS);
             }
         }
@@ -507,6 +510,9 @@ mod tests {
         // Both stay, and say the same.
         let lines = written(&[("traceparent", &parent), ("b3", &b3)], true);
         assert_eq!(lines[0], format!("b3: {TRACE}-b7ad6b7169203331-1-{SPAN}"));
+        let debug = format!("{TRACE}-{SPAN}-d");
+        let lines = written(&[("b3", &debug), ("x-b3-traceid", TRACE), ("x-b3-spanid", SPAN)], true);
+        assert!(lines.contains(&"x-b3-flags: 1".to_owned()), "{lines:?}");
     }
 
     fn value() -> impl Strategy<Value = String> {

@@ -73,6 +73,8 @@ pub(super) enum ClientError {
 pub(super) enum ClientBody {
     Http1(server::RequestBody),
     Http2(Incoming),
+    /// What is read along for a copy of a request.
+    Copied(mirror::CopiedBody),
     Watched(Box<Watched>),
     Mirrored(Box<Mirrored>),
     Noted(Box<Noted>),
@@ -101,7 +103,7 @@ impl Broken {
             RequestBody::Once(body) => {
                 RequestBody::Once(ClientBody::Noted(Box::new(Noted { body, why: self.clone() })))
             }
-            body @ (RequestBody::Empty | RequestBody::Replayable(_) | RequestBody::Copied(_)) => body,
+            body @ (RequestBody::Empty | RequestBody::Replayable(_)) => body,
         }
     }
 
@@ -135,10 +137,7 @@ impl RequestEnd {
                 let body = ClientBody::Watched(Box::new(Watched { body, read: Some(read) }));
                 (RequestBody::Once(body), Self::Awaited(end.shared()))
             }
-            body
-            @ (RequestBody::Empty | RequestBody::Once(_) | RequestBody::Replayable(_) | RequestBody::Copied(_)) => {
-                (body, Self::Reached)
-            }
+            body @ (RequestBody::Empty | RequestBody::Once(_) | RequestBody::Replayable(_)) => (body, Self::Reached),
         }
     }
 
@@ -165,6 +164,7 @@ impl Body for ClientBody {
         let frame = match &mut *self {
             Self::Http1(body) => Pin::new(body).poll_frame(cx).map_err(ClientError::Http1),
             Self::Http2(body) => Pin::new(body).poll_frame(cx).map_err(ClientError::Http2),
+            Self::Copied(body) => return Pin::new(body).poll_frame(cx),
             Self::Watched(watched) => {
                 let frame = ready!(Pin::new(&mut watched.body).poll_frame(cx));
                 if matches!(frame, None | Some(Err(_))) || watched.body.is_end_stream() {
@@ -193,6 +193,7 @@ impl Body for ClientBody {
         match self {
             Self::Http1(body) => body.is_end_stream(),
             Self::Http2(body) => body.is_end_stream(),
+            Self::Copied(body) => body.is_end_stream(),
             Self::Watched(watched) => watched.body.is_end_stream(),
             Self::Mirrored(mirrored) => mirrored.body.is_end_stream(),
             Self::Noted(noted) => noted.body.is_end_stream(),
@@ -203,6 +204,7 @@ impl Body for ClientBody {
         match self {
             Self::Http1(body) => body.size_hint(),
             Self::Http2(body) => body.size_hint(),
+            Self::Copied(body) => body.size_hint(),
             Self::Watched(watched) => watched.body.size_hint(),
             Self::Mirrored(mirrored) => mirrored.body.size_hint(),
             Self::Noted(noted) => noted.body.size_hint(),
@@ -216,8 +218,6 @@ pub(super) enum RequestBody {
     /// Cannot be sent again once it was begun.
     Once(ClientBody),
     Replayable(Attempt),
-    /// Of a copy of a request.
-    Copied(mirror::CopiedBody),
 }
 
 impl RequestBody {
@@ -479,7 +479,6 @@ impl Body for RequestBody {
             Self::Empty => Poll::Ready(None),
             Self::Once(body) => Pin::new(body).poll_frame(cx),
             Self::Replayable(body) => Pin::new(body).poll_frame(cx),
-            Self::Copied(body) => Pin::new(body).poll_frame(cx),
         }
     }
 
@@ -488,7 +487,6 @@ impl Body for RequestBody {
             Self::Empty => true,
             Self::Once(body) => body.is_end_stream(),
             Self::Replayable(body) => body.is_end_stream(),
-            Self::Copied(body) => body.is_end_stream(),
         }
     }
 
@@ -497,7 +495,6 @@ impl Body for RequestBody {
             Self::Empty => SizeHint::with_exact(0),
             Self::Once(body) => body.size_hint(),
             Self::Replayable(body) => body.size_hint(),
-            Self::Copied(body) => body.size_hint(),
         }
     }
 }

@@ -15,7 +15,7 @@ use std::{
 use bytes::Bytes;
 use futures::channel::oneshot;
 use http::{
-    HeaderMap, HeaderValue, Request, Uri, header, request,
+    HeaderMap, HeaderValue, Request, Response, Uri, header, request,
     uri::{Authority, Parts},
 };
 use http_body::{Body, Frame, SizeHint};
@@ -23,13 +23,13 @@ use tokio::time::{Instant, sleep};
 
 use super::{
     Shared,
-    body::{self, BodyError, ClientBody, MAX_REPLAY, RequestBody},
+    body::{self, BodyError, ClientBody, MAX_REPLAY, RequestBody, UpstreamBody},
     cluster::Cluster,
     headers,
-    pool::{SendError, Wire},
+    outgoing::{MAX_TRIES, Outgoing, is_not_processed, repeatable},
+    pool::{Lease, SendError, Wire},
 };
 use crate::{
-    failure::NOT_PROCESSED,
     metrics::{GrpcStatus, MirrorMetrics, Mirrored},
     snapshot::{self, Share},
 };
@@ -38,8 +38,6 @@ use crate::{
 const MOST_COPIES: u32 = 128;
 /// How far a copy may be behind its request, in bytes. Of a body that is known to be longer there is none.
 const MOST_BEHIND: usize = MAX_REPLAY;
-/// Endpoints that are tried until a connection is made, as for a request.
-const MOST_TRIES: usize = 3;
 const GRPC_STATUS: &str = "grpc-status";
 /// From the end of a copy to that of its answer, where the route has no time-out: Envoy's default of `RouteAction.timeout`.
 const TIMEOUT: Duration = Duration::from_secs(15);
@@ -98,9 +96,9 @@ pub(super) fn copy(
         } else {
             let (feed, copied, ended) = Feed::new(length);
             copies.push(feed);
-            (RequestBody::Copied(copied), Some(ended))
+            (RequestBody::Once(ClientBody::Copied(copied)), Some(ended))
         };
-        let request = Request::from_parts(head, copied);
+        let outgoing = Outgoing::new(head, copied, repeatable(&mirror.cluster, wire));
         let mirror = Rc::clone(mirror);
         // Not joined: it ends at the latest with its time-out after the end of the request.
         tokio::task::spawn_local(async move {
@@ -108,7 +106,7 @@ pub(super) fn copy(
                 // A copy that was given up fails, too, and that is not the reason.
                 biased;
                 outcome = over(ended, original.timeout.unwrap_or(TIMEOUT)) => outcome,
-                outcome = mirror.exchange(request, original) => outcome,
+                outcome = mirror.exchange(outgoing, original) => outcome,
             };
             mirror.count(outcome, original);
             drop(under_way);
@@ -118,9 +116,7 @@ pub(super) fn copy(
         RequestBody::Once(body) if !copies.is_empty() => {
             RequestBody::Once(ClientBody::Mirrored(Box::new(body::Mirrored { body, copies })))
         }
-        body @ (RequestBody::Empty | RequestBody::Once(_) | RequestBody::Replayable(_) | RequestBody::Copied(_)) => {
-            body
-        }
+        body @ (RequestBody::Empty | RequestBody::Once(_) | RequestBody::Replayable(_)) => body,
     }
 }
 
@@ -166,50 +162,68 @@ impl Mirror {
         }
     }
 
-    /// One try, but for what was not sent: a kept connection that turns out to be closed, or one that cannot be made.
-    async fn exchange(&self, mut request: Request<RequestBody>, original: Original) -> Mirrored {
-        let mut unreachable: Vec<SocketAddr> = Vec::new();
+    /// One try, but for what was certainly not processed: that is tried at other endpoints, as a user's request is.
+    async fn exchange(&self, mut outgoing: Outgoing, original: Original) -> Mirrored {
+        let mut failed: Vec<SocketAddr> = Vec::new();
         let mut fresh = false;
-        for _ in 0..MOST_TRIES {
-            let Some(endpoint) = self.cluster.pick(&unreachable, original.local) else { break };
+        for _ in 0..MAX_TRIES {
+            let Some(endpoint) = self.cluster.pick(&failed, original.local) else { break };
+            let Some(request) = outgoing.next.take() else { break };
             let sent = endpoint.send(&self.cluster.connector, original.wire, request, fresh, Instant::now()).await;
-            let error = match sent {
+            let cluster = self.cluster.config.name.as_str();
+            match sent {
                 Ok((response, lease)) => {
                     self.cluster.reached(&endpoint);
-                    let status = response.status();
-                    let not_processed =
-                        self.cluster.config.tls.is_some() && response.headers().contains_key(NOT_PROCESSED);
-                    let said = response.headers().get(GRPC_STATUS).cloned();
-                    let Some(trailers) = body::read_whole(response.into_body(), lease).await else {
-                        return Mirrored::Failed;
-                    };
-                    let said = said.or_else(|| trailers.get(GRPC_STATUS).cloned());
-                    let grpc = original.grpc.then(|| {
-                        let parse = |said: HeaderValue| GrpcStatus::parse(said.as_bytes());
-                        said.map_or_else(|| GrpcStatus::of_http(status), parse)
-                    });
-                    return if not_processed { Mirrored::Failed } else { Mirrored::Answered(status, grpc) };
+                    if !is_not_processed(&self.cluster, &response) {
+                        outgoing.settle();
+                        return answered(response, lease, original.grpc).await;
+                    }
+                    tracing::debug!(cluster, endpoint = %endpoint.address, "a copy was not processed");
+                    failed.push(endpoint.address);
+                    tokio::task::spawn_local(body::read_out(response.into_body(), lease));
+                    outgoing.again();
                 }
-                Err(SendError::Stale { request: unsent }) => {
-                    request = *unsent;
+                Err(SendError::Stale { request }) => {
+                    outgoing.next = Some(*request);
                     fresh = true;
-                    continue;
                 }
-                Err(SendError::Connect { request: unsent, error }) => {
+                Err(SendError::Connect { request, error }) => {
                     self.cluster.unreachable(&endpoint);
-                    tracing::debug!(cluster = self.cluster.config.name, %error, "a copy is tried elsewhere");
-                    unreachable.push(endpoint.address);
-                    request = *unsent;
-                    continue;
+                    tracing::debug!(cluster, %error, "a copy is tried elsewhere");
+                    failed.push(endpoint.address);
+                    outgoing.next = Some(*request);
                 }
                 Err(SendError::Overflow { .. }) => return Mirrored::Busy,
-                Err(SendError::Refused { error } | SendError::Lost { error }) => error.to_string(),
-            };
-            tracing::debug!(cluster = self.cluster.config.name, endpoint = %endpoint.address, error, "copy not answered");
-            break;
+                Err(SendError::Refused { error }) => {
+                    tracing::debug!(cluster, endpoint = %endpoint.address, %error, "a copy was refused");
+                    if self.cluster.has_alternatives() {
+                        failed.push(endpoint.address);
+                    }
+                    outgoing.again();
+                }
+                Err(SendError::Lost { error }) => {
+                    tracing::debug!(cluster, endpoint = %endpoint.address, %error, "copy not answered");
+                    break;
+                }
+            }
         }
         Mirrored::Failed
     }
+}
+
+/// Reads an answer to its end.
+async fn answered(response: Response<UpstreamBody>, lease: Lease, grpc: bool) -> Mirrored {
+    let status = response.status();
+    let said = response.headers().get(GRPC_STATUS).cloned();
+    let Some(trailers) = body::read_whole(response.into_body(), lease).await else {
+        return Mirrored::Failed;
+    };
+    let said = said.or_else(|| trailers.get(GRPC_STATUS).cloned());
+    let grpc = grpc.then(|| {
+        let parse = |said: HeaderValue| GrpcStatus::parse(said.as_bytes());
+        said.map_or_else(|| GrpcStatus::of_http(status), parse)
+    });
+    Mirrored::Answered(status, grpc)
 }
 
 /// One of the copies under way, as long as this lives.

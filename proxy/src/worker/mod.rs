@@ -16,6 +16,7 @@ mod http1;
 mod load;
 mod matching;
 mod mirror;
+mod outgoing;
 mod pool;
 mod relay;
 mod request;

@@ -3,19 +3,20 @@
 use std::{net::SocketAddr, rc::Rc};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header, request};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header, request};
 use http_body::Body;
 use tokio::time::Instant;
 
 use super::{
     Role,
     affinity::User,
-    body::{self, Broken, Limit, Replay, RequestBody, RequestEnd, ResponseBody, UpstreamBody},
+    body::{self, Broken, Limit, RequestBody, RequestEnd, ResponseBody, UpstreamBody},
     cluster::Cluster,
     connection::{Connection, Current},
     cors::{self, Grant, Verdict},
     fault, headers, matching, mirror,
-    pool::{Endpoint, Lease, SendError, Wire},
+    outgoing::{MAX_TRIES, Outgoing, is_not_processed, repeatable},
+    pool::{Lease, SendError, Wire},
     retry::Retries,
     rewrite,
     serving::{Action, Chain, Route},
@@ -27,10 +28,8 @@ use crate::{
     metrics::{GrpcStatus, Retry},
     overload,
     refused::Refused,
+    snapshot::HeaderChanges,
 };
-
-/// Endpoints tried for one request that is certain not to have been processed.
-const MAX_TRIES: u32 = 3;
 
 /// Answers one request.
 pub(super) async fn serve(connection: Rc<Connection>, request: Request<RequestBody>) -> Response<ResponseBody> {
@@ -78,14 +77,16 @@ pub(super) async fn serve(connection: Rc<Connection>, request: Request<RequestBo
             response
         }
         Err(Refusal::Switched { response, upstream, lease }) => {
-            return response.map(|()| ResponseBody::tunnel(upstream, lease, tally));
+            response.map(|()| ResponseBody::tunnel(upstream, lease, tally))
         }
     };
     if let Some(grant) = grant {
         grant.write(response.headers_mut());
     }
     let draining = response.body().connection().ends_after_answer();
-    if draining && version != Version::HTTP_2 {
+    // A tunnel is no longer a connection of HTTP/1.1, which could be kept for another request.
+    let ends = version != Version::HTTP_2 && response.status() != StatusCode::SWITCHING_PROTOCOLS;
+    if draining && ends {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
@@ -268,7 +269,11 @@ async fn forward(
     }
     user.give_cookies(response.headers_mut());
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-        return Err(if upgrade { switched(tally, response, lease) } else { Failure::UpstreamProtocol.into() });
+        return Err(if upgrade {
+            switched(tally, response, lease, &policy.response_headers)
+        } else {
+            Failure::UpstreamProtocol.into()
+        });
     }
     headers::clean_response(response.headers_mut(), version_on(wire), cluster.config.tls.is_none());
     if wire != downstream && response.status() == StatusCode::NO_CONTENT {
@@ -291,79 +296,6 @@ fn version_on(wire: Wire) -> Version {
     match wire {
         Wire::Http2 => Version::HTTP_2,
         Wire::Http1 | Wire::Tcp => Version::HTTP_11,
-    }
-}
-
-/// Whether a request may have to be sent again after it has been handed to a connection: only a proxy of ours or an
-/// HTTP/2 server says that it did not process one. A copy for a case that cannot occur would only cost.
-fn repeatable(cluster: &Cluster, wire: Wire) -> bool {
-    wire == Wire::Http2 || (cluster.config.tls.is_some() && cluster.has_alternatives())
-}
-
-/// A request that may be sent more than once.
-struct Outgoing {
-    next: Option<Request<RequestBody>>,
-    copy: Option<Box<Copy>>,
-    replay: Option<Replay>,
-    /// The endpoint that has it, where its silence counts.
-    awaited: Option<Rc<Endpoint>>,
-}
-
-struct Copy {
-    method: Method,
-    uri: Uri,
-    version: Version,
-    headers: HeaderMap,
-}
-
-impl Outgoing {
-    fn new(parts: request::Parts, body: RequestBody, repeatable: bool) -> Self {
-        let copy = repeatable.then(|| {
-            Box::new(Copy {
-                method: parts.method.clone(),
-                uri: parts.uri.clone(),
-                version: parts.version,
-                headers: parts.headers.clone(),
-            })
-        });
-        let (body, replay) = match body {
-            RequestBody::Once(body) if body.is_end_stream() => (RequestBody::Empty, None),
-            RequestBody::Once(body) if repeatable => {
-                let replay = Replay::new(body);
-                let body = replay.attempt().map_or(RequestBody::Empty, RequestBody::Replayable);
-                (body, Some(replay))
-            }
-            body
-            @ (RequestBody::Empty | RequestBody::Once(_) | RequestBody::Replayable(_) | RequestBody::Copied(_)) => {
-                (body, None)
-            }
-        };
-        Self { next: Some(Request::from_parts(parts, body)), copy, replay, awaited: None }
-    }
-
-    /// Makes the request again after it was sent, if all of it is still there.
-    fn again(&mut self) -> bool {
-        let Some(copy) = &self.copy else { return false };
-        let body = match &self.replay {
-            None => RequestBody::Empty,
-            Some(replay) => match replay.attempt() {
-                Some(attempt) => RequestBody::Replayable(attempt),
-                None => return false,
-            },
-        };
-        let mut request = Request::new(body);
-        *request.method_mut() = copy.method.clone();
-        *request.uri_mut() = copy.uri.clone();
-        *request.version_mut() = copy.version;
-        *request.headers_mut() = copy.headers.clone();
-        self.next = Some(request);
-        true
-    }
-
-    fn settle(&self) {
-        if let Some(replay) = &self.replay {
-            replay.settle();
-        }
     }
 }
 
@@ -424,8 +356,7 @@ async fn send(
         again = match sent {
             Ok((response, lease)) => {
                 cluster.answered(&endpoint, &response, tally.is_grpc());
-                // Only a proxy of ours is believed.
-                if cluster.config.tls.is_none() || !response.headers().contains_key(NOT_PROCESSED) {
+                if !is_not_processed(cluster, &response) {
                     if retries.want_instead_of(&response) && retries.take() && outgoing.again() {
                         avoided.push(endpoint.address);
                         tokio::task::spawn_local(body::read_out(response.into_body(), lease));
@@ -488,13 +419,14 @@ async fn send(
     })
 }
 
-fn switched(tally: &mut Tally, response: Response<UpstreamBody>, lease: Lease) -> Refusal {
+fn switched(tally: &mut Tally, response: Response<UpstreamBody>, lease: Lease, changes: &HeaderChanges) -> Refusal {
     let (mut parts, body) = response.into_parts();
     let Some(upstream) = body.into_stream() else {
         return Failure::UpstreamProtocol.into();
     };
     tally.upgraded();
     headers::clean_response(&mut parts.headers, Version::HTTP_11, true);
+    headers::change(&mut parts.headers, changes);
     headers::keep_websocket(&mut parts.headers);
     Refusal::Switched { response: Response::from_parts(parts, ()), upstream, lease }
 }

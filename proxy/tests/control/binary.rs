@@ -35,11 +35,11 @@ const REVISION: &str = "shop/web:80/aaaaaaaaaa";
 const SERVER_NAME: &str = "p8080.aaaaaaaaaa";
 
 /// A port that nothing listens on at this moment.
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-struct Proxy {
+pub(crate) struct Proxy {
     child: Child,
     health: SocketAddr,
     admin: SocketAddr,
@@ -54,7 +54,7 @@ impl Drop for Proxy {
 }
 
 impl Proxy {
-    fn start(role: &str, ca: &Ca, controller: SocketAddr) -> Self {
+    pub(crate) fn start(role: &str, ca: &Ca, controller: SocketAddr) -> Self {
         Self::launch(Command::new(env!("CARGO_BIN_EXE_sluice-proxy")), &[], role, ca, controller)
     }
 
@@ -104,7 +104,7 @@ impl Proxy {
         get(self.health, path, Version::HTTP_11).await.unwrap_or_default()
     }
 
-    async fn wait_for(&self, path: &str, status: StatusCode) -> String {
+    pub(crate) async fn wait_for(&self, path: &str, status: StatusCode) -> String {
         soon(path, async {
             loop {
                 let (found, body) = self.get(path).await;
@@ -135,7 +135,7 @@ impl Proxy {
     }
 }
 
-async fn get(to: SocketAddr, path: &str, version: Version) -> Option<(StatusCode, String)> {
+pub(crate) async fn get(to: SocketAddr, path: &str, version: Version) -> Option<(StatusCode, String)> {
     let io = TokioIo::new(TcpStream::connect(to).await.ok()?);
     let request = Request::get(format!("http://web.shop{path}")).header("host", "web.shop");
     let request = request.body(Full::<Bytes>::default()).unwrap();
@@ -198,7 +198,7 @@ async fn application() -> (SocketAddr, JoinHandle<()>) {
 }
 
 /// Signs what the proxies ask for, each according to its token.
-async fn sign(server: &mut Server, ca: &Ca, count: usize) {
+pub(crate) async fn sign(server: &mut Server, ca: &Ca, count: usize) {
     for _ in 0..count {
         let (request, answer) = soon("a request to sign", server.signs.recv()).await.unwrap();
         let life = Duration::from_secs(3600);

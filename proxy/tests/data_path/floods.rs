@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes};
-use http::Response;
+use http::{HeaderValue, Response, StatusCode};
 use sluice_proxy::workers::Role;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -30,13 +30,23 @@ const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 /// RFC 9113, 7.
 const PROTOCOL_ERROR: u32 = 1;
+const FLOW_CONTROL_ERROR: u32 = 3;
+const STREAM_CLOSED: u32 = 5;
 const FRAME_SIZE_ERROR: u32 = 6;
+const REFUSED_STREAM: u32 = 7;
+const CANCEL: u32 = 8;
 const COMPRESSION_ERROR: u32 = 9;
 const ENHANCE_YOUR_CALM: u32 = 11;
 /// `:method: POST`, `:scheme: http`, `:path: /`, `:authority: a`, as HPACK's static table has them.
 const POST: &[u8] = b"\x83\x86\x84\x41\x01a";
+/// The same with GET.
+const GET: &[u8] = b"\x82\x86\x84\x41\x01a";
 /// `x: y`, of which nothing is remembered.
 const FIELD: &[u8] = b"\x00\x01x\x01y";
+/// Streams that a connection may have at once.
+const STREAMS: u32 = 256;
+/// The largest window (RFC 9113, 6.9.1).
+const MOST: u32 = 0x7fff_ffff;
 /// More than this no flood here needs, in bytes: who has been let send it was not stopped.
 const MUCH: usize = 256 << 20;
 
@@ -58,22 +68,48 @@ async fn connect(proxy: &Proxy) -> (OwnedReadHalf, OwnedWriteHalf) {
     (read, write)
 }
 
+/// A frame as it came.
+#[derive(Debug)]
+struct Frame {
+    kind: u8,
+    flags: u8,
+    stream: u32,
+    payload: Vec<u8>,
+}
+
+impl Frame {
+    /// `None` at the end of the connection.
+    async fn read(from: &mut OwnedReadHalf) -> Option<Self> {
+        let mut head = [0; 9];
+        from.read_exact(&mut head).await.ok()?;
+        let mut payload = vec![0; usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2])];
+        from.read_exact(&mut payload).await.ok()?;
+        let stream = u32::from_be_bytes(head[5..].try_into().unwrap());
+        Some(Self { kind: head[3], flags: head[4], stream, payload })
+    }
+
+    fn code(&self, at: usize) -> u32 {
+        u32::from_be_bytes(self.payload[at..at + 4].try_into().unwrap())
+    }
+
+    /// The stream that it resets, and why.
+    fn reset(&self) -> Option<(u32, u32)> {
+        (self.kind == RST_STREAM).then(|| (self.stream, self.code(0)))
+    }
+
+    /// The error that it ends the connection with.
+    fn go_away(&self) -> Option<u32> {
+        (self.kind == GOAWAY).then(|| self.code(4))
+    }
+}
+
 /// The error of the GOAWAY that ends a connection.
 async fn ended(mut read: OwnedReadHalf) -> Option<u32> {
     let mut last = None;
-    loop {
-        let mut head = [0; 9];
-        if read.read_exact(&mut head).await.is_err() {
-            return last;
-        }
-        let mut payload = vec![0; usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2])];
-        if read.read_exact(&mut payload).await.is_err() {
-            return last;
-        }
-        if head[3] == GOAWAY {
-            last = Some(u32::from_be_bytes(payload[4..8].try_into().unwrap()));
-        }
+    while let Some(frame) = Frame::read(&mut read).await {
+        last = frame.go_away().or(last);
     }
+    last
 }
 
 async fn proxy() -> (App, Proxy) {
@@ -99,7 +135,8 @@ async fn a_flood_of_http2_frames_ends_its_connection_and_no_other() {
     let unfinished = frame(HEADERS, 0, 1, POST);
     // What comes first, what comes then without end (of the n-th time), and the errors that end it.
     type Flood = (&'static str, Bytes, fn(u32) -> Bytes, &'static [u32]);
-    let floods: [Flood; 9] = [
+    let full: Vec<u8> = (0..STREAMS).flat_map(|stream| frame(HEADERS, END_HEADERS, 2 * stream + 1, POST)).collect();
+    let floods: [Flood; 10] = [
         (
             "CONTINUATION (CVE-2024-27316)",
             unfinished.clone(),
@@ -120,9 +157,15 @@ async fn a_flood_of_http2_frames_ends_its_connection_and_no_other() {
             Bytes::new(),
             |count| {
                 let stream = 2 * count + 1;
-                let wide = frame(WINDOW_UPDATE, 0, stream, &0x7fff_ffff_u32.to_be_bytes());
+                let wide = window(stream, MOST);
                 [frame(HEADERS, END_HEADERS | END_STREAM, stream, POST), wide.clone(), wide].concat().into()
             },
+            &[ENHANCE_YOUR_CALM],
+        ),
+        (
+            "streams that are too many, without end",
+            full.into(),
+            |count| get_on(2 * (STREAMS + count) + 1),
             &[ENHANCE_YOUR_CALM],
         ),
         ("a PING of 7 bytes", Bytes::new(), |_| frame(PING, 0, 0, &[0; 7]), &[FRAME_SIZE_ERROR, PROTOCOL_ERROR]),
@@ -159,28 +202,39 @@ async fn a_flood_of_http2_frames_ends_its_connection_and_no_other() {
 }
 
 /// The frames that come until this stream has been answered whole, or the connection ends.
-async fn until_data_of(read: &mut OwnedReadHalf, good: u32) -> Vec<(u8, u32, Vec<u8>)> {
+async fn until_answer_of(read: &mut OwnedReadHalf, good: u32) -> Vec<Frame> {
     let mut frames = Vec::new();
-    loop {
-        let mut head = [0; 9];
-        if read.read_exact(&mut head).await.is_err() {
-            return frames;
-        }
-        let mut payload = vec![0; usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2])];
-        read.read_exact(&mut payload).await.unwrap();
-        let stream = u32::from_be_bytes(head[5..9].try_into().unwrap());
-        frames.push((head[3], stream, payload));
-        if stream == good && head[4] & END_STREAM != 0 {
-            return frames;
+    while let Some(frame) = Frame::read(read).await {
+        let last = frame.stream == good && frame.flags & END_STREAM != 0;
+        frames.push(frame);
+        if last {
+            break;
         }
     }
+    frames
+}
+
+fn is_answered(frames: &[Frame], stream: u32) -> bool {
+    frames.iter().any(|frame| frame.kind == HEADERS && frame.stream == stream)
+}
+
+fn resets(frames: &[Frame]) -> Vec<(u32, u32)> {
+    frames.iter().filter_map(Frame::reset).collect()
+}
+
+fn window(stream: u32, size: u32) -> Bytes {
+    frame(WINDOW_UPDATE, 0, stream, &size.to_be_bytes())
+}
+
+fn get_on(stream: u32) -> Bytes {
+    frame(HEADERS, END_HEADERS | END_STREAM, stream, GET)
 }
 
 #[tokio::test]
 async fn a_malformed_http2_request_resets_its_stream_is_counted_and_leaves_the_others_of_its_connection() {
     let (app, proxy) = proxy().await;
-    // GET with what is wrong (RFC 9113, 8.2 and 8.3).
-    let get = |rest: &[u8]| [b"\x82\x86\x84\x41\x01a", rest].concat();
+    // What is wrong (RFC 9113, 8.2 and 8.3).
+    let get = |rest: &[u8]| [GET, rest].concat();
     let field = |name: &str, value: &str| {
         let length = |text: &str| u8::try_from(text.len()).unwrap();
         [&[0, length(name)], name.as_bytes(), &[length(value)], value.as_bytes()].concat()
@@ -200,14 +254,154 @@ async fn a_malformed_http2_request_resets_its_stream_is_counted_and_leaves_the_o
         let (mut read, mut write) = connect(&proxy).await;
         // The other stream has begun before, and ends after it.
         write.write_all(&frame(HEADERS, END_HEADERS | END_STREAM, 1, block)).await.unwrap();
-        write.write_all(&frame(HEADERS, END_HEADERS | END_STREAM, 3, &get(&[]))).await.unwrap();
-        let frames = soon(what, until_data_of(&mut read, 3)).await;
-        let reset = frames.iter().find(|(kind, stream, _)| (*kind, *stream) == (RST_STREAM, 1));
-        assert_eq!(reset.map(|(.., code)| code.as_slice()), Some(&[0, 0, 0, 1][..]), "{what}: {frames:?}");
-        assert!(frames.iter().any(|(kind, stream, _)| (*kind, *stream) == (HEADERS, 3)), "{what}: {frames:?}");
+        write.write_all(&get_on(3)).await.unwrap();
+        let frames = soon(what, until_answer_of(&mut read, 3)).await;
+        assert_eq!(resets(&frames), [(1, PROTOCOL_ERROR)], "{what}: {frames:?}");
+        assert!(is_answered(&frames, 3), "{what}: {frames:?}");
         assert_eq!(proxy.refused("http2_protocol_error"), index as u64 + 1, "{what}");
     }
     assert_eq!(app.requests(), malformed.len());
+}
+
+/// h2 does so by itself, and does not tell: what is counted is the reset of a stream whose content would follow.
+#[tokio::test]
+async fn a_header_list_of_more_than_16_kib_is_answered_with_431_and_leaves_the_others_of_its_connection() {
+    let (app, proxy) = proxy().await;
+    let mut large = get("/");
+    large.headers_mut().insert("x-large", HeaderValue::from_str(&"x".repeat(17 << 10)).unwrap());
+    let mut client = Http2::connect(proxy.address).await;
+    assert_eq!(client.send(large).await.unwrap().status, StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE);
+    assert_eq!(client.send(get("/")).await.unwrap().body, "a");
+
+    let (mut read, mut write) = connect(&proxy).await;
+    // Each counts as 34 bytes (RFC 9113, 6.5.2).
+    let many = FIELD.repeat(500);
+    let frames = [
+        frame(HEADERS, END_HEADERS | END_STREAM, 1, &[GET, &many].concat()),
+        frame(HEADERS, END_HEADERS, 3, &[POST, &many].concat()),
+        get_on(5),
+    ];
+    write.write_all(&frames.concat()).await.unwrap();
+    let frames = soon("the answers", until_answer_of(&mut read, 5)).await;
+    assert!([1, 3, 5].iter().all(|stream| is_answered(&frames, *stream)), "{frames:?}");
+    assert_eq!(resets(&frames), [(3, PROTOCOL_ERROR)], "{frames:?}");
+    assert_eq!((app.requests(), proxy.refused("http2_protocol_error")), (2, 1));
+}
+
+#[tokio::test]
+async fn a_stream_whose_window_is_broken_is_reset_counted_and_leaves_the_others_of_its_connection() {
+    let (_app, proxy) = proxy().await;
+    let opened = frame(HEADERS, END_HEADERS, 1, POST);
+    // More than the application, and each hop to it, take of a body that is not read; less than the connection's window.
+    let data = frame(DATA, 0, 1, &[0; 16 << 10]).repeat(3500 / 16);
+    let broken = [
+        ("a window of more than 2^31-1 (RFC 9113, 6.9.1)", window(1, MOST)),
+        ("DATA beyond our window (RFC 9113, 6.9)", data.into()),
+    ];
+    for (index, (what, frames)) in broken.iter().enumerate() {
+        let (mut read, mut write) = connect(&proxy).await;
+        // Until then the connection's window is 65,535 (RFC 9113, 6.9.2), and would be broken, too.
+        soon("the connection's window", async {
+            while Frame::read(&mut read).await.is_some_and(|frame| frame.kind != WINDOW_UPDATE) {}
+        })
+        .await;
+        let sent = async {
+            for piece in [&opened, frames, &get_on(3)] {
+                // Where the connection ends, the frames say why.
+                let _ = write.write_all(piece).await;
+            }
+        };
+        let (frames, ()) = soon(what, futures::future::join(until_answer_of(&mut read, 3), sent)).await;
+        assert_eq!(resets(&frames), [(1, FLOW_CONTROL_ERROR)], "{what}: {frames:?}");
+        assert!(is_answered(&frames, 3), "{what}: {frames:?}");
+        assert_eq!(proxy.refused("http2_flow_control_error"), index as u64 + 1, "{what}");
+    }
+    eventually("the release", || proxy.metric("sluice_requests_active{listener=\"shop/cart:80\"}") == 0).await;
+}
+
+#[tokio::test]
+async fn data_of_a_stream_that_is_over_is_refused_counted_and_leaves_the_others_of_its_connection() {
+    let (app, proxy) = proxy().await;
+    let (mut read, mut write) = connect(&proxy).await;
+    write.write_all(&get_on(1)).await.unwrap();
+    assert!(is_answered(&soon("an answer", until_answer_of(&mut read, 1)).await, 1));
+    // RFC 9113, 5.1.
+    write.write_all(&frame(DATA, END_STREAM, 1, b"more")).await.unwrap();
+    write.write_all(&get_on(3)).await.unwrap();
+    let frames = soon("another answer", until_answer_of(&mut read, 3)).await;
+    assert_eq!(resets(&frames), [(1, STREAM_CLOSED)], "{frames:?}");
+    assert!(is_answered(&frames, 3), "{frames:?}");
+    assert_eq!((proxy.refused("http2_stream_closed"), app.requests()), (1, 2));
+}
+
+#[tokio::test]
+async fn frames_that_no_stream_can_take_end_their_connection_and_no_other() {
+    let (app, proxy) = proxy().await;
+    let mut good = Http2::connect(proxy.address).await;
+    // Its client has said all of it, and it is not answered.
+    let asked = frame(HEADERS, END_HEADERS | END_STREAM, 3, POST);
+    // SETTINGS_INITIAL_WINDOW_SIZE.
+    let initial = |size: u32| frame(SETTINGS, 0, 0, &[&[0, 4][..], &size.to_be_bytes()].concat());
+    let table = [
+        ("a window of the connection of more than 2^31-1", window(0, MOST), FLOW_CONTROL_ERROR),
+        (
+            "a setting that takes a stream's window above that (RFC 9113, 6.9.2)",
+            [&*window(3, MOST - 0xffff), &*initial(0x1_0000)].concat().into(),
+            FLOW_CONTROL_ERROR,
+        ),
+        ("a setting above that", initial(MOST + 1), PROTOCOL_ERROR),
+        ("no more of a window (RFC 9113, 6.9)", window(3, 0), PROTOCOL_ERROR),
+        ("DATA behind the end of a request", frame(DATA, 0, 3, b"more"), PROTOCOL_ERROR),
+        ("trailers behind it", frame(HEADERS, END_HEADERS | END_STREAM, 3, FIELD), PROTOCOL_ERROR),
+        ("a stream before one that was opened (RFC 9113, 5.1.1)", get_on(1), PROTOCOL_ERROR),
+        ("a stream of our side", get_on(4), PROTOCOL_ERROR),
+        ("a window of a stream that was not opened", window(5, 1), PROTOCOL_ERROR),
+    ];
+    for (index, (what, frames, error)) in table.iter().enumerate() {
+        let (read, mut write) = connect(&proxy).await;
+        write.write_all(&asked).await.unwrap();
+        eventually(what, || app.requests() == 2 * index + 1).await;
+        write.write_all(frames).await.unwrap();
+        assert_eq!(soon(what, ended(read)).await, Some(*error), "{what}");
+        let count = |code| table[..=index].iter().filter(|(.., error)| *error == code).count() as u64;
+        let expected = (count(FLOW_CONTROL_ERROR), count(PROTOCOL_ERROR));
+        // Counted behind the answer.
+        let counted = || (proxy.refused("http2_flow_control_error"), proxy.refused("http2_protocol_error"));
+        eventually(what, || counted() == expected).await;
+        assert_eq!(good.send(get("/")).await.unwrap().body, "a", "{what}");
+    }
+    assert_eq!(app.requests(), 2 * table.len());
+}
+
+#[tokio::test]
+async fn a_stream_too_many_is_refused_and_taken_when_another_has_ended() {
+    let (app, proxy) = proxy().await;
+    let (mut read, mut write) = connect(&proxy).await;
+    for stream in 0..STREAMS {
+        write.write_all(&frame(HEADERS, END_HEADERS, 2 * stream + 1, POST)).await.unwrap();
+    }
+    eventually("all of them", || app.requests() == STREAMS as usize).await;
+    let mut next = 2 * STREAMS + 1;
+    write.write_all(&get_on(next)).await.unwrap();
+    let refused = soon("the refusal", async {
+        loop {
+            if let Some(reset) = Frame::read(&mut read).await.unwrap().reset() {
+                return reset;
+            }
+        }
+    });
+    assert_eq!(refused.await, (next, REFUSED_STREAM));
+    assert_eq!(proxy.refused("http2_refused_stream"), 1);
+    // Another connection has streams of its own.
+    assert_eq!(Http2::connect(proxy.address).await.send(get("/")).await.unwrap().body, "a");
+
+    write.write_all(&frame(RST_STREAM, 0, 1, &CANCEL.to_be_bytes())).await.unwrap();
+    next += 2;
+    write.write_all(&get_on(next)).await.unwrap();
+    let frames = soon("an answer", until_answer_of(&mut read, next)).await;
+    assert!(is_answered(&frames, next) && resets(&frames).is_empty(), "{frames:?}");
+    // The one that was refused is not among them.
+    assert_eq!((app.requests(), proxy.refused("http2_refused_stream")), (STREAMS as usize + 2, 1));
 }
 
 /// Each of these has to be answered.

@@ -13,6 +13,7 @@ use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 use sluice_proxy::{
     metrics::Metrics,
+    overload::Reading,
     snapshot::{Action, MetricLabels, Mirror, Policy, Protocol, RetryOn, RetryPolicy, Share},
     workers::Role,
 };
@@ -190,6 +191,57 @@ async fn a_copy_that_was_not_sent_is_tried_at_another_endpoint() {
     }
     until(&proxy, "2xx", 20).await;
     assert_eq!((copies(&proxy.metrics, "failed"), mirror.requests()), (0, 20));
+}
+
+/// As a user's request: the application has not seen it, and its version has not failed.
+#[tokio::test]
+async fn a_copy_that_a_sidecar_did_not_process_is_tried_at_another_endpoint() {
+    let ca = Ca::new();
+    let ((app, own), mut mirrors, mut sidecars) = (echo(StatusCode::OK).await, Vec::new(), Vec::new());
+    for _ in 0..2 {
+        let mirror = echo(StatusCode::OK).await;
+        sidecars.push(sidecar(&ca, mirror.0.address.ip(), false).await);
+        mirrors.push(mirror);
+    }
+    // As in overload.rs.
+    sidecars[0].overload.observe(Some(Reading { used: 93, limit: 100 }));
+    let fleet = Proxy::with(Role::Fleet, ca.identity(FLEET), |_| {});
+    let mut split = split([(cluster("a", &[app.address]), 100)]);
+    let there = mesh_cluster("m", &[&sidecars[0], &sidecars[1]]);
+    split.mirrors = vec![Mirror { cluster: Arc::new(there), share: Share::ALL, marks_host: false }];
+    fleet.serve(Protocol::http(Action::Forward { split, policy: Arc::default() })).await;
+    let (mut http1, mut http2) = (Http1::connect(fleet.address).await, Http2::connect(fleet.address).await);
+    let body = format!("{:-<50000}", "body");
+    const SHED: &str = "sluice_local_errors_total{listener=\"inbound\",flag=\"OM\"}";
+    let mut sent = 0;
+    for _ in 0..20 {
+        for answer in [
+            http1.get("/").await,
+            http1.send(post("/", body.clone())).await.unwrap(),
+            http2.send(in_frames("http://cart.shop/", &body)).await.unwrap(),
+        ] {
+            assert_eq!(answer.status, StatusCode::OK);
+            sent += 1;
+        }
+        let ended = || ["2xx", "failed", "cancelled"].map(|outcome| copies(&fleet.metrics, outcome));
+        eventually("the copies", || ended().iter().sum::<u64>() == sent).await;
+        assert_eq!(ended(), [sent, 0, 0]);
+    }
+    assert!(sidecars[0].metric(SHED) > 0, "one is tried that has no room");
+    // Whole, as the requests were.
+    let whole = |got: &Got| {
+        let mut bodies: Vec<_> = got.lock().unwrap().iter().map(|it| (it.2.clone(), it.3.clone())).collect();
+        bodies.sort();
+        bodies
+    };
+    assert!(whole(&mirrors[1].1) == whole(&own));
+    assert_eq!(mirrors[0].0.requests(), 0);
+
+    // Where no other has room, it fails, as a user's request would.
+    sidecars[1].overload.observe(Some(Reading { used: 93, limit: 100 }));
+    assert_eq!(http1.send(post("/", body)).await.unwrap().status, StatusCode::OK);
+    until(&fleet, "failed", 1).await;
+    assert_eq!(copies(&fleet.metrics, "2xx"), sent);
 }
 
 /// The status of a gRPC call says whether its server failed, whatever HTTP says.

@@ -4,14 +4,16 @@ use std::sync::Arc;
 
 use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
 use sluice_proxy::{
     pattern::Pattern,
     snapshot::{
-        Action, Asked, CorsPolicy, Field, HeaderMatch, HeaderRule, HostRewrite, PathRewrite, Piece, Policy, Protocol,
-        QueryMatch, QueryRule, Rewrite, Route, RouteMatch, StringMatch, StringRule,
+        Action, Asked, CorsPolicy, Field, HeaderChanges, HeaderMatch, HeaderRule, HostRewrite, PathRewrite, Piece,
+        Policy, Protocol, QueryMatch, QueryRule, Rewrite, Route, RouteMatch, StringMatch, StringRule,
     },
     workers::Role,
 };
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::support::*;
 
@@ -259,4 +261,34 @@ async fn answers_say_that_an_allowed_origin_may_read_them_and_failures_do_too() 
     let answer = Http1::connect(proxy.address).await.send(asked_from(SHOP, "/", Method::GET)).await.unwrap();
     assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(answer.header("access-control-allow-origin"), SHOP);
+}
+
+/// As Envoy, whose filters see it like any other answer.
+#[tokio::test]
+async fn an_answer_that_switches_to_websocket_says_what_its_route_adds() {
+    let app = websocket_echo(own_ip()).await;
+    let proxy = Proxy::start(Role::Fleet);
+    let served_by = (HeaderName::from_static("x-served-by"), HeaderValue::from_static("sluice"), false);
+    let response_headers = HeaderChanges { remove: Vec::new(), write: vec![served_by] };
+    let policy = Policy { cors: Some(cors()), response_headers, ..Policy::default() };
+    proxy.serve(Protocol::Http(vec![to(&app, "a", RouteMatch::default(), policy)])).await;
+    for (origin, told) in [(SHOP, SHOP), ("http://other.example", "")] {
+        let mut request = asked_from(origin, "/", Method::GET);
+        request.headers_mut().insert("connection", HeaderValue::from_static("upgrade"));
+        request.headers_mut().insert("upgrade", HeaderValue::from_static("websocket"));
+        let mut answer = Http1::connect(proxy.address).await.start(request).await.unwrap();
+        assert_eq!(answer.status(), StatusCode::SWITCHING_PROTOCOLS);
+        let said = |name: &str| answer.headers().get(name).map_or("", |value| value.to_str().unwrap());
+        assert_eq!((said("connection"), said("upgrade")), ("upgrade", "websocket"));
+        assert_eq!(said("access-control-allow-origin"), told);
+        assert_eq!(said("access-control-expose-headers").is_empty(), told.is_empty());
+        assert_eq!(said("access-control-allow-credentials").is_empty(), told.is_empty());
+        assert_eq!(said("x-served-by"), "sluice");
+        // And both sides have switched.
+        let mut stream = TokioIo::new(soon("the switch", hyper::upgrade::on(&mut answer)).await.unwrap());
+        stream.write_all(b"ping").await.unwrap();
+        let mut back = [0; 4];
+        soon("the echo", stream.read_exact(&mut back)).await.unwrap();
+        assert_eq!(&back, b"ping");
+    }
 }

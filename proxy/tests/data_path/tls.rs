@@ -320,6 +320,58 @@ async fn a_client_that_begins_no_handshake_is_closed() {
 }
 
 #[tokio::test]
+async fn a_client_that_leaves_in_the_handshake_is_counted_and_disturbs_nobody() {
+    let (ip, ca) = (own_ip(), Ca::new());
+    let app = App::start(ip, 8080, |_| async { http::Response::new(full("hello")) }).await;
+    let sidecar = sidecar(&ca, ip, false).await;
+    let fleet = ca.identity(FLEET);
+    let stream = handshake(&sidecar, &fleet, APP, "p8080.abc").await.unwrap();
+    let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    let mut kept = Http1(sender);
+
+    let name = ServerName::try_from("p8080.abc").unwrap();
+    let mut hello = Vec::new();
+    rustls::ClientConnection::new(fleet.client_config(APP, &[ALPN_HTTP1]), name)
+        .unwrap()
+        .write_tls(&mut hello)
+        .unwrap();
+    // How much of its hello a client sends, and whether it leaves in order.
+    let table = [
+        ("before its hello", 0, true),
+        ("in the middle of its hello", hello.len() / 2, true),
+        ("after its hello", hello.len(), true),
+        ("after its hello, by a reset", hello.len(), false),
+    ];
+    let mut left = 0;
+    for (what, length, in_order) in table {
+        let mut stream = TcpStream::connect(sidecar.address).await.unwrap();
+        stream.write_all(&hello[..length]).await.unwrap();
+        if length == hello.len() {
+            // Our certificate, and the question for the client's.
+            soon("our part of the handshake", stream.read_u8()).await.unwrap();
+        }
+        if in_order {
+            stream.shutdown().await.unwrap();
+            soon("the end", stream.read_to_end(&mut Vec::new())).await.unwrap();
+        } else {
+            stream.set_zero_linger().unwrap();
+        }
+        drop(stream);
+        left += 1;
+        eventually(what, || sidecar.refused_at("inbound", "tls_closed") == left).await;
+        assert_eq!(kept.get("/").await.body, "hello", "{what}");
+    }
+    // One that does not believe our certificate, and says so.
+    handshake(&sidecar, &fleet, "spiffe://test/ns/shop/sa/other", "p8080.abc").await.unwrap_err();
+    eventually("the alert", || sidecar.refused_at("inbound", "tls_closed") == left + 1).await;
+    assert_eq!(kept.get("/").await.body, "hello");
+
+    assert_eq!(sidecar.metric("sluice_tls_failures_total{listener=\"inbound\"}"), left + 1);
+    assert_eq!(app.requests(), table.len() + 1);
+}
+
+#[tokio::test]
 async fn the_protocol_is_agreed_by_alpn() {
     let (ip, ca) = (own_ip(), Ca::new());
     let _app =
