@@ -66,8 +66,11 @@ class Http2Recorder:
             headers, body, trailers = open_requests.pop(event.stream_id)
             if dict(headers).get(":path") != "/probe":
                 self.requests.append((headers, body, trailers))
-            connection.send_headers(event.stream_id, [(":status", "200"), ("content-type", "text/plain")])
-            connection.send_data(event.stream_id, b"hello", end_stream=True)
+            # The answer to HEAD has no content, and one that has is malformed (RFC 9113, 8.1.1).
+            head = dict(headers).get(":method") == "HEAD"
+            connection.send_headers(event.stream_id, [(":status", "200"), ("content-type", "text/plain")], end_stream=head)
+            if not head:
+                connection.send_data(event.stream_id, b"hello", end_stream=True)
         elif isinstance(event, h2.events.StreamReset):
             open_requests.pop(event.stream_id, None)
 
