@@ -59,7 +59,7 @@ async def suite():
             for kind, lane, more in (("grpc-js", plain, []), ("grpc-js over mTLS", tls, [ours.folder.name])):
                 good = await run(handler, kind, "node", HERE / "clients/grpc_js.js", "{}:{}".format(*lane.listen), *more) and good
         else:
-            Report("grpc-js").skip("there is no Node.js 20 or later, or npm has no @grpc/grpc-js")
+            Report("grpc-js").skip("there is no Node.js, or npm cannot install it")
         for kind, address in (("tonic", plain.listen), ("tonic over mTLS", bridged)):
             good = await run(handler, kind, os.environ["GRPC_TONIC"], "{}:{}".format(*address)) and good
     await server.stop(None)

@@ -6,7 +6,7 @@ use std::{future::Future, time::Duration};
 
 use anyhow::{Context, ensure};
 use bytes::{Buf, BufMut, Bytes};
-use futures::{TryStreamExt, channel::mpsc, stream};
+use futures::{SinkExt, TryStreamExt, channel::mpsc, stream};
 use tonic::{
     Code, Request, Response, Status, Streaming,
     client::Grpc,
@@ -92,13 +92,10 @@ impl Client {
     }
 
     /// Messages to be sent behind the first, and those that come. The server's head comes with its first answer.
-    async fn chat(
-        &self,
-        id: &'static str,
-        first: Bytes,
-    ) -> anyhow::Result<(mpsc::UnboundedSender<Bytes>, Streaming<Bytes>)> {
-        let (sender, messages) = mpsc::unbounded();
-        sender.unbounded_send(first)?;
+    async fn chat(&self, id: &'static str, first: Bytes) -> anyhow::Result<(mpsc::Sender<Bytes>, Streaming<Bytes>)> {
+        // Whoever sends more than it takes waits.
+        let (mut sender, messages) = mpsc::channel(1);
+        sender.send(first).await?;
         let mut request = Request::new(messages);
         request.metadata_mut().insert("x-call", MetadataValue::from_static(id));
         let method = PathAndQuery::from_static("/test.Test/Chat");
@@ -138,10 +135,10 @@ impl Client {
     }
 
     async fn ping_pong(self) -> anyhow::Result<()> {
-        let (sender, mut answers) = self.chat("tonic-ping-pong", "a".into()).await?;
+        let (mut sender, mut answers) = self.chat("tonic-ping-pong", "a".into()).await?;
         ensure!(answers.message().await?.as_deref() == Some(b"re: a".as_slice()));
         for word in [Bytes::from(vec![0; 31_415]), Bytes::new()] {
-            sender.unbounded_send(word.clone())?;
+            sender.send(word.clone()).await?;
             let answer = answers.message().await?.context("no answer")?;
             ensure!(*answer == [b"re: ".as_slice(), &word].concat());
         }
