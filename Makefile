@@ -8,7 +8,7 @@ export PROPTEST_RNG_SEED ?= 1
 
 .PHONY: help
 help: ## What there is to make
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
 .PHONY: demo
 demo: ## Watch releases on a real cluster under load (FAST=1: three minutes; KEEP=1: leaves it up; JSON=FILE: the table)
@@ -53,6 +53,10 @@ scale: ## What 1, 100 and 500 Canaries cost when nothing happens (COUNTS=1,100 W
 .PHONY: conformance
 conformance: ## The proxy held to other people's tests: h2spec, smuggling corpus, beside Envoy
 	tests/conformance/run
+
+.PHONY: conformance-ondemand
+conformance-ondemand: ## The same with tests that are run on demand: a TLS scanner, slowhttptest, grpc-js and tonic
+	tests/conformance/run on-demand
 
 .PHONY: fuzz
 fuzz: ## Searches for bytes that break the proxy (SECONDS_EACH=60 TARGETS="request answer hello trace xds")

@@ -1,5 +1,5 @@
-"""The corpus of http1 again, with servers behind the proxy that people use: none may see a request that the recorder, with
-its narrowest reading, did not see.
+"""The corpora of http1 and http2 (translated to HTTP/1.1) again, with servers behind the proxy that people use: none may see a
+request that the recorder, with its narrowest reading, did not see.
 """
 
 import asyncio
@@ -7,11 +7,41 @@ import os
 import shutil
 import sys
 import tempfile
+import tomllib
+from dataclasses import dataclass
+from typing import Callable
 
 from harness import HERE, IP, PATIENCE, Ours, Recorder, Report, connected, lanes, main
 from http1 import Client, cases
+from http2 import exchange
 
 FIRST = 20000
+
+
+@dataclass
+class Sent:
+    corpus: str
+    name: str
+    # Sends it, from the address of the proxy on; what comes back is another suite's matter.
+    send: Callable
+    # Whether anything of it should arrive.
+    arrives: bool
+
+
+def sent_http1():
+    def send(case):
+        return lambda address: Client().run(address, case, case.want, 1)
+
+    return [Sent("http1", case.name, send(case), bool(case.want["upstream"])) for case in cases() if not case.answer]
+
+
+def sent_http2():
+    def send(case):
+        return lambda address: exchange(address, case)
+
+    found = tomllib.loads((HERE / "corpus/http2.toml").read_text())["case"]
+    arrives = lambda case: bool(case.get("http1", {}).get("upstream", case.get("upstream")))
+    return [Sent("http2", f"http2/{case['name']}", send(case), arrives(case)) for case in found]
 
 
 def nginx_config(folder, count):
@@ -39,14 +69,15 @@ def servers(folder, count):
 
 
 async def run(all_cases, upstreams):
-    """Sends each case; what comes back is another suite's matter."""
+    """Sends each case."""
     slots = asyncio.Semaphore(48)
 
     async def one(lane, case):
         async with slots:
-            await Client().run(lane.listen, case, case.want, 1)
+            await case.send(lane.listen)
 
-    async with Ours(plain=upstreams):
+    # HTTP/1.1 stays what it is, whether or not HTTP/2 is translated.
+    async with Ours(plain=upstreams, arguments=["--to-http1"]):
         await asyncio.gather(*[one(lane, case) for lane, case in zip(upstreams, all_cases)])
 
 
@@ -72,7 +103,7 @@ async def served(command, all_cases, upstreams):
 
 
 async def suite():
-    all_cases = [case for case in cases() if not case.answer]
+    all_cases = sent_http1() + sent_http2()
     upstreams = lanes(len(all_cases), 10000, FIRST)
     recorders = [Recorder() for _ in all_cases]
     for recorder, lane in zip(recorders, upstreams):
@@ -87,15 +118,16 @@ async def suite():
             if not command:
                 report.skip("it is not installed")
                 continue
-            total = 0
-            for case, recorder, seen in zip(all_cases, recorders, await served(command, all_cases, upstreams)):
-                total += len(seen)
+            results = list(zip(all_cases, recorders, await served(command, all_cases, upstreams)))
+            for case, recorder, seen in results:
                 # It may refuse some, and nginx answers before the end of a body.
                 rest = iter(recorder.begun)
                 subset = all(any(one == it for it in rest) for one in seen)
                 report.case(case.name, [] if subset else [f"it saw {seen}, the recorder {recorder.begun}"])
-            if total < len([case for case in all_cases if case.want["upstream"]]) / 2:
-                report.case("serves", [f"only {total} requests of all cases"])
+            for corpus in ("http1", "http2"):
+                some = [(case, seen) for case, _, seen in results if case.corpus == corpus]
+                total, enough = sum(len(seen) for _, seen in some), sum(case.arrives for case, _ in some) / 2
+                report.case(f"serves {corpus}", [] if total >= enough > 0 else [f"only {total} requests of all cases"])
             good = report.end() and good
     return good
 

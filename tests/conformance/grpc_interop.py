@@ -5,6 +5,7 @@ of protobuf messages, and some of what has gone wrong in other proxies.
 """
 
 import asyncio
+import collections
 import itertools
 
 import grpc
@@ -19,6 +20,8 @@ OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_leng
 class Server(grpc.GenericRpcHandler):
     def __init__(self):
         self.ended, self.remaining = asyncio.Event(), None
+        # The same of calls that say who they are (`x-call`), for clients of another process.
+        self.calls = collections.defaultdict(asyncio.Event)
 
     def service(self, details):
         kinds = {
@@ -29,6 +32,7 @@ class Server(grpc.GenericRpcHandler):
             "Fail": (grpc.unary_unary_rpc_method_handler, self.fail),
             "FailLate": (grpc.unary_stream_rpc_method_handler, self.fail_late),
             "Sleep": (grpc.unary_unary_rpc_method_handler, self.sleep),
+            "Ended": (grpc.unary_unary_rpc_method_handler, self.over),
         }
         service, _, name = details.method.rpartition("/")
         if service != "/test.Test" or name not in kinds:
@@ -46,17 +50,20 @@ class Server(grpc.GenericRpcHandler):
     async def collect(self, requests, _):
         return b",".join([request async for request in requests])
 
-    async def repeat(self, request, _):
+    async def repeat(self, request, context):
         count, size = map(int, request.split())
-        for index in range(count):
-            yield index.to_bytes(4, "big") + bytes(size)
+        try:
+            for index in range(count):
+                yield index.to_bytes(4, "big") + bytes(size)
+        finally:
+            self.end_by_name(context)
 
-    async def chat(self, requests, _):
+    async def chat(self, requests, context):
         try:
             async for request in requests:
                 yield b"re: " + request
         finally:
-            self.ended.set()
+            self.end(context)
 
     async def fail(self, request, context):
         code, _, message = request.partition(b" ")
@@ -72,7 +79,21 @@ class Server(grpc.GenericRpcHandler):
         try:
             await asyncio.Event().wait()
         finally:
-            self.ended.set()
+            self.end(context)
+
+    def end(self, context):
+        self.ended.set()
+        self.end_by_name(context)
+
+    def end_by_name(self, context):
+        if call := dict(context.invocation_metadata()).get("x-call"):
+            self.calls[call].set()
+
+    async def over(self, call, _):
+        """Answers when a call is over, with what the last that slept had of its time when it came."""
+        await self.calls[call.decode()].wait()
+        del self.calls[call.decode()]
+        return str(self.remaining).encode()
 
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}

@@ -1,6 +1,7 @@
 """What the suites share: proxies to talk to, an upstream that records every byte, and how a result is told."""
 
 import asyncio
+import collections
 import json
 import os
 import pathlib
@@ -157,7 +158,11 @@ async def bridge(context, address, upstream):
             pass
 
     async def serve(reader, writer):
-        there_reader, there_writer = await asyncio.open_connection(*upstream, ssl=context)
+        try:
+            there_reader, there_writer = await asyncio.open_connection(*upstream, ssl=context)
+        except OSError:
+            writer.close()
+            return
         both = [asyncio.ensure_future(copy(reader, there_writer)), asyncio.ensure_future(copy(there_reader, writer))]
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         for task in both:
@@ -257,6 +262,31 @@ def envoy_resources(plain, routes=None, clusters=None, logs=None):
 def named(route, index):
     """A route with its clusters by name, for `$upstream` and `$other`."""
     return json.loads(json.dumps(route).replace("$upstream", f"c{index}").replace(OTHER, f"d{index}"))
+
+
+FLAG = "x-sluice-response-flag"
+# Fields of answers that are not held against Envoy's: the clock, and why an answer is our own.
+NOT_COMPARED = {"date", FLAG}
+# An answer of a proxy's own has a text of its own.
+OWN_TEXT = {"content-length", "content-type", "grpc-message"}
+# A new user's cookie is drawn.
+DRAWN = re.compile(r'(?<=")[0-9a-f]{16}(?=")')
+
+
+def headers_beside(pairs, reviewed=None):
+    """What is wrong with the heads of answers beside Envoy's: (ours, Envoy's), each as (name, value). `reviewed` is `answer_differs`
+    of a case: the lines that ours or `envoy` alone has, and why."""
+    found = {"ours": [], "envoy": []}
+    for ours, envoy in pairs:
+        own = any(name.lower() == FLAG for name, _ in ours)
+        without = NOT_COMPARED | (OWN_TEXT if own else set())
+        lines = lambda of: collections.Counter(f"{name.lower()}: {DRAWN.sub('...', value)}" for name, value in of if name.lower() not in without)
+        ours, envoy = lines(ours), lines(envoy)
+        found["ours"] += sorted((ours - envoy).elements())
+        found["envoy"] += sorted((envoy - ours).elements())
+    assert reviewed is None or reviewed["why"], reviewed
+    wanted = {key: (reviewed or {}).get(key, []) for key in found}
+    return [] if found == wanted else [f"the answers' heads differ by {found}, not {wanted}: is that intended?"]
 
 
 def expanded(text):

@@ -12,12 +12,12 @@ import sys
 import tomllib
 from dataclasses import dataclass
 
-from harness import HERE, PATIENCE, Envoy, Ours, Recorder, Report, expanded, lanes, main
+from harness import HERE, PATIENCE, Envoy, Ours, Recorder, Report, expanded, headers_beside, lanes, main
 
 PROBE = b"GET /probe HTTP/1.1\r\nHost: probe\r\n\r\n"
 # How long an answer more than expected is waited for.
 GRACE = 0.2
-KEYS = {"name", "source", "send", "status", "closed", "upstream", "body", "without", "with", "answer", "answer_closes", "why", "envoy", "fails"}
+KEYS = {"name", "source", "send", "status", "closed", "upstream", "body", "without", "with", "answer", "answer_closes", "why", "envoy", "fails", "answer_differs"}
 
 
 def raw(text):
@@ -32,6 +32,7 @@ class Case:
     send: list
     want: dict
     envoy: dict | None
+    answer_differs: dict | None
     answer: tuple | None
     fails: str | None
 
@@ -59,7 +60,7 @@ def cases():
                 envoy = want | {"body": None, "without": [], "with": {}} | one["envoy"]
                 envoy["status"] = envoy["status"] if isinstance(envoy["status"], list) else [envoy["status"]]
             answer = (raw(one["answer"]), one.get("answer_closes", False)) if "answer" in one else None
-            found.append(Case(name, one["source"], [raw(it) for it in send], want, envoy, answer, one.get("fails")))
+            found.append(Case(name, one["source"], [raw(it) for it in send], want, envoy, one.get("answer_differs"), answer, one.get("fails")))
     return found
 
 
@@ -68,6 +69,8 @@ class Client:
 
     def __init__(self):
         self.statuses, self.closed, self.probed, self.buffer, self.body = [], False, False, b"", b""
+        # The fields of each answer.
+        self.fields = []
 
     async def run(self, address, case, want, patience):
         self.heads = [b"HEAD " in case.send[0][:5]]
@@ -91,6 +94,7 @@ class Client:
                 await self._until(lambda: self.closed or len(self.statuses) > before, patience)
                 if len(self.statuses) > before and self.body.endswith(b"probe"):
                     self.statuses.pop()
+                    self.fields.pop()
                     self.body = self.body.removesuffix(b"probe")
                     self.probed = True
         except OSError:
@@ -159,6 +163,8 @@ class Client:
         self.body += body
         if status // 100 != 1 or status == 101:
             self.statuses.append(status)
+            lines = head.decode("latin-1").split("\r\n")[1:]
+            self.fields.append([(name, value.strip()) for name, _, value in (line.partition(":") for line in lines)])
         return True
 
 
@@ -225,6 +231,8 @@ async def suite():
                 found.append(f"Envoy: {differing}, ours: {outcome(my_client, my_recorder)}: is that intended?")
             elif case.envoy and all(got[key] == case.want[key] for key in got):
                 found.append("does not differ: take its `envoy` out")
+            if client.statuses == my_client.statuses:
+                found += headers_beside(zip(my_client.fields, client.fields), case.answer_differs)
             beside.case(case.name, found)
     return all([report.end(), beside.end()])
 

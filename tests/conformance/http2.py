@@ -16,7 +16,7 @@ import h2.events
 import h2.exceptions
 import hpack
 
-from harness import HERE, PATIENCE, Envoy, Ours, Recorder, Report, expanded, lanes, main
+from harness import HERE, PATIENCE, Envoy, Ours, Recorder, Report, expanded, headers_beside, lanes, main
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, GOAWAY, CONTINUATION = 0, 1, 3, 4, 7, 9
@@ -66,8 +66,11 @@ class Http2Recorder:
             headers, body, trailers = open_requests.pop(event.stream_id)
             if dict(headers).get(":path") != "/probe":
                 self.requests.append((headers, body, trailers))
-            connection.send_headers(event.stream_id, [(":status", "200"), ("content-type", "text/plain")])
-            connection.send_data(event.stream_id, b"hello", end_stream=True)
+            # The answer to HEAD has no content, and one that has is malformed (RFC 9113, 8.1.1).
+            head = dict(headers).get(":method") == "HEAD"
+            connection.send_headers(event.stream_id, [(":status", "200"), ("content-type", "text/plain")], end_stream=head)
+            if not head:
+                connection.send_data(event.stream_id, b"hello", end_stream=True)
         elif isinstance(event, h2.events.StreamReset):
             open_requests.pop(event.stream_id, None)
 
@@ -108,9 +111,9 @@ def message(stream, case):
 
 
 async def exchange(address, case):
-    """How each of the streams 1 and 3 ended: a status, `reset`, or `goaway` if the connection did."""
+    """How each of the streams 1 and 3 ended: a status, `reset`, or `goaway` if the connection did. And the answer's fields on stream 1."""
     reader, writer = await asyncio.open_connection(*address)
-    decoder, ends, statuses = hpack.Decoder(), {}, {}
+    decoder, ends, statuses, answers = hpack.Decoder(), {}, {}, {}
     writer.write(PREFACE + frame(SETTINGS, 0, 0, b"") + message(1, case))
     probed = False
     try:
@@ -122,7 +125,9 @@ async def exchange(address, case):
                 if kind == SETTINGS and not flags & ACK:
                     writer.write(frame(SETTINGS, ACK, 0, b""))
                 elif kind == HEADERS:
-                    statuses.setdefault(stream, int(dict(decoder.decode(payload))[":status"]))
+                    fields = decoder.decode(payload)
+                    if stream not in statuses:
+                        statuses[stream], answers[stream] = int(dict(fields)[":status"]), fields
                 elif kind == RST_STREAM:
                     # After a whole answer it only says that the rest of the request is not wanted.
                     ends.setdefault(stream, "reset")
@@ -139,13 +144,13 @@ async def exchange(address, case):
     except TimeoutError:
         ends.setdefault(1, "hangs")
     writer.close()
-    return ends.get(1), ends.get(3)
+    return ends.get(1), ends.get(3), answers.get(1, [])
 
 
 async def tried(lane, case, recorder=Http2Recorder):
     recorder = recorder()
     await recorder.start(lane.upstream)
-    end, probe = await exchange(lane.listen, case)
+    end, probe, fields = await exchange(lane.listen, case)
     if isinstance(recorder, Recorder):
         requests = [([(":method", one.method), (":path", one.target), *one.fields], one.body, one.trailers) for one in recorder.requests]
     else:
@@ -164,7 +169,7 @@ async def tried(lane, case, recorder=Http2Recorder):
     got = {"end": end, "upstream": bodies}
     if isinstance(recorder, Recorder) and "fields" in case.get("http1", {}):
         got["fields"] = [sorted([name, value] for name, value in headers if name[0] != ":" and not name.startswith("x-")) for headers, _, _ in requests]
-    return got, found
+    return got, found, fields
 
 
 async def suite(name="http2", recorder=Http2Recorder, first=10000, clusters=None, arguments=()):
@@ -180,7 +185,7 @@ async def suite(name="http2", recorder=Http2Recorder, first=10000, clusters=None
         cases = [case | {"envoy": case.get("http1", {}).get("envoy", case.get("envoy", {}))} for case in cases]
     async with Ours(plain=ours, arguments=arguments):
         mine = await asyncio.gather(*[tried(*one, recorder) for one in zip(ours, cases)])
-        for case, want, (got, found) in zip(cases, wants, mine):
+        for case, want, (got, found, _) in zip(cases, wants, mine):
             differs = [f"got {got}, not {want}"] if got != want else []
             report.case(f"{case['name']} ({case['source']})", differs + found, case.get("fails"))
     if not os.environ.get("ENVOY"):
@@ -188,7 +193,7 @@ async def suite(name="http2", recorder=Http2Recorder, first=10000, clusters=None
         return report.end()
     async with Envoy(theirs, clusters=clusters and [clusters] * len(cases)):
         results = await asyncio.gather(*[tried(*one, recorder) for one in zip(theirs, cases)])
-        for case, want, (got, _) in zip(cases, wants, results):
+        for case, want, (got, _, fields), (_, _, ours) in zip(cases, wants, results, mine):
             # Of a stream or of the connection: refused is refused.
             for one in (got, want):
                 one["end"] = "reset" if one["end"] == "goaway" else one["end"]
@@ -198,6 +203,8 @@ async def suite(name="http2", recorder=Http2Recorder, first=10000, clusters=None
             found = [f"Envoy: {got}: is that intended?"] if got != wanted else []
             if envoy and got == want:
                 found = ["does not differ: take its `envoy` out"]
+            if fields[:1] == ours[:1]:
+                found += headers_beside([(ours, fields)], case.get("answer_differs"))
             beside.case(case["name"], found)
     return all([report.end(), beside.end()])
 

@@ -23,11 +23,10 @@ from envoy.extensions.filters.network.http_connection_manager.v3 import http_con
 from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2  # noqa: F401
 from envoy.service.discovery.v3 import discovery_pb2
 
-from harness import HERE, PATIENCE, Envoy, Ours, Recorder, Report, envoy_resources, expanded, lanes, main
+from harness import FLAG, HERE, PATIENCE, Envoy, Ours, Recorder, Report, envoy_resources, expanded, headers_beside, lanes, main
 
 KEYS = {"name", "source", "route", "routes", "cluster", "send", "script", "status", "flags", "upstream", "with", "without", "answer_with", "answer_without", "envoy"}
-KEYS |= {"answer_like", "other", "other_script", "other_with"}
-FLAG = "x-sluice-response-flag"
+KEYS |= {"answer_like", "answer_differs", "other", "other_script", "other_with"}
 
 
 class Scripted(Recorder):
@@ -112,12 +111,12 @@ async def asked(lane, case):
     upstream.over.set()
     other.over.set()
     first, *lines = head.strip().split("\r\n")
-    fields = dict((name.lower(), value.strip()) for name, _, value in (line.partition(":") for line in lines))
+    fields = [(name.lower(), value.strip()) for name, _, value in (line.partition(":") for line in lines)]
     return int(first.split(" ")[1]), fields, upstream, other
 
 
 def problems(case, wants, status, fields, flags, upstream, other):
-    found = []
+    found, fields = [], dict(fields)
     got = {"status": status, "upstream": [str(request) for request in upstream.requests], "flags": flags}
     got["other"] = [str(request) for request in other.requests]
     for key, default in (("status", 200), ("upstream", []), ("other", []), ("flags", "-")):
@@ -167,8 +166,9 @@ async def suite():
     with tempfile.TemporaryDirectory(prefix="sluice-conformance-") as folder:
         ours_xds(folder, ours, routes, clusters)
         async with Ours(arguments=["--xds", folder]):
-            for case, (status, fields, *upstreams) in zip(chosen, await several(map(asked, ours, chosen))):
-                flags = fields.get(FLAG, "-")
+            mine = await several(map(asked, ours, chosen))
+            for case, (status, fields, *upstreams) in zip(chosen, mine):
+                flags = dict(fields).get(FLAG, "-")
                 report.case(f"{case['name']} ({case['source']})", problems(case, case, status, fields, flags, *upstreams))
     if not os.environ.get("ENVOY"):
         beside.skip("no stock Envoy could be installed")
@@ -179,6 +179,8 @@ async def suite():
             found = problems(case, case | case.get("envoy", {}), status, fields, flags, *upstreams)
             if "envoy" in case and not problems(case, case, status, fields, flags, *upstreams):
                 found.append("does not differ: take its `envoy` out")
+            if status == mine[index][0]:
+                found += headers_beside([(mine[index][1], fields)], case.get("answer_differs"))
             beside.case(case["name"], found)
     return all([report.end(), beside.end()])
 

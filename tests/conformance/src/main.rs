@@ -56,6 +56,9 @@ struct Cli {
     /// How long the head of a request may take, in milliseconds. Default: as the fleet has it.
     #[arg(long)]
     header_ms: Option<u64>,
+    /// Connections that each listener takes at once. Default: no limit.
+    #[arg(long)]
+    max_connections: Option<u64>,
 }
 
 fn pair(text: &str) -> anyhow::Result<(SocketAddr, SocketAddr)> {
@@ -83,7 +86,9 @@ fn main() -> anyhow::Result<()> {
     let plain = cli.plain.iter().map(|pair| listener(*pair, None, protocol));
     let tls = || ServerTls { client_id: CLIENT.to_owned() };
     let tls = cli.tls.iter().map(|pair| listener(*pair, Some(tls()), protocol));
-    let listeners: BTreeMap<_, _> = plain.chain(tls).map(|one| (one.name.clone(), Arc::new(one))).collect();
+    let limited = |one| Listener { max_connections: cli.max_connections, ..one };
+    let listeners: BTreeMap<_, _> =
+        plain.chain(tls).map(limited).map(|one| (one.name.clone(), Arc::new(one))).collect();
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let snapshot = match &cli.xds {
             Some(folder) => from_xds(folder)?,
