@@ -14,9 +14,10 @@ use crate::cluster::SYSTEM;
 /// A request of one of Sluice's service accounts.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// When it was answered.
+    /// When it was answered. A watch is there twice, when its answer began and when it ended.
     pub at_ms: u64,
-    /// Who asked: the name of a Pod.
+    /// Who asked: the name of a service account, and of a Pod.
+    pub account: String,
     pub pod: String,
     pub verb: String,
     pub group: String,
@@ -72,18 +73,22 @@ pub fn requests(from_ms: u64) -> Vec<Request> {
 
 fn request(line: &str) -> Option<Request> {
     // Most lines are of others; parsing them all would take the processor from what is tested.
-    if !line.contains(&format!("system:serviceaccount:{SYSTEM}:sluice-")) {
+    let ours = format!("system:serviceaccount:{SYSTEM}:sluice-");
+    if !line.contains(&ours) {
         return None;
     }
     let event: Value = serde_json::from_str(line).ok()?;
     let text = |pointer: &str| event.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned();
-    if text("/stage") != "ResponseComplete" {
+    // The end of a watch that is under way is not there yet.
+    if !matches!(&*text("/stage"), "ResponseComplete" | "ResponseStarted") {
         return None;
     }
+    let account = format!("sluice-{}", text("/user/username").strip_prefix(&ours)?);
     let at: jiff::Timestamp = text("/stageTimestamp").parse().ok()?;
     let resource = [text("/objectRef/resource"), text("/objectRef/subresource")];
     Some(Request {
         at_ms: u64::try_from(at.as_millisecond()).ok()?,
+        account,
         pod: text("/user/extra/authentication.kubernetes.io~1pod-name/0"),
         verb: text("/verb"),
         group: text("/objectRef/apiGroup"),
@@ -93,4 +98,40 @@ fn request(line: &str) -> Option<Request> {
         code: event.pointer("/responseStatus/code").and_then(Value::as_u64).unwrap_or_default(),
         forbidden: text("/annotations/authorization.k8s.io~1decision") == "forbid",
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(user: &str, stage: &str, decision: &str) -> String {
+        serde_json::json!({
+            "kind": "Event", "apiVersion": "audit.k8s.io/v1", "level": "Metadata", "stage": stage, "verb": "watch",
+            "requestURI": "/apis/apps/v1/deployments?watch=true", "user": {"username": user, "extra": {
+                "authentication.kubernetes.io/pod-name": ["sluice-controller-0"],
+            }},
+            "objectRef": {"resource": "deployments", "subresource": "scale", "apiGroup": "apps", "namespace": "shop", "name": "web"},
+            "responseStatus": {"code": 200}, "stageTimestamp": "2026-01-01T00:00:00.000000Z",
+            "annotations": {"authorization.k8s.io/decision": decision},
+        })
+        .to_string()
+    }
+
+    #[test]
+    fn lines_of_our_accounts_are_requests_and_others_are_none() {
+        let ours = "system:serviceaccount:sluice-system:sluice-controller";
+        for stage in ["ResponseStarted", "ResponseComplete"] {
+            let request = request(&line(ours, stage, "allow")).unwrap();
+            assert_eq!((&*request.account, &*request.pod), ("sluice-controller", "sluice-controller-0"));
+            assert_eq!((&*request.verb, &*request.group, &*request.resource), ("watch", "apps", "deployments/scale"));
+            assert_eq!((&*request.namespace, &*request.name), ("shop", "web"));
+            assert_eq!((request.at_ms, request.code, request.forbidden), (1_767_225_600_000, 200, false));
+        }
+        assert!(request(&line(ours, "ResponseComplete", "forbid")).unwrap().forbidden);
+        assert!(request(&line(ours, "RequestReceived", "allow")).is_none());
+        assert!(request(&line("system:serviceaccount:shop:sluice-controller", "ResponseComplete", "allow")).is_none());
+        // Said of us by somebody else.
+        let about = line("kubernetes-admin", "ResponseComplete", ours);
+        assert!(about.contains(ours) && request(&about).is_none());
+    }
 }

@@ -10,4 +10,5 @@ pub mod load;
 pub mod logs;
 pub mod node;
 pub mod problems;
+pub mod rights;
 pub mod watch;

@@ -1,6 +1,6 @@
 //! What goes wrong in Sluice while tests run: lines of the logs of controllers, fleet and sidecars that are no INFO (warnings,
 //! errors, panics), containers of ours that restart, and requests of ours that RBAC forbids. A test that causes some declares
-//! them; any other fails the test that ends next.
+//! them; any other fails the test that ends next. A panic and a missing right fail it always.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,6 +20,9 @@ use crate::{audit, logs, watch::unix_ms};
 
 /// What follows from a fault may be said a little later than the test that caused it ends.
 const GRACE_MS: u64 = 15_000;
+
+/// How a request that RBAC forbids begins, as the audit log tells of it.
+const FORBIDDEN: &str = "403 by RBAC: ";
 
 /// Something that went wrong.
 #[derive(Clone, Debug)]
@@ -57,7 +60,8 @@ fn with<T>(f: impl FnOnce(&mut Seen) -> T) -> T {
 #[must_use]
 pub struct Expected(usize);
 
-/// Declares what a test is about to cause: parts of lines (`namespace/pod/container: text`).
+/// Declares what a test is about to cause: parts of lines (`namespace/pod/container: text`). It covers no panic and no missing
+/// right, whatever the words.
 pub fn expect(parts: &[&str]) -> Expected {
     let parts = parts.iter().map(|&part| part.to_owned()).collect();
     with(|seen| {
@@ -80,18 +84,19 @@ pub fn unexpected() -> Vec<Problem> {
             seen.audited_ms = seen.audited_ms.max(request.at_ms + 1);
             if request.forbidden {
                 let place = request.pod.clone();
-                seen.problems.push(Problem { at_ms: request.at_ms, place, text: format!("403: {request:?}") });
+                seen.problems.push(Problem { at_ms: request.at_ms, place, text: format!("{FORBIDDEN}{request:?}") });
             }
         }
         let expected = &seen.expected;
         let mut problems = std::mem::take(&mut seen.problems);
         problems.retain(|problem| {
             let line = problem.to_string();
-            !expected.iter().any(|expectation| {
+            let declared = expected.iter().any(|expectation| {
                 let until = expectation.until_ms.unwrap_or(u64::MAX);
                 (expectation.from_ms..until).contains(&problem.at_ms)
                     && expectation.parts.iter().any(|part| line.contains(part.as_str()))
-            })
+            });
+            !declared || is_inexcusable(&problem.text)
         });
         problems
     })
@@ -194,6 +199,13 @@ fn is_problem(line: &str) -> bool {
     !line.trim().is_empty() && (!quiet || refused || words.contains("panicked"))
 }
 
+/// No fault that a test causes is a reason for a panic, or for a right that the chart does not grant. What else "forbidden" says
+/// (a quota, a policy, a namespace that is being deleted) does not name the user.
+fn is_inexcusable(text: &str) -> bool {
+    let unauthorized = text.contains("forbidden: User ") && text.contains(" cannot ");
+    text.contains("panicked at") || unauthorized || text.starts_with(FORBIDDEN)
+}
+
 /// How long a test waits at most for what it caused to be over.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -227,5 +239,26 @@ mod tests {
         let found = unexpected();
         assert_eq!(found.iter().map(ToString::to_string).collect::<Vec<_>>(), ["a/b/c: another"]);
         assert!(unexpected().is_empty());
+
+        // Not even whoever expects everything of a namespace expects these.
+        let expected = expect(&["a/"]);
+        let inexcusable = [
+            "thread 'main' panicked at x.rs:1:1:",
+            r#"{"level":"WARN","message":"watch failed: pods is forbidden: User \"system:serviceaccount:a:b\" cannot list resource \"pods\""}"#,
+            "403 by RBAC: Request { x }",
+        ];
+        for text in inexcusable {
+            note(unix_ms(), "a/b/c".into(), text.into());
+        }
+        for text in [
+            "ERROR x",
+            "the container was restarted: exit code 137, Error",
+            "services \"x\" is forbidden: unable to create new content in namespace a because it is being terminated",
+            "pods \"x\" is forbidden: exceeded quota: quota",
+        ] {
+            note(unix_ms(), "a/b/c".into(), text.into());
+        }
+        drop(expected);
+        assert_eq!(unexpected().iter().map(|problem| problem.text.clone()).collect::<Vec<_>>(), inexcusable);
     }
 }

@@ -66,6 +66,9 @@ async fn an_autoscaler_scales_the_canary_by_the_use_of_its_containers() {
     let done = stage.app.ends(applied, Phase::Succeeded, 3 * MINUTE).await.unwrap().status;
     let serving = stage.app.pods_of(&done.primary_revision.unwrap()).await.unwrap();
     assert_eq!(serving.len(), 4, "the release went on with what the autoscaler asks for");
+    // Its copy follows it.
+    cluster.apply(&namespace, &autoscaler("hello", &deployment, 2, 3)).await.unwrap();
+    scaled(&stage, 3).await;
 
     // And one that names the Canary itself.
     stage.app.patch_canary(json!({"autoscalerRef": null})).await.unwrap();

@@ -76,8 +76,6 @@ async fn an_older_version_and_this_one_drive_each_others_proxies() {
         }
     };
     let _expected = expect(CONTROLLERS_AWAY);
-    // An older version has rights of its own, and those that go are missed by whoever is replaced.
-    let _rights = expect(&["watching Secret sluice-ca failed"]);
     let before = application_pods(&stage).await;
     let at = unix_ms();
     cluster.install_version(&format!("{old}/charts/sluice"), "old", &[]).await.unwrap();

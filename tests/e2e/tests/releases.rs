@@ -19,7 +19,7 @@ use kube::{
 use serde_json::json;
 use sluice_crds::{ActionOutcome, CanaryStatus, GuardSignal, Phase, Stage, VerdictStatus};
 use sluice_e2e::{
-    adopted::{Adopted, MINUTE, Use, adopted, cluster, condition, ended, eventually, quick, unique},
+    adopted::{Adopted, MINUTE, Use, adopted, cluster, condition, ended, eventually, of_ours, quick, unique},
     app::App,
     load::Load,
     watch::unix_ms,
@@ -460,6 +460,12 @@ async fn a_change_of_a_secret_alone_is_a_release() {
     cluster.apply(&app.namespace, &secret("two")).await.unwrap();
     let done = app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap().status;
     assert_ne!(done.primary_revision, before.primary_revision);
+    // The copies of the Secret go with the Canary.
+    app.canaries().delete("hello", &DeleteParams::default()).await.unwrap();
+    eventually("the end of what is ours", 2 * MINUTE, || async {
+        of_ours(&cluster, &app.namespace).await.is_empty().then_some(())
+    })
+    .await;
     ended(app).await;
 }
 
