@@ -49,13 +49,13 @@ pub struct Uninstall {
 pub enum UninstallError {
     #[error(
         "the traffic of Canaries {names} is not back with their Deployments within {seconds} s, and without Sluice their Services \
-         would lead nowhere. kubectl describe canary says what each waits for; mend that, or delete the Canary, then uninstall \
+         would lead nowhere. kubectl describe canary says what each waits for; mend that, then uninstall \
          again. Nothing was removed, and what had been handed back is taken over again"
     )]
     Holding { names: String, seconds: u64 },
     #[error(
         "the Deployments of Canaries {names} ask for a version that was not promoted, and would serve it to everybody. Wait for the \
-         end of the release, or put the Deployment back to the version that serves, or delete the Canary; then uninstall again. \
+         end of the release, or put the Deployment back to the version that serves; then uninstall again. \
          Nothing was removed"
     )]
     Unpromoted { names: String },
