@@ -29,7 +29,7 @@ use super::{
     batch::Batch,
     body::{ClientBody, RequestBody},
     http1::server::{self, Sent},
-    pool::{CONNECTION_WINDOW, LocalExecutor, STREAM_WINDOW},
+    pool::{CONNECTION_WINDOW, LocalExecutor, SEND_BUFFER, STREAM_WINDOW},
     relay, request,
     resets::Resets,
     serving::{Chain, Protocol},
@@ -46,9 +46,6 @@ use crate::{
 
 /// Requests that one client may have open on one HTTP/2 connection.
 const MAX_STREAMS: u32 = 256;
-/// Most bytes of one HTTP/2 answer that wait for the client. The windows that a client grants may be any size, and hyper's
-/// default of 400 KiB would be 100 MiB for one connection that reads nothing.
-const SEND_BUFFER: usize = 64 * 1024;
 /// After so many requests on a connection, a client that gave most of them up within a second, unanswered, is cut off: it costs more
 /// than it asks for ("Rapid Reset", CVE-2023-44487). The figures are Envoy's (`overload.premature_reset_total_stream_count`).
 const LOOK_AT_RESETS: u32 = 500;

@@ -52,6 +52,9 @@ const MAX_STREAMS: u32 = 100;
 /// A stream that nobody reads must not fill the connection's window and stall the others (RFC 9113, 5.2): 16 can.
 pub(super) const STREAM_WINDOW: u32 = 256 * 1024;
 pub(super) const CONNECTION_WINDOW: u32 = 16 * STREAM_WINDOW;
+/// Most bytes of one HTTP/2 stream that wait to be written, towards clients and upstreams. The windows that the other side
+/// grants may be any size; hyper's defaults of 400 KiB and 1 MiB would be 100 MiB for one connection that reads nothing.
+pub(super) const SEND_BUFFER: usize = 64 * 1024;
 
 /// Runs hyper's own tasks on this thread.
 #[derive(Debug, Clone, Copy)]
@@ -175,6 +178,7 @@ impl Connector {
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_send_buf_size(SEND_BUFFER)
             .handshake(TokioIo::new(Batch::new(stream, None)))
             .await
             .map_err(|error| ConnectError::Http(address, error.into()))?;

@@ -6,7 +6,10 @@ use std::{rc::Rc, time::Duration};
 use http::{Response, StatusCode};
 use tokio::time::sleep;
 
-use super::{cluster::Cluster, load::Counted};
+use super::{
+    cluster::Cluster,
+    load::{Counted, Load},
+};
 use crate::{
     failure::Failure,
     metrics::GrpcStatus,
@@ -23,7 +26,7 @@ const BACKOFF: Duration = Duration::from_millis(25);
 /// The retries of one request.
 pub(super) struct Retries<'a> {
     policy: Option<&'a RetryPolicy>,
-    cluster: &'a Rc<Cluster>,
+    load: &'a Load,
     done: u32,
     _active: Option<Counted<'a>>,
     retrying: Option<Counted<'a>>,
@@ -31,8 +34,9 @@ pub(super) struct Retries<'a> {
 
 impl<'a> Retries<'a> {
     pub(super) fn new(policy: Option<&'a RetryPolicy>, cluster: &'a Rc<Cluster>) -> Self {
-        let active = policy.map(|_| Counted::on(&cluster.load.active));
-        Self { policy, cluster, done: 0, _active: active, retrying: None }
+        let load = &*cluster.load;
+        let active = policy.map(|_| Counted::on(&load.active));
+        Self { policy, load, done: 0, _active: active, retrying: None }
     }
 
     pub(super) fn per_try_timeout(&self) -> Option<Duration> {
@@ -71,7 +75,7 @@ impl<'a> Retries<'a> {
             return false;
         }
         if self.retrying.is_none() {
-            let load = &self.cluster.load;
+            let load = self.load;
             let budget = load.retries().unwrap_or_else(|| (load.active.get() / BUDGET_DIVISOR).max(LEAST_BUDGET));
             if load.retrying.get() >= budget {
                 return false;
@@ -86,5 +90,34 @@ impl<'a> Retries<'a> {
     pub(super) async fn back_off(&self) {
         let most = BACKOFF * ((1 << self.done.min(4)) - 1).min(10);
         sleep(most.mul_f64(fastrand::f64())).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_wait_before_a_retry_is_drawn_from_a_range_that_grows_up_to_ten_times_the_first() {
+        let load = Load::default();
+        for (done, most) in [(1, 25), (2, 75), (3, 175), (4, 250), (5, 250), (100, 250)] {
+            let retries = Retries { policy: None, load: &load, done, _active: None, retrying: None };
+            let mut waits = Vec::new();
+            for _ in 0..300 {
+                let begun = Instant::now();
+                retries.back_off().await;
+                waits.push(begun.elapsed().as_millis());
+            }
+            waits.sort_unstable();
+            // The clock ticks in milliseconds, and never early. That no draw of 300 is in a given quarter has a chance of 1e-37.
+            assert!(waits[299] <= most + 1, "retry {done}: up to {} ms", waits[299]);
+            assert!(waits[299] > most * 3 / 4, "retry {done}: no more than {} ms", waits[299]);
+            assert!(waits[0] < most / 4, "retry {done}: no less than {} ms", waits[0]);
+            // All who were refused at one moment do not come back at one moment.
+            waits.dedup();
+            assert!(waits.len() > 15, "retry {done}: {} different waits", waits.len());
+        }
     }
 }

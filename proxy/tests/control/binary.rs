@@ -1,8 +1,13 @@
 //! The whole binary in both roles: client, fleet proxy, sidecar, application.
 
 use std::{
+    future::poll_fn,
     net::SocketAddr,
     process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
@@ -12,10 +17,22 @@ use http_body_util::{BodyExt, Full};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::pki_types::{CertificateDer, pem::PemObject};
-use sluice_xds::{TypeUrl, sluice::identity::v1::SignResponse};
+use sluice_xds::{
+    TypeUrl,
+    envoy::{
+        config::{
+            cluster::v3::{CircuitBreakers, circuit_breakers::Thresholds},
+            listener::v3::{Filter, filter::ConfigType},
+        },
+        extensions::filters::network::connection_limit::v3::ConnectionLimit,
+    },
+    pack,
+    sluice::identity::v1::SignResponse,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    sync::watch,
     task::JoinHandle,
 };
 use tokio_rustls::TlsConnector;
@@ -493,6 +510,174 @@ async fn a_proxy_that_is_short_of_memory_says_so_and_stays_alive() {
     .await;
     fleet.wait_for("/healthz/live", StatusCode::OK).await;
     fleet.wait_for("/healthz/startup", StatusCode::OK).await;
+}
+
+/// Sends as much as it is let, and counts it.
+async fn pump(mut stream: h2::SendStream<Bytes>, sent: Arc<AtomicUsize>) {
+    const CHUNK: usize = 16 << 10;
+    loop {
+        stream.reserve_capacity(CHUNK);
+        let mut room = stream.capacity();
+        if room == 0 {
+            let Some(Ok(more)) = poll_fn(|cx| stream.poll_capacity(cx)).await else { return };
+            room = more;
+        }
+        let data = Bytes::from_static(&[b'x'; CHUNK]).slice(..room.min(CHUNK));
+        sent.fetch_add(data.len(), SeqCst);
+        if stream.send_data(data, false).is_err() {
+            return;
+        }
+    }
+}
+
+async fn told(answering: &mut watch::Receiver<bool>) {
+    let _ = answering.wait_for(|answering| *answering).await;
+}
+
+/// Takes requests, reads nothing of them, and answers them without an end as soon as it is told to.
+async fn stuck_application(answering: watch::Receiver<bool>, sent: Arc<AtomicUsize>) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (answering, sent) = (answering.clone(), sent.clone());
+            tokio::spawn(async move {
+                let mut connection = h2::server::handshake(stream).await.unwrap();
+                while let Some(Ok((request, mut respond))) = connection.accept().await {
+                    let (mut answering, sent) = (answering.clone(), sent.clone());
+                    tokio::spawn(async move {
+                        told(&mut answering).await;
+                        if let Ok(content) = respond.send_response(Response::new(()), false) {
+                            pump(content, sent).await;
+                        }
+                        drop(request);
+                    });
+                }
+            });
+        }
+    });
+    port
+}
+
+/// Sends requests without an end on one connection, grants any window, and reads nothing as soon as it is answered.
+async fn stuck_client(to: u16, requests: usize, mut answering: watch::Receiver<bool>, sent: Arc<AtomicUsize>) {
+    const LARGEST: u32 = 0x7fff_ffff;
+    let Ok(stream) = TcpStream::connect(("127.0.0.1", to)).await else { return };
+    let mut builder = h2::client::Builder::new();
+    builder.initial_window_size(LARGEST).initial_connection_window_size(LARGEST);
+    let Ok((mut sender, mut connection)) = builder.handshake::<_, Bytes>(stream).await else { return };
+    let asking = async {
+        let mut open = Vec::new();
+        for _ in 0..requests {
+            sender = sender.ready().await.ok()?;
+            let request = Request::post("http://web.shop/").body(()).unwrap();
+            let (answer, content) = sender.send_request(request, false).ok()?;
+            open.push((answer, tokio::spawn(pump(content, sent.clone()))));
+        }
+        std::future::pending::<Option<()>>().await
+    };
+    tokio::select! {
+        _ = asking => {}
+        _ = &mut connection => {}
+        () = told(&mut answering) => std::future::pending().await,
+    }
+}
+
+/// The memory of a process without what it maps of files, in KiB (proc_pid_status(5)).
+fn memory_of(process: u32) -> usize {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// What is said of one Service in docs/limits.md ("The arithmetic") holds for a part of its connections and requests.
+#[tokio::test]
+async fn a_service_that_has_all_that_it_may_stays_within_the_memory_that_is_stated() {
+    const CONNECTIONS: u32 = 16;
+    const REQUESTS: u32 = 64;
+    /// In KiB, of a connection, and of a request whose content, or whose content and answer, nobody takes.
+    const CONNECTION: usize = 35;
+    const ONE_WAY: usize = 384;
+    const BOTH_WAYS: usize = 768;
+    /// In KiB, for what is neither: buffers of the kernel's side of things and of the allocator.
+    const MARGIN: usize = 8 << 10;
+    const WINDOW: usize = 256;
+    let ca = Ca::new();
+    let mut server = Server::start(&ca).await;
+    let command = Command::new(env!("CARGO_BIN_EXE_sluice-proxy"));
+    // One thread has all of the limits.
+    let fleet = Proxy::launch(command, &[("SLUICE_WORKERS", "1")], "fleet", &ca, server.address);
+    sign(&mut server, &ca, 1).await;
+    let mut stream = server.stream().await;
+    stream.request_of(TypeUrl::Cluster).await;
+    stream.request_of(TypeUrl::Listener).await;
+    let (answer, answering) = watch::channel(false);
+    let (sent, answered) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let mut applications = Vec::new();
+    for _ in 0..8 {
+        // So many that no connection's window is what stops them.
+        applications.push(("127.0.0.1", stuck_application(answering.clone(), answered.clone()).await));
+    }
+    let mut cluster = plain_cluster(REVISION);
+    let threshold = Thresholds { max_requests: Some(REQUESTS), ..Thresholds::default() };
+    cluster.circuit_breakers = Some(CircuitBreakers { thresholds: vec![threshold] });
+    stream.acked(TypeUrl::Cluster, vec![resource(REVISION, "1", &cluster)], &[]).await;
+    let pods = endpoints(REVISION, &applications);
+    stream.acked(TypeUrl::Endpoints, vec![resource(REVISION, "1", &pods)], &[]).await;
+    let port = free_port();
+    let mut web = listener(WEB, port);
+    let limit = ConnectionLimit {
+        stat_prefix: WEB.to_owned(),
+        max_connections: Some(CONNECTIONS.into()),
+        ..ConnectionLimit::default()
+    };
+    let limit = Filter { name: "limit".to_owned(), config_type: Some(ConfigType::TypedConfig(pack(&limit))) };
+    web.filter_chains[0].filters.insert(0, limit);
+    stream.acked(TypeUrl::Listener, vec![resource(WEB, "1", &web)], &[]).await;
+    stream.acked(TypeUrl::Route, vec![resource(WEB, "1", &route(WEB, &[(REVISION, 100)]))], &[]).await;
+    fleet.wait_for("/healthz/ready", StatusCode::OK).await;
+    let before = memory_of(fleet.child.id());
+
+    // More of both than there may be.
+    let clients: Vec<_> = (0..CONNECTIONS + 4)
+        .map(|_| tokio::spawn(stuck_client(port, REQUESTS as usize / 8, answering.clone(), sent.clone())))
+        .collect();
+    let all = REQUESTS as usize * WINDOW * 1024;
+    let stands_still = async |count: &AtomicUsize| {
+        let mut last = 0;
+        loop {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            let now = count.load(SeqCst);
+            if now == last && now >= all {
+                return;
+            }
+            last = now;
+        }
+    };
+    // It does hold what it may, and what has passed meanwhile the allocator gives back soon.
+    let holds = async |ways: usize, of_each: usize| {
+        let stated = CONNECTIONS as usize * CONNECTION + REQUESTS as usize * of_each + MARGIN;
+        let grown = || memory_of(fleet.child.id()) - before;
+        assert!(grown() >= REQUESTS as usize * WINDOW * ways, "{} KiB, {ways}", grown());
+        soon("no more memory than is stated", async {
+            while grown() > stated {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        })
+        .await;
+    };
+    soon("what the clients send", stands_still(&sent)).await;
+    holds(1, ONE_WAY).await;
+    answer.send(true).unwrap();
+    soon("what the applications answer", stands_still(&answered)).await;
+    holds(2, BOTH_WAYS).await;
+
+    let metrics = fleet.wait_for("/metrics", StatusCode::OK).await;
+    for (series, value) in [("connections_open", CONNECTIONS), ("requests_active", REQUESTS)] {
+        let line = format!("sluice_{series}{{listener=\"{WEB}\"}} {value}\n");
+        assert!(metrics.contains(&line), "{line} is not in\n{metrics}");
+    }
+    clients.iter().for_each(|client| client.abort());
 }
 
 #[tokio::test]

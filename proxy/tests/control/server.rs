@@ -141,7 +141,7 @@ impl Server {
     }
 }
 
-struct Guards(mpsc::Sender<GuardStream>);
+pub(crate) struct Guards(pub(crate) mpsc::Sender<GuardStream>);
 
 /// A new stream of outcomes that waits to be accepted.
 pub(crate) struct GuardStream {

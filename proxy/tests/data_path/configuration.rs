@@ -1,11 +1,13 @@
 use std::{net::SocketAddr, sync::Arc};
 
-use http::StatusCode;
+use http::{Response, StatusCode};
 use sluice_proxy::{
+    metrics::Metrics,
     snapshot::{Cluster, FilterChain, Listener, ServerTls},
     tls::IdentityHandle,
     workers::Role,
 };
+use tokio::sync::Semaphore;
 
 use crate::support::*;
 
@@ -43,6 +45,56 @@ async fn endpoints_of_a_revision_share_its_load() {
     }
     for app in &apps {
         assert!((50..=150).contains(&app.requests()), "{}", app.requests());
+    }
+}
+
+/// Both of two are looked at for each request, so nothing here is left to chance.
+#[tokio::test]
+async fn an_endpoint_that_is_busy_gets_no_request_while_another_is_free() {
+    let gate = Arc::new(Semaphore::new(0));
+    let start = async || {
+        let gate = gate.clone();
+        App::start(own_ip(), 8080, move |request| {
+            let gate = gate.clone();
+            async move {
+                if request.uri().path() == "/held" {
+                    gate.acquire().await.unwrap().forget();
+                }
+                Response::new(full("a"))
+            }
+        })
+        .await
+    };
+    let apps = [start().await, start().await];
+    let proxy =
+        Proxy::with(Role::Fleet, IdentityHandle::default(), |options| options.metrics = Metrics::new("test", 1));
+    proxy.serve(http_to([(cluster("a", &[apps[0].address, apps[1].address]), 100)])).await;
+    let (mut http1, mut http2) = (Http1::connect(proxy.address).await, Http2::connect(proxy.address).await);
+    let holding = http2.clone();
+    let hold = || {
+        let mut client = holding.clone();
+        tokio::spawn(async move { client.send(get("/held")).await.unwrap() })
+    };
+    let served = || apps.each_ref().map(App::requests);
+
+    let mut held = vec![hold()];
+    eventually("one is busy", || served().iter().sum::<usize>() == 1).await;
+    for _ in 0..20 {
+        assert_eq!(http1.get("/").await.body, "a");
+        assert_eq!(http2.send(get("/")).await.unwrap().body, "a");
+    }
+    assert!(served() == [1, 40] || served() == [40, 1], "{:?}", served());
+
+    // What is held is shared evenly: ten each.
+    for more in 1..=19 {
+        held.push(hold());
+        eventually("another one is held", || served().iter().sum::<usize>() == 41 + more).await;
+    }
+    let [one, other] = served();
+    assert_eq!((one.min(other), one.max(other)), (10, 50));
+    gate.add_permits(held.len());
+    for held in held {
+        assert_eq!(soon("an answer", held).await.unwrap().body, "a");
     }
 }
 

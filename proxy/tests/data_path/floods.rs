@@ -18,16 +18,16 @@ use tokio::{
 use crate::support::*;
 
 /// Kinds of frames (RFC 9113, 6).
-const DATA: u8 = 0;
-const HEADERS: u8 = 1;
+pub(crate) const DATA: u8 = 0;
+pub(crate) const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
-const SETTINGS: u8 = 4;
-const PING: u8 = 6;
-const GOAWAY: u8 = 7;
-const WINDOW_UPDATE: u8 = 8;
+pub(crate) const SETTINGS: u8 = 4;
+pub(crate) const PING: u8 = 6;
+pub(crate) const GOAWAY: u8 = 7;
+pub(crate) const WINDOW_UPDATE: u8 = 8;
 const CONTINUATION: u8 = 9;
-const END_STREAM: u8 = 1;
-const END_HEADERS: u8 = 4;
+pub(crate) const END_STREAM: u8 = 1;
+pub(crate) const END_HEADERS: u8 = 4;
 /// RFC 9113, 7.
 const PROTOCOL_ERROR: u32 = 1;
 const FLOW_CONTROL_ERROR: u32 = 3;
@@ -50,7 +50,7 @@ const MOST: u32 = 0x7fff_ffff;
 /// More than this no flood here needs, in bytes: who has been let send it was not stopped.
 const MUCH: usize = 256 << 20;
 
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Bytes {
+pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Bytes {
     let mut bytes = Vec::with_capacity(9 + payload.len());
     bytes.put_uint(payload.len() as u64, 3);
     bytes.put_slice(&[kind, flags]);
@@ -60,7 +60,7 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Bytes {
 }
 
 /// A client that sends what it likes.
-async fn connect(proxy: &Proxy) -> (OwnedReadHalf, OwnedWriteHalf) {
+pub(crate) async fn connect(proxy: &Proxy) -> (OwnedReadHalf, OwnedWriteHalf) {
     let stream = TcpStream::connect(proxy.address).await.unwrap();
     let (read, mut write) = stream.into_split();
     write.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();

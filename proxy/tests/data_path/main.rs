@@ -9,6 +9,7 @@ mod drain;
 mod fault;
 mod floods;
 mod http;
+mod http2;
 mod limits;
 mod mirror;
 mod outliers;

@@ -78,6 +78,34 @@ async fn an_endpoint_that_fails_again_and_again_is_left_alone_and_its_revision_k
     assert_eq!((bad.requests(), good.requests(), other.requests()), (3, 97, 0));
 }
 
+/// What a gate is to see: a revision with ejected endpoints still has its own share of the requests, and of the failures.
+#[tokio::test]
+async fn ejection_moves_no_request_to_another_revision() {
+    let [(one, _), (another, _), (good, _)] = [moody(true).await, moody(true).await, moody(false).await];
+    // The endpoints of the revision that fails, and whether all of its share does.
+    for (endpoints, all) in [(vec![&one, &another], true), (vec![&one, &good], false)] {
+        let other = App::named("b").await;
+        let proxy = one_thread();
+        let addresses: Vec<_> = endpoints.iter().map(|app| app.address).collect();
+        let a = watched(&addresses, Outliers { most_ejected: 100, panic: 0.0, ..OUTLIERS });
+        proxy.serve(http_to([(a, 50), (cluster("b", &[other.address]), 50)])).await;
+        let (mut http1, mut http2) = (Http1::connect(proxy.address).await, Http2::connect(proxy.address).await);
+        for _ in 0..200 {
+            http1.get("/").await;
+            http2.send(get("/")).await.unwrap();
+        }
+        let (failed, served) = (proxy.counted("a", "5xx", ""), proxy.counted("a", "2xx", ""));
+        // 5 standard deviations of a fair coin.
+        assert!((150..=250).contains(&(failed + served)), "{failed} + {served} of 400");
+        assert_eq!(failed + served + other.requests() as u64, 400);
+        if all {
+            assert_eq!(served, 0);
+        } else {
+            assert_eq!(failed, 3, "{served} were served");
+        }
+    }
+}
+
 #[tokio::test]
 async fn an_outlier_is_asked_again_after_its_time() {
     let ((app, mood), (good, _)) = (moody(true).await, moody(false).await);

@@ -251,7 +251,11 @@ pub(crate) fn http_to(targets: impl IntoIterator<Item = (Cluster, u32)>) -> Prot
 
 /// A sidecar beside an application at `ip`:8080, and the cluster by which a fleet reaches it.
 pub(crate) async fn sidecar(ca: &Ca, ip: IpAddr, tcp: bool) -> Proxy {
-    let mut proxy = Proxy::with(Role::Sidecar, ca.identity(APP), |_| {});
+    sidecar_of(ca.identity(APP), ip, tcp).await
+}
+
+pub(crate) async fn sidecar_of(identity: IdentityHandle, ip: IpAddr, tcp: bool) -> Proxy {
+    let mut proxy = Proxy::with(Role::Sidecar, identity, |_| {});
     proxy.address = SocketAddr::new(ip, 20443);
     let local = split([(
         Cluster {

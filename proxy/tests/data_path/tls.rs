@@ -1,4 +1,5 @@
 use std::{
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -6,9 +7,12 @@ use std::{
 use http::StatusCode;
 use http_body_util::BodyExt;
 use hyper_util::rt::TokioIo;
-use rustls::pki_types::ServerName;
+use rustls::{
+    ClientConfig, HandshakeKind, RootCertStore, ServerConfig, client::Resumption, pki_types::ServerName,
+    server::WebPkiClientVerifier,
+};
 use sluice_proxy::{
-    snapshot::{ClientTls, Cluster, FilterChain, Listener, ServerTls},
+    snapshot::{ClientTls, Cluster, FilterChain, Listener, Protocol, ServerTls},
     tls::{ALPN_H2, ALPN_HTTP1, IdentityHandle},
     workers::Role,
 };
@@ -97,9 +101,9 @@ async fn a_sidecar_admits_exactly_the_fleet() {
     eventually("the reasons", || (count("tls_certificate"), count("tls_server_name")) == (certificates, names)).await;
 
     // No certificate at all.
-    let roots = rustls::RootCertStore { roots: ca.roots().iter().map(|r| webpki_root(r)).collect() };
+    let roots = RootCertStore { roots: ca.roots().iter().map(|r| webpki_root(r)).collect() };
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let anonymous = rustls::ClientConfig::builder_with_provider(provider)
+    let anonymous = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .unwrap()
         .dangerous()
@@ -123,14 +127,14 @@ async fn a_sidecar_admits_exactly_the_fleet() {
 }
 
 fn webpki_root(root: &rustls::pki_types::CertificateDer<'_>) -> rustls::pki_types::TrustAnchor<'static> {
-    let mut store = rustls::RootCertStore::empty();
+    let mut store = RootCertStore::empty();
     store.add(root.clone().into_owned()).unwrap();
     store.roots.remove(0)
 }
 
 /// Asks nothing of the server: this is about what the server asks.
 #[derive(Debug)]
-struct Anyone(#[allow(dead_code)] rustls::RootCertStore);
+struct Anyone(#[allow(dead_code)] RootCertStore);
 
 impl rustls::client::danger::ServerCertVerifier for Anyone {
     fn verify_server_cert(
@@ -223,6 +227,148 @@ async fn a_renewed_certificate_is_used_at_once_and_disturbs_no_connection() {
     assert!(try_get(&sidecar, &identity, APP, "p8080.abc").await.unwrap().ends_with("hello"));
 }
 
+/// A new root takes over (docs/install.md): what is open goes on, and whoever connects is asked by it, and by it alone.
+#[tokio::test]
+async fn other_roots_count_from_the_next_handshake_on_and_disturb_no_connection() {
+    let (ip, opaque_ip, old, new) = (own_ip(), own_ip(), Ca::new(), Ca::new());
+    let _app = websocket_echo(ip).await;
+    let echo = TcpListener::bind((opaque_ip, 8080)).await.unwrap();
+    tokio::spawn(async move {
+        let (mut stream, _) = echo.accept().await.unwrap();
+        let (mut read, mut write) = stream.split();
+        tokio::io::copy(&mut read, &mut write).await
+    });
+    let (inbound, outbound) = (old.identity(APP), old.identity(FLEET));
+    let sidecar = sidecar_of(inbound.clone(), ip, false).await;
+    let opaque_sidecar = sidecar_of(inbound.clone(), opaque_ip, true).await;
+    let fleet = Proxy::with(Role::Fleet, outbound.clone(), |_| {});
+    fleet.serve(http_to([(mesh_cluster("abc", &[&sidecar]), 100)])).await;
+    let opaque_fleet = Proxy::with(Role::Fleet, outbound.clone(), |_| {});
+    opaque_fleet.serve(Protocol::Tcp(split([(mesh_cluster("abc", &[&opaque_sidecar]), 100)]))).await;
+
+    let (mut http1, mut http2) = (Http1::connect(fleet.address).await, Http2::connect(fleet.address).await);
+    let mut tunnels = [websocket(fleet.address).await, TcpStream::connect(opaque_fleet.address).await.unwrap()];
+    let mut all_go_on = async || {
+        assert_eq!(http1.get("/").await.body, "plain");
+        assert_eq!(http2.send(get("/")).await.unwrap().body, "plain");
+        for tunnel in &mut tunnels {
+            let mut back = [0; 4];
+            tunnel.write_all(b"ping").await.unwrap();
+            soon("the echo", tunnel.read_exact(&mut back)).await.unwrap();
+            assert_eq!(&back, b"ping");
+        }
+    };
+    all_go_on().await;
+    let opened = || sidecar.metric("sluice_connections_total{listener=\"inbound\"}");
+    let before = opened();
+    new.renew(&inbound, APP);
+    new.renew(&outbound, FLEET);
+    for _ in 0..3 {
+        all_go_on().await;
+    }
+    assert_eq!(opened(), before, "each on the connection that it had");
+
+    // Each of these believes the sidecar, or is believed by it, but not both.
+    let mixed = |certificate: &Ca, roots: Vec<_>| {
+        let (handle, (chain, key)) = (IdentityHandle::default(), certificate.issue(FLEET, |_| {}));
+        handle.set(chain, key, roots).unwrap();
+        handle
+    };
+    let not_believed = mixed(&old, [old.roots(), new.roots()].concat());
+    assert!(try_get(&sidecar, &not_believed, APP, "p8080.abc").await.is_err());
+    eventually("the count", || sidecar.refused_at("inbound", "tls_certificate") == 1).await;
+    assert!(try_get(&sidecar, &mixed(&new, old.roots()), APP, "p8080.abc").await.is_err());
+    assert!(try_get(&sidecar, &outbound, APP, "p8080.abc").await.unwrap().ends_with("plain"));
+    let late = Proxy::with(Role::Fleet, outbound.clone(), |_| {});
+    late.serve(http_to([(mesh_cluster("abc", &[&sidecar]), 100)])).await;
+    assert_eq!(Http1::connect(late.address).await.get("/").await.body, "plain");
+    all_go_on().await;
+}
+
+/// Sends a request on a new connection, reads to the end, and says how the handshake went.
+async fn handshake_kind(address: SocketAddr, config: Arc<ClientConfig>) -> std::io::Result<Option<HandshakeKind>> {
+    let stream = TcpStream::connect(address).await?;
+    let name = ServerName::try_from("p8080.abc").unwrap();
+    let mut stream = soon("the handshake", TlsConnector::from(config).connect(name, stream)).await?;
+    stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await?;
+    // Tickets would come before the answer.
+    let mut answer = String::new();
+    soon("an end", stream.read_to_string(&mut answer)).await?;
+    assert!(answer.ends_with("hello"), "{answer}");
+    Ok(stream.get_ref().1.handshake_kind())
+}
+
+/// A server that gives tickets and takes them.
+async fn resuming_server(ca: &Ca) -> SocketAddr {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut roots = RootCertStore::empty();
+    roots.add(ca.roots().remove(0)).unwrap();
+    let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build().unwrap();
+    let (chain, key) = ca.issue(APP, |_| {});
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_client_cert_verifier(clients)
+        .with_single_cert(chain, key)
+        .unwrap();
+    config.alpn_protocols = vec![ALPN_HTTP1.to_vec()];
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind((own_ip(), 20443)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut stream = acceptor.accept(stream).await.unwrap();
+            let _ = stream.read(&mut [0; 1024]).await.unwrap();
+            stream.write_all(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nhello").await.unwrap();
+            stream.shutdown().await.unwrap();
+        }
+    });
+    address
+}
+
+/// rustls, `ProducesTickets`: a resumed session is one of a client whose certificate is not looked at again.
+#[tokio::test]
+async fn a_client_that_would_resume_its_session_has_to_show_its_certificate_again() {
+    let (ip, ca, other) = (own_ip(), Ca::new(), Ca::new());
+    let _app = App::start(ip, 8080, |_| async { http::Response::new(full("hello")) }).await;
+    let (inbound, fleet) = (ca.identity(APP), ca.identity(FLEET));
+    let sidecar = sidecar_of(inbound.clone(), ip, false).await;
+    let (chain, key) = ca.issue(FLEET, |_| {});
+    let mut resuming = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(fleet.server_verifier(APP))
+        .with_client_auth_cert(chain, key)
+        .unwrap();
+    resuming.alpn_protocols = vec![ALPN_HTTP1.to_vec()];
+    let resuming = Arc::new(resuming);
+
+    let elsewhere = resuming_server(&ca).await;
+    for expected in [HandshakeKind::Full, HandshakeKind::Resumed] {
+        let kind = handshake_kind(elsewhere, resuming.clone()).await.unwrap();
+        assert_eq!(kind, Some(expected), "where it may, it does");
+    }
+    // A fleet keeps no sessions, whoever offers them.
+    let ours = fleet.client_config(APP, &[ALPN_HTTP1]);
+    for _ in 0..2 {
+        assert_eq!(handshake_kind(elsewhere, ours.clone()).await.unwrap(), Some(HandshakeKind::Full));
+    }
+    // A sidecar gives none.
+    let mut forgetful = ClientConfig::clone(&resuming);
+    forgetful.resumption = Resumption::in_memory_sessions(32);
+    let resuming = Arc::new(forgetful);
+    for _ in 0..3 {
+        let kind = handshake_kind(sidecar.address, resuming.clone()).await.unwrap();
+        assert_eq!(kind, Some(HandshakeKind::Full));
+    }
+    // Who is not believed any more does not come back by what was agreed before.
+    let (chain, key) = ca.issue(APP, |_| {});
+    inbound.set(chain, key, other.roots()).unwrap();
+    assert!(handshake_kind(sidecar.address, resuming).await.is_err());
+}
+
 #[tokio::test]
 async fn a_connection_ends_in_order_when_the_client_s_certificate_does() {
     let (ip, ca) = (own_ip(), Ca::new());
@@ -297,7 +443,7 @@ async fn a_client_that_begins_no_handshake_is_closed() {
     let mut sidecar = Proxy::with(Role::Sidecar, ca.identity(APP), |options| {
         options.timing.tls_handshake = Duration::from_millis(100);
     });
-    sidecar.address = std::net::SocketAddr::new(ip, 20443);
+    sidecar.address = SocketAddr::new(ip, 20443);
     let chains = vec![FilterChain {
         server_name: Some("p8080.abc".into()),
         tls: Some(ServerTls { client_id: FLEET.into() }),
@@ -439,7 +585,7 @@ async fn when_another_fleet_is_admitted_requests_on_connections_of_the_former_ar
 #[tokio::test]
 async fn an_answer_that_is_cut_short_inside_tls_is_not_passed_on_as_whole() {
     let (ip, ca) = (own_ip(), Ca::new());
-    let address = std::net::SocketAddr::new(ip, 20443);
+    let address = SocketAddr::new(ip, 20443);
     let listener = TcpListener::bind(address).await.unwrap();
     let acceptor = TlsAcceptor::from(ca.identity(APP).server_config(FLEET, &[ALPN_HTTP1]));
     let upstream = tokio::spawn(async move {
