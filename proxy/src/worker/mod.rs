@@ -17,6 +17,7 @@ mod load;
 mod matching;
 mod mirror;
 mod pool;
+mod progress;
 mod relay;
 mod request;
 mod resets;
@@ -26,7 +27,7 @@ mod serving;
 mod slot;
 mod stream;
 mod tally;
-mod tcp;
+pub(crate) mod tcp;
 mod thread;
 mod trace;
 

@@ -18,3 +18,4 @@ mod resources;
 mod routes;
 mod server;
 mod snapshots;
+mod streams;
