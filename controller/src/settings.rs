@@ -127,6 +127,9 @@ pub struct Settings {
     /// 0 is any number.
     #[arg(long, env = "SLUICE_FLEET_REQUESTS_PER_SERVICE", default_value_t = 2048)]
     pub fleet_requests_per_service: u32,
+    /// Seconds after which the fleet ends a stream, WebSocket or TCP connection on which nothing has passed. 0 is never.
+    #[arg(long, env = "SLUICE_FLEET_STREAM_IDLE_SECONDS", default_value_t = 3600)]
+    pub fleet_stream_idle_seconds: u32,
     /// Image of the sidecar.
     #[arg(long, env = "SLUICE_PROXY_IMAGE")]
     pub proxy_image: String,
@@ -261,6 +264,7 @@ impl Settings {
             limits: mesh::Limits {
                 connections: Some(self.fleet_connections_per_service).filter(|most| *most > 0),
                 requests: Some(self.fleet_requests_per_service).filter(|most| *most > 0),
+                stream_idle: Some(self.fleet_stream_idle_seconds).filter(|seconds| *seconds > 0),
             },
         })
     }
@@ -307,9 +311,10 @@ mod tests {
         let CommandLine::Run(settings) = CommandLine::read(controller).unwrap() else { panic!("a command") };
         assert_eq!(settings.protection, Protection::Webhook);
         let limits = settings.mesh().unwrap().limits;
-        assert_eq!(limits, mesh::Limits { connections: Some(4096), requests: Some(2048) });
+        assert_eq!(limits, mesh::Limits { connections: Some(4096), requests: Some(2048), stream_idle: Some(3600) });
         let unlimited =
-            [&controller[..], &["--fleet-connections-per-service=0", "--fleet-requests-per-service=0"]].concat();
+            ["--fleet-connections-per-service=0", "--fleet-requests-per-service=0", "--fleet-stream-idle-seconds=0"];
+        let unlimited = [&controller[..], &unlimited].concat();
         let CommandLine::Run(unlimited) = CommandLine::read(unlimited).unwrap() else { panic!("a command") };
         assert_eq!(unlimited.mesh().unwrap().limits, mesh::Limits::default());
         assert!(settings.dns_names().contains(&"sluice-webhook.sluice-system.svc".to_owned()));

@@ -23,6 +23,10 @@ pub enum Failure {
     UpstreamReset,
     #[error("the upstream did not answer in time; the request may have been processed")]
     UpstreamTimeout,
+    #[error("nothing came from the upstream for too long; the request may have been processed")]
+    UpstreamIdle,
+    #[error("nothing came of the rest of the request for too long")]
+    RequestIdle,
     #[error("the upstream did not answer in HTTP as asked")]
     UpstreamProtocol,
     /// No revision was drawn yet.
@@ -64,6 +68,7 @@ pub enum Flag {
     UpstreamOverflow,
     UpstreamConnectionTermination,
     UpstreamRequestTimeout,
+    StreamIdleTimeout,
     UpstreamProtocolError,
     NoRoute,
     DownstreamProtocolError,
@@ -76,12 +81,13 @@ pub enum Flag {
 }
 
 impl Flag {
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::NoHealthyUpstream,
         Self::UpstreamConnectionFailure,
         Self::UpstreamOverflow,
         Self::UpstreamConnectionTermination,
         Self::UpstreamRequestTimeout,
+        Self::StreamIdleTimeout,
         Self::UpstreamProtocolError,
         Self::NoRoute,
         Self::DownstreamProtocolError,
@@ -101,6 +107,7 @@ impl Flag {
             Self::UpstreamOverflow => "UO",
             Self::UpstreamConnectionTermination => "UC",
             Self::UpstreamRequestTimeout => "UT",
+            Self::StreamIdleTimeout => "SI",
             Self::UpstreamProtocolError => "UPE",
             Self::NoRoute => "NR",
             Self::DownstreamProtocolError => "DPE",
@@ -125,6 +132,8 @@ impl Failure {
             Self::Overflow => (StatusCode::SERVICE_UNAVAILABLE, Flag::UpstreamOverflow),
             Self::UpstreamReset => (StatusCode::SERVICE_UNAVAILABLE, Flag::UpstreamConnectionTermination),
             Self::UpstreamTimeout => (StatusCode::GATEWAY_TIMEOUT, Flag::UpstreamRequestTimeout),
+            Self::UpstreamIdle => (StatusCode::GATEWAY_TIMEOUT, Flag::StreamIdleTimeout),
+            Self::RequestIdle => (StatusCode::REQUEST_TIMEOUT, Flag::StreamIdleTimeout),
             Self::UpstreamProtocol => (StatusCode::BAD_GATEWAY, Flag::UpstreamProtocolError),
             Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, Flag::OverloadManager),
             Self::NoRoute => (StatusCode::NOT_FOUND, Flag::NoRoute),
@@ -153,6 +162,7 @@ impl Failure {
             // What follows a CONNECT or an upgrade may be meant for the tunnel (draft-ietf-httpbis-optimistic-upgrade, 5.2).
             Self::MethodRefused
             | Self::UpgradeRefused
+            | Self::RequestIdle
             | Self::BadRequest(..)
             | Self::HeadTooLarge
             | Self::UriTooLong
@@ -162,6 +172,7 @@ impl Failure {
             | Self::Overflow
             | Self::UpstreamReset
             | Self::UpstreamTimeout
+            | Self::UpstreamIdle
             | Self::UpstreamProtocol
             | Self::Overloaded
             | Self::NoRoute
@@ -226,6 +237,8 @@ mod tests {
             (Failure::Overflow, 503, "UO", "14"),
             (Failure::UpstreamReset, 503, "UC", "14"),
             (Failure::UpstreamTimeout, 504, "UT", "14"),
+            (Failure::UpstreamIdle, 504, "SI", "14"),
+            (Failure::RequestIdle, 408, "SI", "2"),
             (Failure::UpstreamProtocol, 502, "UPE", "14"),
             (Failure::Overloaded, 503, "OM", "14"),
             (Failure::NoRoute, 404, "NR", "12"),

@@ -29,6 +29,10 @@ pub enum Refused {
     TlsClosed,
     /// A head that was not whole in time.
     HeadTimeout,
+    /// A request whose rest did not come.
+    BodyTimeout,
+    /// An answer that was not read.
+    AnswerTimeout,
     FirstLine,
     Version,
     Target,
@@ -59,7 +63,7 @@ pub enum Refused {
 }
 
 impl Refused {
-    pub const ALL: [(Self, &'static str); 34] = [
+    pub const ALL: [(Self, &'static str); 36] = [
         (Self::ConnectionLimit, "connection_limit"),
         (Self::FileDescriptors, "file_descriptors"),
         (Self::OverloadConnection, "overload_connection"),
@@ -70,6 +74,8 @@ impl Refused {
         (Self::TlsProtocol, "tls_protocol"),
         (Self::TlsClosed, "tls_closed"),
         (Self::HeadTimeout, "head_timeout"),
+        (Self::BodyTimeout, "body_timeout"),
+        (Self::AnswerTimeout, "answer_timeout"),
         (Self::FirstLine, "first_line"),
         (Self::Version, "version"),
         (Self::Target, "target"),
@@ -106,11 +112,13 @@ impl Refused {
             Failure::UriTooLong => Some(Self::TargetTooLong),
             Failure::UnknownCoding => Some(Self::TransferCoding),
             Failure::MethodRefused => Some(Self::Connect),
+            Failure::RequestIdle => Some(Self::BodyTimeout),
             Failure::NoHealthyUpstream
             | Failure::ConnectFailed
             | Failure::Overflow
             | Failure::UpstreamReset
             | Failure::UpstreamTimeout
+            | Failure::UpstreamIdle
             | Failure::UpstreamProtocol
             | Failure::NoRoute
             | Failure::UpgradeRefused

@@ -33,6 +33,9 @@ pub struct FilterChain {
     /// TLS of ours that the client must speak; `None` is plaintext.
     pub tls: Option<ServerTls>,
     pub protocol: Protocol,
+    /// Streams of HTTP and tunnels (`HttpConnectionManager.stream_idle_timeout`), or connections of TCP (`TcpProxy.idle_timeout`), on
+    /// which nothing has passed for so long are ended. Not 0.
+    pub idle: Option<Duration>,
 }
 
 /// TLS 1.3 with a required client certificate of our own CA.
@@ -179,6 +182,8 @@ pub enum Action {
 pub struct Policy {
     /// From the last byte of a request to the last byte of its answer, all tries included.
     pub timeout: Option<Duration>,
+    /// In place of [`FilterChain::idle`] (`RouteAction.idle_timeout`); 0 is no limit.
+    pub stream_idle: Option<Duration>,
     pub retry: Option<RetryPolicy>,
     pub request_headers: HeaderChanges,
     /// Of answers of an upstream, not of our own.

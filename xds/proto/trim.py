@@ -55,7 +55,7 @@ KEEP = {
     "envoy.config.core.v3.extension_pb2": {"TypedExtensionConfig": "name typed_config"},
     "envoy.config.core.v3.health_check_pb2": {"HealthStatus": None},
     "envoy.config.core.v3.protocol_pb2": {
-        "HttpProtocolOptions": "idle_timeout max_connection_duration max_requests_per_connection",
+        "HttpProtocolOptions": "idle_timeout max_connection_duration max_stream_duration max_requests_per_connection",
         "Http1ProtocolOptions": "",
         "Http2ProtocolOptions": "max_concurrent_streams initial_stream_window_size initial_connection_window_size",
     },
@@ -109,7 +109,8 @@ KEEP = {
         "HeaderMatcher": "name present_match string_match range_match invert_match treat_missing_header_as_empty",
         "QueryParameterMatcher": "name string_match present_match",
         "RouteAction": "cluster weighted_clusters timeout idle_timeout retry_policy prefix_rewrite regex_rewrite"
-        " host_rewrite_literal append_x_forwarded_host request_mirror_policies hash_policy",
+        " host_rewrite_literal append_x_forwarded_host request_mirror_policies hash_policy max_stream_duration",
+        "RouteAction.MaxStreamDuration": "max_stream_duration grpc_timeout_header_max grpc_timeout_header_offset",
         "RouteAction.RequestMirrorPolicy": "cluster runtime_fraction disable_shadow_host_suffix_append",
         "RouteAction.HashPolicy": "header cookie terminal",
         "RouteAction.HashPolicy.Header": "header_name",
@@ -136,8 +137,8 @@ KEEP = {
     },
     "envoy.extensions.filters.network.http_connection_manager.v3.http_connection_manager_pb2": {
         "HttpConnectionManager": "codec_type stat_prefix rds route_config http_filters common_http_protocol_options"
-        " http2_protocol_options server_header_transformation stream_idle_timeout request_timeout use_remote_address"
-        " generate_request_id upgrade_configs",
+        " http2_protocol_options server_header_transformation stream_idle_timeout request_timeout request_headers_timeout"
+        " drain_timeout use_remote_address generate_request_id upgrade_configs",
         "HttpConnectionManager.CodecType": None,
         "HttpConnectionManager.ServerHeaderTransformation": None,
         "HttpConnectionManager.UpgradeConfig": "upgrade_type enabled",
@@ -145,7 +146,7 @@ KEEP = {
         "HttpFilter": "name typed_config is_optional disabled",
     },
     "envoy.extensions.filters.network.tcp_proxy.v3.tcp_proxy_pb2": {
-        "TcpProxy": "stat_prefix cluster weighted_clusters idle_timeout max_connect_attempts",
+        "TcpProxy": "stat_prefix cluster weighted_clusters idle_timeout max_connect_attempts max_downstream_connection_duration",
         "TcpProxy.WeightedCluster": "clusters",
         "TcpProxy.WeightedCluster.ClusterWeight": "name weight",
     },

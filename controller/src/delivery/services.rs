@@ -447,7 +447,7 @@ mod tests {
 
     #[test]
     fn what_a_canary_asks_for_beyond_its_share_is_named_with_what_holds() {
-        let limits = Limits { requests: Some(2048), connections: None };
+        let limits = Limits { requests: Some(2048), ..Limits::default() };
         let canary = |http: Value| canary(json!({"port": 80, "trafficPolicy": {"connectionPool": {"http": http}}}));
         let asks = canary(json!({"http1MaxPendingRequests": 10, "http2MaxRequests": 5000}));
         let [problem] = &capped(&asks, limits)[..] else { panic!() };

@@ -166,7 +166,7 @@ pub(super) fn endpoints(name: &str, addresses: &Addresses) -> Resource {
 /// `filters`: those before the router.
 pub(super) fn http_listener(name: &str, port: u16, filters: Vec<HttpFilter>, limits: Limits) -> Resource {
     let routes = RouteSpecifier::Rds(Rds { config_source: Some(from_ads()), route_config_name: name.to_owned() });
-    let filter = http_filter_chain(name, routes, filters);
+    let filter = http_filter_chain(name, routes, filters, limits.stream_idle);
     let needs = BTreeSet::from([(TypeUrl::Route, name.to_owned())]);
     resource(&fleet_listener(name, port, filter, limits), needs)
 }
@@ -177,7 +177,7 @@ pub(super) fn tcp_listener(name: &str, port: u16, split: &Split, limits: Limits)
         .iter()
         .map(|(name, weight)| tcp_proxy::weighted_cluster::ClusterWeight { name: name.clone(), weight: *weight });
     let weighted = tcp_proxy::WeightedCluster { clusters: clusters.collect() };
-    let filter = tcp_filter(name, tcp_proxy::ClusterSpecifier::WeightedClusters(weighted));
+    let filter = tcp_filter(name, tcp_proxy::ClusterSpecifier::WeightedClusters(weighted), limits.stream_idle);
     resource(&fleet_listener(name, port, filter, limits), needs_of(split))
 }
 
@@ -232,9 +232,10 @@ pub(super) fn inbound(revision: &str, ports: &[InboundPort], admits: &SpiffeId) 
                     &cluster,
                     RouteSpecifier::RouteConfig(route_configuration(&cluster, vec![whole])),
                     Vec::new(),
+                    None,
                 )
             }
-            Protocol::Tcp => tcp_filter(&cluster, tcp_proxy::ClusterSpecifier::Cluster(cluster.clone())),
+            Protocol::Tcp => tcp_filter(&cluster, tcp_proxy::ClusterSpecifier::Cluster(cluster.clone()), None),
         };
         FilterChain {
             name: cluster,
@@ -311,7 +312,13 @@ pub(super) fn local_cluster(port: u16, loopback: bool) -> Resource {
     resource(&cluster, BTreeSet::new())
 }
 
-fn http_filter_chain(stat_prefix: &str, routes: RouteSpecifier, mut filters: Vec<HttpFilter>) -> Filter {
+/// `idle`: seconds for which nothing may pass on a stream. A sidecar leaves that to the fleet.
+fn http_filter_chain(
+    stat_prefix: &str,
+    routes: RouteSpecifier,
+    mut filters: Vec<HttpFilter>,
+    idle: Option<u32>,
+) -> Filter {
     filters.push(http_filter("envoy.filters.http.router", &Router::default()));
     let manager = HttpConnectionManager {
         codec_type: CodecType::Auto.into(),
@@ -319,8 +326,8 @@ fn http_filter_chain(stat_prefix: &str, routes: RouteSpecifier, mut filters: Vec
         route_specifier: Some(routes),
         http_filters: filters,
         upgrade_configs: vec![UpgradeConfig { upgrade_type: "websocket".to_owned(), enabled: None }],
-        // Envoy's default of 5 minutes would end quiet streams (http_connection_manager.proto); 0 is off.
-        stream_idle_timeout: Some(seconds(0)),
+        // Envoy's default of 5 minutes would end quiet watches and WebSockets (http_connection_manager.proto); 0 is off.
+        stream_idle_timeout: Some(seconds(idle.unwrap_or_default().into())),
         ..HttpConnectionManager::default()
     };
     Filter {
@@ -337,12 +344,12 @@ pub(super) fn http_filter<M: Message + Name>(name: &str, config: &M) -> HttpFilt
     }
 }
 
-fn tcp_filter(stat_prefix: &str, clusters: tcp_proxy::ClusterSpecifier) -> Filter {
+fn tcp_filter(stat_prefix: &str, clusters: tcp_proxy::ClusterSpecifier, idle: Option<u32>) -> Filter {
     let proxy = TcpProxy {
         stat_prefix: stat_prefix.to_owned(),
         cluster_specifier: Some(clusters),
-        // Envoy's default of 1 hour would end quiet connections (tcp_proxy.proto); 0 is off.
-        idle_timeout: Some(seconds(0)),
+        // Not said, it would be Envoy's default of 1 hour (tcp_proxy.proto); 0 is off.
+        idle_timeout: Some(seconds(idle.unwrap_or_default().into())),
         ..TcpProxy::default()
     };
     Filter {

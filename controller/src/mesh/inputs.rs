@@ -40,6 +40,8 @@ pub struct Limits {
     pub connections: Option<u32>,
     /// Open requests, for each revision behind a port.
     pub requests: Option<u32>,
+    /// Seconds for which nothing may pass on a stream of HTTP, a tunnel, or a connection of TCP.
+    pub stream_idle: Option<u32>,
 }
 
 /// Facts, all from one instant of the cache.

@@ -122,7 +122,10 @@ mod tests {
                 endpoint::v3::ClusterLoadAssignment,
                 listener::v3::{Listener, filter::ConfigType},
             },
-            extensions::filters::network::connection_limit::v3::ConnectionLimit,
+            extensions::filters::network::{
+                connection_limit::v3::ConnectionLimit, http_connection_manager::v3::HttpConnectionManager,
+                tcp_proxy::v3::TcpProxy,
+            },
         },
         unpack,
     };
@@ -145,6 +148,36 @@ mod tests {
         assert_eq!((said.len(), limit.stat_prefix.as_str(), limit.max_connections), (2, "shop/web:80", Some(4096)));
         shop.limits = Limits::default();
         assert_eq!(filters(&shop).len(), 1);
+    }
+
+    #[test]
+    fn streams_of_the_fleet_may_rest_for_so_long_and_those_of_sidecars_for_ever() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", None, 0);
+        shop.more_ports = vec![json!({"port": 9000, "name": "tcp", "protocol": "TCP", "targetPort": 9000})];
+        shop.revision_pod("a", "aaa", "10.0.0.1");
+        let said = |shop: &Shop| {
+            let snapshot = build(&shop.inputs());
+            let sidecar = snapshot.sidecars.values().next().unwrap();
+            [
+                snapshot.fleet.get(TypeUrl::Listener, "shop/web:80"),
+                snapshot.fleet.get(TypeUrl::Listener, "shop/web:9000"),
+                sidecar.get(TypeUrl::Listener, "inbound"),
+            ]
+            .map(|listener| {
+                let listener: Listener = unpack(&listener.unwrap().body).unwrap();
+                let last = listener.filter_chains[0].filters.last().unwrap().clone();
+                let ConfigType::TypedConfig(last) = last.config_type.unwrap();
+                let idle = unpack::<HttpConnectionManager>(&last)
+                    .map(|manager| manager.stream_idle_timeout)
+                    .or_else(|_| unpack::<TcpProxy>(&last).map(|proxy| proxy.idle_timeout));
+                idle.unwrap().unwrap().seconds
+            })
+        };
+        assert_eq!(said(&shop), [3600, 3600, 0]);
+        shop.limits = Limits::default();
+        // Envoy would take its own default for what is not said.
+        assert_eq!(said(&shop), [0, 0, 0]);
     }
 
     #[test]
@@ -209,7 +242,7 @@ mod tests {
         assert_eq!((of_requests, limits.max_connections), ((Some(2048), Some(2048)), Some(u32::MAX)));
         shop.limits = Limits::default();
         assert_eq!(cluster(&shop).circuit_breakers, None, "nothing is limited");
-        shop.limits = Limits { requests: Some(2048), connections: None };
+        shop.limits = Limits { requests: Some(2048), ..Limits::default() };
         shop.canary["spec"]["service"]["trafficPolicy"] =
             json!({"connectionPool": {"http": {"http2MaxRequests": 5000, "http1MaxPendingRequests": 10}}});
         let limits = &cluster(&shop).circuit_breakers.unwrap().thresholds[0];

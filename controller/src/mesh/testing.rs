@@ -148,7 +148,7 @@ pub(crate) fn settings() -> Arc<Settings> {
         fleet: "default".to_owned(),
         release_namespace: "sluice-system".to_owned(),
         watched_namespace: None,
-        limits: Limits { connections: Some(4096), requests: Some(2048) },
+        limits: Limits { connections: Some(4096), requests: Some(2048), stream_idle: Some(3600) },
     })
 }
 

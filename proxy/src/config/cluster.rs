@@ -9,7 +9,7 @@ use sluice_xds::envoy::{
             Cluster as Message,
             cluster::{ClusterDiscoveryType, DiscoveryType, LbConfig, LbPolicy},
         },
-        core::v3::{ConfigSource, config_source::ConfigSourceSpecifier},
+        core::v3::{ConfigSource, Http2ProtocolOptions, config_source::ConfigSourceSpecifier},
     },
     extensions::upstreams::http::v3::{
         HttpProtocolOptions,
@@ -102,19 +102,25 @@ fn explicit(config: &ExplicitHttpConfig, field: &str) -> Result<UpstreamProtocol
     match &config.protocol_config {
         Some(ProtocolConfig::HttpProtocolOptions(_)) => Ok(UpstreamProtocol::Http1),
         Some(ProtocolConfig::Http2ProtocolOptions(options)) => {
-            let numbers = [
-                ("max_concurrent_streams", options.max_concurrent_streams),
-                ("initial_stream_window_size", options.initial_stream_window_size),
-                ("initial_connection_window_size", options.initial_connection_window_size),
-            ];
-            match numbers.into_iter().find_map(|(name, number)| Some((name, number?))) {
-                Some((name, number)) => {
-                    Err(ConfigError::unsupported(format!("{field}.http2_protocol_options.{name}"), number, "none"))
-                }
-                None => Ok(UpstreamProtocol::Http2),
-            }
+            own_windows(options, field)?;
+            Ok(UpstreamProtocol::Http2)
         }
         None => Err(ConfigError::missing(format!("{field}.http_protocol_options or .http2_protocol_options"))),
+    }
+}
+
+/// Windows and streams of HTTP/2 are this proxy's own. `field` has the options.
+pub(super) fn own_windows(options: &Http2ProtocolOptions, field: &str) -> Result<(), ConfigError> {
+    let numbers = [
+        ("max_concurrent_streams", options.max_concurrent_streams),
+        ("initial_stream_window_size", options.initial_stream_window_size),
+        ("initial_connection_window_size", options.initial_connection_window_size),
+    ];
+    match numbers.into_iter().find_map(|(name, number)| Some((name, number?))) {
+        Some((name, number)) => {
+            Err(ConfigError::unsupported(format!("{field}.http2_protocol_options.{name}"), number, "none"))
+        }
+        None => Ok(()),
     }
 }
 
@@ -186,11 +192,9 @@ fn connect_timeout(message: &Message) -> Result<Duration, ConfigError> {
     };
     match duration(timeout) {
         Some(timeout) if timeout >= Duration::from_millis(1) && timeout <= Duration::from_secs(3600) => Ok(timeout),
-        Some(_) | None => Err(ConfigError::invalid(
-            "connect_timeout",
-            format!("{}s {}ns", timeout.seconds, timeout.nanos),
-            "it must be from 1 ms to 1 h",
-        )),
+        Some(_) | None => {
+            Err(ConfigError::invalid("connect_timeout", in_words(timeout), "it must be from 1 ms to 1 h"))
+        }
     }
 }
 
@@ -201,6 +205,11 @@ pub(super) fn duration(said: prost_types::Duration) -> Option<Duration> {
     let seconds = u64::try_from(said.seconds).ok().filter(|seconds| *seconds <= MOST_SECONDS)?;
     let nanos = u32::try_from(said.nanos).ok().filter(|nanos| *nanos < 1_000_000_000)?;
     Some(Duration::new(seconds, nanos))
+}
+
+/// A time as it was said, whatever that is.
+pub(super) fn in_words(said: prost_types::Duration) -> String {
+    format!("{} s {} ns", said.seconds, said.nanos)
 }
 
 fn labels(message: &Message) -> Result<Option<MetricLabels>, ConfigError> {

@@ -61,6 +61,7 @@ fn listener(it: &Listener) -> Value {
         json!({
             "serverName": chain.server_name,
             "clientId": chain.tls.as_ref().map(|tls| &tls.client_id),
+            "idleMs": chain.idle.map(|idle| idle.as_millis()),
             "protocol": match &chain.protocol {
                 Protocol::Http(routes) => json!({ "http": routes.iter().map(route).collect::<Value>() }),
                 Protocol::Tcp(of) => json!({ "tcp": split(of) }),
@@ -90,6 +91,7 @@ fn policy(it: &Policy) -> Value {
     };
     json!({
         "timeoutMs": it.timeout.map(|timeout| timeout.as_millis()),
+        "streamIdleMs": it.stream_idle.map(|idle| idle.as_millis()),
         "retry": it.retry.as_ref().map(|retry| json!({
             "on": retry.on.iter().map(|on| format!("{on:?}")).collect::<Vec<_>>(),
             "retries": retry.retries,

@@ -1,6 +1,6 @@
 //! `Listener`: a port, and what its connections carry.
 
-use std::{collections::BTreeSet, net::SocketAddr};
+use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
 use prost::Name;
 use sluice_xds::{
@@ -17,7 +17,7 @@ use sluice_xds::{
                 connection_limit::v3::ConnectionLimit,
                 http_connection_manager::v3::{
                     HttpConnectionManager,
-                    http_connection_manager::{CodecType, RouteSpecifier},
+                    http_connection_manager::{CodecType, RouteSpecifier, ServerHeaderTransformation},
                     http_filter::ConfigType as HttpFilterConfig,
                 },
                 tcp_proxy::v3::{TcpProxy, tcp_proxy::ClusterSpecifier},
@@ -31,7 +31,7 @@ use super::{
     route::{self, Routes, Targets},
     tls,
 };
-use crate::snapshot::ServerTls;
+use crate::{snapshot::ServerTls, worker::tcp::MAX_TRIES};
 
 /// Ports of the proxy itself (docs/xds.md, "Ports").
 const OWN_PORTS: [u16; 2] = [20444, 20445];
@@ -49,6 +49,7 @@ pub(super) struct Chain {
     pub(super) server_name: Option<String>,
     pub(super) tls: Option<ServerTls>,
     pub(super) protocol: Protocol,
+    pub(super) idle: Option<Duration>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -163,8 +164,8 @@ fn parse_chain(chain: &FilterChain, field: &str, limit: &mut Option<u64>) -> Res
             return Err(ConfigError::unsupported(format!("{field}.filters"), found, supported));
         }
     };
-    let protocol = protocol(filter, &format!("{field}.filters[{}]", chain.filters.len() - 1))?;
-    Ok(Chain { server_name, tls, protocol })
+    let (protocol, idle) = protocol(filter, &format!("{field}.filters[{}]", chain.filters.len() - 1))?;
+    Ok(Chain { server_name, tls, protocol, idle })
 }
 
 fn server_name(chain: &FilterChain, tls: bool, field: &str) -> Result<Option<String>, ConfigError> {
@@ -223,15 +224,20 @@ fn connection_limit(filter: &Filter, field: &str) -> Result<Option<u64>, ConfigE
     }
 }
 
-fn protocol(filter: &Filter, field: &str) -> Result<Protocol, ConfigError> {
+/// Beside the protocol, for how long nothing may rest. Unlike in Envoy, what is not said is no limit: the controller always says it.
+fn protocol(filter: &Filter, field: &str) -> Result<(Protocol, Option<Duration>), ConfigError> {
     let Some(FilterConfig::TypedConfig(any)) = &filter.config_type else {
         return Err(ConfigError::missing(format!("{field}.typed_config")));
     };
     let field = format!("{field}.typed_config");
     if is_type(&any.type_url, &HttpConnectionManager::full_name()) {
-        http(&tls::read(any, &field)?, &field)
+        let manager: HttpConnectionManager = tls::read(any, &field)?;
+        let idle = route::duration(manager.stream_idle_timeout.as_ref(), || format!("{field}.stream_idle_timeout"))?;
+        Ok((http(&manager, &field)?, idle))
     } else if is_type(&any.type_url, &TcpProxy::full_name()) {
-        tcp(&tls::read(any, &field)?, &field)
+        let proxy: TcpProxy = tls::read(any, &field)?;
+        let idle = route::duration(proxy.idle_timeout.as_ref(), || format!("{field}.idle_timeout"))?;
+        Ok((tcp(&proxy, &field)?, idle))
     } else {
         Err(ConfigError::unsupported(field, &any.type_url, "HttpConnectionManager and TcpProxy"))
     }
@@ -246,7 +252,12 @@ fn http(manager: &HttpConnectionManager, field: &str) -> Result<Protocol, Config
             let field = format!("{field}.upgrade_configs[{at}].upgrade_type");
             return Err(ConfigError::unsupported(field, &upgrade.upgrade_type, "websocket"));
         }
+        if upgrade.enabled == Some(false) {
+            let field = format!("{field}.upgrade_configs[{at}].enabled");
+            return Err(ConfigError::unsupported(field, false, "WebSocket for all"));
+        }
     }
+    not_done(manager, field)?;
     let mut router = false;
     for (at, filter) in manager.http_filters.iter().enumerate() {
         let found = match &filter.config_type {
@@ -286,7 +297,49 @@ fn http(manager: &HttpConnectionManager, field: &str) -> Result<Protocol, Config
     }
 }
 
+/// What a connection manager may say that would be something else than what is done here. Times that are 0 are none.
+fn not_done(manager: &HttpConnectionManager, field: &str) -> Result<(), ConfigError> {
+    let refuse = |name: &str, found: String, supported| {
+        Err(ConfigError::unsupported(format!("{field}.{name}"), found, supported))
+    };
+    route::no_time(manager.request_timeout, || format!("{field}.request_timeout"))?;
+    route::no_time(manager.request_headers_timeout, || format!("{field}.request_headers_timeout"))?;
+    if let Some(said) = manager.drain_timeout {
+        return refuse("drain_timeout", cluster::in_words(said), "its own drain");
+    }
+    if let Some(common) = &manager.common_http_protocol_options {
+        let field = format!("{field}.common_http_protocol_options");
+        if let Some(said) = common.idle_timeout {
+            let field = format!("{field}.idle_timeout");
+            return Err(ConfigError::unsupported(field, cluster::in_words(said), "its own time of an hour"));
+        }
+        route::no_time(common.max_connection_duration, || format!("{field}.max_connection_duration"))?;
+        route::no_time(common.max_stream_duration, || format!("{field}.max_stream_duration"))?;
+        if let Some(most) = common.max_requests_per_connection.filter(|most| *most > 0) {
+            return Err(ConfigError::unsupported(format!("{field}.max_requests_per_connection"), most, "0"));
+        }
+    }
+    if let Some(options) = &manager.http2_protocol_options {
+        cluster::own_windows(options, field)?;
+    }
+    if manager.server_header_transformation == i32::from(ServerHeaderTransformation::AppendIfAbsent) {
+        return refuse("server_header_transformation", "APPEND_IF_ABSENT".to_owned(), "PASS_THROUGH");
+    }
+    if manager.use_remote_address == Some(false) {
+        return refuse("use_remote_address", "false".to_owned(), "true");
+    }
+    if manager.generate_request_id == Some(true) {
+        return refuse("generate_request_id", "true".to_owned(), "false");
+    }
+    Ok(())
+}
+
 fn tcp(proxy: &TcpProxy, field: &str) -> Result<Protocol, ConfigError> {
+    route::no_time(proxy.max_downstream_connection_duration, || format!("{field}.max_downstream_connection_duration"))?;
+    if let Some(tries) = proxy.max_connect_attempts.filter(|tries| *tries != MAX_TRIES) {
+        return Err(ConfigError::unsupported(format!("{field}.max_connect_attempts"), tries, "3"));
+    }
+
     let targets = match &proxy.cluster_specifier {
         Some(ClusterSpecifier::Cluster(name)) => route::targets([(name.as_str(), 1)], &format!("{field}.cluster")),
         Some(ClusterSpecifier::WeightedClusters(weighted)) => route::targets(

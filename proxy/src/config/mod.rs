@@ -4,8 +4,7 @@
 //! that a bad one is rejected alone and its last good version serves on. [`Resources`] holds what was accepted and joins
 //! it into a snapshot of everything that is complete.
 //!
-//! What a field that we know must not hold is rejected; fields that we do not know are ignored (gRFC A46). Timeouts and
-//! retry policies of routes are in the second group: both are built into the data path.
+//! What a field that we know must not hold is rejected; fields that we do not know are ignored (gRFC A46).
 
 mod affinity;
 mod cluster;

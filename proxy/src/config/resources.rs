@@ -432,7 +432,8 @@ impl Resources {
                 ListenerProtocol::Http(routes) => Protocol::Http(self.resolve_routes(routes)?),
                 ListenerProtocol::Tcp(targets) => Protocol::Tcp(self.resolve_split(targets)?),
             };
-            chains.push(FilterChain { server_name: chain.server_name.clone(), tls: chain.tls.clone(), protocol });
+            let (server_name, tls) = (chain.server_name.clone(), chain.tls.clone());
+            chains.push(FilterChain { server_name, tls, protocol, idle: chain.idle });
         }
         let max_connections = listener.max_connections;
         Some(Listener { name: name.to_owned(), address: listener.address, chains, max_connections })

@@ -100,6 +100,7 @@ fn action(route: &RouteMessage, matches: &RouteMatch, at: &str) -> Result<Action
             let targets = forward(action, &field)?;
             let policy = Policy {
                 timeout: duration(action.timeout.as_ref(), || format!("{field}.timeout"))?,
+                stream_idle: stream_idle(action, &field)?,
                 retry: action.retry_policy.as_ref().map(|retry| retries(retry, &field)).transpose()?.flatten(),
                 affinity: affinity::parse(action, &field)?,
                 fault,
@@ -110,6 +111,9 @@ fn action(route: &RouteMessage, matches: &RouteMatch, at: &str) -> Result<Action
             Ok(Action::Forward { targets, mirrors: mirror::parse(action, &field)?, policy: Arc::new(policy) })
         }
         Some(MessageAction::DirectResponse(response)) => {
+            if response.body.is_some() {
+                return Err(ConfigError::unsupported(format!("{at}.direct_response.body"), "set", "its own words"));
+            }
             let status = u16::try_from(response.status).ok().filter(|status| (200..600).contains(status));
             let status = status.and_then(|status| StatusCode::from_u16(status).ok());
             status.map(Action::Respond).ok_or_else(|| {
@@ -162,14 +166,41 @@ pub(super) fn duration(
 ) -> Result<Option<Duration>, ConfigError> {
     let Some(said) = said else { return Ok(None) };
     let read = cluster::duration(*said).ok_or_else(|| {
-        let said = format!("{} s {} ns", said.seconds, said.nanos);
         ConfigError::invalid(
             field(),
-            said,
+            cluster::in_words(*said),
             "it must be from 0 to 10,000 years, with less than 10^9 ns beside its seconds",
         )
     })?;
     Ok((!read.is_zero()).then_some(read))
+}
+
+/// A time that is not kept here, and may not be said, unless it is 0.
+pub(super) fn no_time(said: Option<prost_types::Duration>, field: impl FnOnce() -> String) -> Result<(), ConfigError> {
+    match said.filter(|said| (said.seconds, said.nanos) != (0, 0)) {
+        Some(said) => Err(ConfigError::unsupported(field(), cluster::in_words(said), "0")),
+        None => Ok(()),
+    }
+}
+
+/// In place of the connection manager's. Here 0 says that there is none.
+fn stream_idle(action: &RouteAction, field: &str) -> Result<Option<Duration>, ConfigError> {
+    if let Some(most) = &action.max_stream_duration {
+        no_time(most.max_stream_duration, || format!("{field}.max_stream_duration.max_stream_duration"))?;
+        let of_grpc = [
+            ("grpc_timeout_header_max", most.grpc_timeout_header_max),
+            ("grpc_timeout_header_offset", most.grpc_timeout_header_offset),
+        ];
+        for (name, said) in of_grpc {
+            if let Some(said) = said {
+                let field = format!("{field}.max_stream_duration.{name}");
+                return Err(ConfigError::unsupported(field, cluster::in_words(said), "none"));
+            }
+        }
+    }
+    let said = action.idle_timeout.as_ref();
+    let read = duration(said, || format!("{field}.idle_timeout"))?;
+    Ok(said.map(|_| read.unwrap_or_default()))
 }
 
 /// `retry_on` by the words of Envoy's router

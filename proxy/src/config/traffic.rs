@@ -15,7 +15,7 @@ use sluice_xds::envoy::{
     r#type::v3::Percent,
 };
 
-use super::{ConfigError, cluster};
+use super::{ConfigError, cluster, route};
 use crate::snapshot::{ConnectionPolicy, Limits, Outliers, SlowStart, TrafficPolicy};
 
 /// Envoy's default (`healthy_panic_threshold`).
@@ -163,6 +163,7 @@ fn limits(message: &CircuitBreakers) -> Result<Limits, ConfigError> {
 
 /// `field` is where the message stands.
 pub(super) fn connections(message: &HttpProtocolOptions, field: &str) -> Result<ConnectionPolicy, ConfigError> {
+    route::no_time(message.max_stream_duration, || format!("{field}.max_stream_duration"))?;
     Ok(ConnectionPolicy {
         // 0 is never (protocol.proto, idle_timeout).
         idle: duration(message.idle_timeout.as_ref(), || format!("{field}.idle_timeout"))?
@@ -179,8 +180,7 @@ fn duration(
     field: impl FnOnce() -> String,
 ) -> Result<Option<Duration>, ConfigError> {
     let Some(said) = said else { return Ok(None) };
-    cluster::duration(*said).map(Some).ok_or_else(|| {
-        let said = format!("{} s {} ns", said.seconds, said.nanos);
-        ConfigError::invalid(field(), said, "it must not be negative")
-    })
+    cluster::duration(*said)
+        .map(Some)
+        .ok_or_else(|| ConfigError::invalid(field(), cluster::in_words(*said), "it must not be negative"))
 }

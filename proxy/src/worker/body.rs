@@ -21,6 +21,7 @@ use super::{
     http1::{self, client::AnswerBody, server},
     mirror,
     pool::{Lease, UpstreamError},
+    progress::Progress,
     stream::Stream,
     tally::Tally,
 };
@@ -72,7 +73,7 @@ pub(super) enum ClientError {
 /// A request's body as it comes from a client.
 pub(super) enum ClientBody {
     Http1(server::RequestBody),
-    Http2(Incoming),
+    Http2(Incoming, Rc<Progress>),
     /// What is read along for a copy of a request.
     Copied(mirror::CopiedBody),
     Watched(Box<Watched>),
@@ -163,7 +164,11 @@ impl Body for ClientBody {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let frame = match &mut *self {
             Self::Http1(body) => Pin::new(body).poll_frame(cx).map_err(ClientError::Http1),
-            Self::Http2(body) => Pin::new(body).poll_frame(cx).map_err(ClientError::Http2),
+            Self::Http2(body, progress) => {
+                let frame = Pin::new(body).poll_frame(cx);
+                progress.asked_client(&frame);
+                frame.map_err(ClientError::Http2)
+            }
             Self::Copied(body) => return Pin::new(body).poll_frame(cx),
             Self::Watched(watched) => {
                 let frame = ready!(Pin::new(&mut watched.body).poll_frame(cx));
@@ -192,7 +197,7 @@ impl Body for ClientBody {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Http1(body) => body.is_end_stream(),
-            Self::Http2(body) => body.is_end_stream(),
+            Self::Http2(body, _) => body.is_end_stream(),
             Self::Copied(body) => body.is_end_stream(),
             Self::Watched(watched) => watched.body.is_end_stream(),
             Self::Mirrored(mirrored) => mirrored.body.is_end_stream(),
@@ -203,7 +208,7 @@ impl Body for ClientBody {
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Http1(body) => body.size_hint(),
-            Self::Http2(body) => body.size_hint(),
+            Self::Http2(body, _) => body.size_hint(),
             Self::Copied(body) => body.size_hint(),
             Self::Watched(watched) => watched.body.size_hint(),
             Self::Mirrored(mirrored) => mirrored.body.size_hint(),
@@ -552,6 +557,11 @@ impl ResponseBody {
         self.tally.connection()
     }
 
+    /// Whether nothing has passed for so long that the answer is to be broken off.
+    pub(super) fn is_idle(&self) -> bool {
+        self.tally.progress().is_idle()
+    }
+
     /// The last moment that is known of the request.
     pub(super) fn latest(&self) -> Instant {
         self.tally.latest()
@@ -591,6 +601,11 @@ impl Body for ResponseBody {
                     this.tally.fail(&Failure::UpstreamTimeout, Instant::now());
                     return Poll::Ready(Some(Err(BodyError::TimedOut)));
                 }
+                if let Some(by) = this.tally.progress().take_idle() {
+                    this.content = Content::Ended;
+                    this.tally.broken_off(by);
+                    return Poll::Ready(Some(Err(BodyError::TimedOut)));
+                }
                 body
             }
             Content::Local(content) => {
@@ -600,7 +615,9 @@ impl Body for ResponseBody {
             }
             Content::Tunnel(_) | Content::Ended => return Poll::Ready(None),
         };
-        match ready!(Pin::new(&mut *body).poll_frame(cx)) {
+        let frame = Pin::new(&mut *body).poll_frame(cx);
+        this.tally.progress().asked_upstream(&frame);
+        match ready!(frame) {
             Some(Ok(frame)) => {
                 let mut ended = body.is_end_stream();
                 if let Some(data) = frame.data_ref() {

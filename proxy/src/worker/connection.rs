@@ -29,7 +29,8 @@ use super::{
     batch::Batch,
     body::{ClientBody, RequestBody},
     http1::server::{self, Sent},
-    pool::{CONNECTION_WINDOW, LocalExecutor, SEND_BUFFER, STREAM_WINDOW},
+    pool::{CONNECTION_WINDOW, SEND_BUFFER, STREAM_WINDOW},
+    progress::{OwnTask, Streams},
     relay, request,
     resets::Resets,
     serving::{Chain, Protocol},
@@ -38,6 +39,7 @@ use super::{
     tcp,
 };
 use crate::{
+    failure::Flag,
     overload::Action,
     refused::Refused,
     tls::{ALPN_H2, ALPN_HTTP1},
@@ -69,6 +71,7 @@ pub(super) struct Connection {
     /// Whether it is more than requests: TCP, or a tunnel.
     tunnel: Cell<bool>,
     quiet_since: Cell<Instant>,
+    pub(super) streams: Streams,
     /// When the client's certificate ends: then it has to come back with another one.
     ends: Cell<Option<Instant>>,
     waker: RefCell<Option<Waker>>,
@@ -104,6 +107,7 @@ impl Connection {
                 given_up: Cell::new(0),
                 tunnel: Cell::new(false),
                 quiet_since: Cell::new(Instant::now()),
+                streams: Streams::default(),
                 ends: Cell::new(None),
                 waker: RefCell::new(None),
                 peer_value: OnceCell::new(),
@@ -136,6 +140,18 @@ impl Connection {
 
     pub(super) fn is_tls(&self) -> bool {
         self.chain.borrow().as_ref().is_some_and(|chain| chain.tls.is_some())
+    }
+
+    /// For how long nothing may rest on a stream, unless its route says otherwise.
+    pub(super) fn stream_idle(&self) -> Option<Duration> {
+        self.chain.borrow().as_ref().and_then(|chain| chain.idle)
+    }
+
+    /// Ends the streams on which nothing has passed for too long.
+    pub(super) fn look_at_streams(&self, now: Instant) {
+        if self.streams.look(now) {
+            self.wake();
+        }
     }
 
     /// The client's address as a header value.
@@ -299,7 +315,7 @@ async fn serve(connection: &Rc<Connection>, stream: TcpStream) {
         Protocol::Http(_) => http(connection, stream).await,
         Protocol::Tcp(split) => {
             connection.tunnel.set(true);
-            Box::pin(tcp::proxy(connection, split, stream)).await;
+            Box::pin(tcp::proxy(connection, split, chain.idle, stream)).await;
         }
     }
 }
@@ -345,7 +361,7 @@ async fn http(connection: &Rc<Connection>, mut stream: Stream) {
 }
 
 async fn serve_http1(connection: &Rc<Connection>, stream: Stream) {
-    let mut client = server::Connection::new(stream);
+    let mut client = server::Connection::new(stream, Rc::clone(&connection.streams.only));
     let mut patience = pin!(Patience::new(connection));
     loop {
         let request = client.request(|cx, begun| patience.as_mut().poll(cx, connection, begun)).await;
@@ -360,7 +376,7 @@ async fn serve_http1(connection: &Rc<Connection>, stream: Stream) {
                 }
             }
         };
-        let answer = pin!(request::serve(Rc::clone(connection), request));
+        let answer = pin!(request::serve(Rc::clone(connection), Rc::clone(&connection.streams.only), request));
         let Some(response) = client.unless_gone(answer).await else {
             return;
         };
@@ -368,9 +384,10 @@ async fn serve_http1(connection: &Rc<Connection>, stream: Stream) {
             Sent::Whole => {}
             Sent::Switched(body) => {
                 connection.tunnel.set(true);
+                let limit = connection.streams.only.limited_to();
                 if let (Some(mut stream), Some((mut upstream, _lease))) = (client.into_stream(), body.into_tunnel()) {
                     // The lease counts as load while the tunnel is open.
-                    let _ = Box::pin(relay::both_ways(&mut stream, &mut upstream)).await;
+                    let _ = Box::pin(tunnel(connection, limit, &mut stream, &mut upstream)).await;
                 }
                 return;
             }
@@ -378,6 +395,23 @@ async fn serve_http1(connection: &Rc<Connection>, stream: Stream) {
         }
     }
     client.close().await;
+}
+
+/// Passes bytes both ways until both sides have ended, or nothing has passed for as long as `limit`.
+pub(super) async fn tunnel(
+    connection: &Connection,
+    limit: Option<Duration>,
+    client: &mut Stream,
+    upstream: &mut Stream,
+) -> io::Result<()> {
+    let progress = &connection.streams.only;
+    progress.begin(limit);
+    let result = relay::both_ways(client, upstream, progress).await;
+    if progress.take_idle().is_some() {
+        connection.slot.metrics.local_error(Flag::StreamIdleTimeout);
+    }
+    progress.end();
+    result
 }
 
 /// How long an HTTP/1.1 client may say nothing, or half a head. One timer for the life of the connection: it is set anew
@@ -430,12 +464,13 @@ impl Patience {
 
 async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
     let service = service_fn(|request: Request<Incoming>| {
-        let request = request.map(|body| RequestBody::Once(ClientBody::Http2(body)));
+        let progress = connection.streams.begin();
+        let request = request.map(|body| RequestBody::Once(ClientBody::Http2(body, Rc::clone(&progress))));
         // In a box: hyper passes it on by value several times.
-        Box::pin(request::serve(Rc::clone(connection), request)).map(Ok::<_, Infallible>)
+        Box::pin(request::serve(Rc::clone(connection), progress, request)).map(Ok::<_, Infallible>)
     });
     let resets = Resets::of(connection.slot.metrics.clone());
-    let served = http2::Builder::new(LocalExecutor)
+    let served = http2::Builder::new(OwnTask(Rc::clone(connection)))
         .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
@@ -444,7 +479,7 @@ async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
         .serve_connection(TokioIo::new(Batch::new(stream, Some(resets))), service);
     let mut served = pin!(served);
     let mut timer = pin!(sleep(connection.look_every()));
-    let mut told = false;
+    let (mut told, mut ending) = (false, None);
     // Ends it when it is drained or idle for too long: GOAWAY loses nothing.
     let result = poll_fn(|cx| {
         loop {
@@ -460,8 +495,16 @@ async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
             let now = Instant::now();
             connection.look_at_certificate(now);
             let quiet = now.duration_since(connection.quiet_since.get());
-            if connection.active.get() == 0 && connection.idle_limit().is_some_and(|limit| quiet >= limit) {
+            if connection.active.get() > 0 {
+                ending = None;
+            } else if connection.idle_limit().is_some_and(|limit| quiet >= limit) {
                 served.as_mut().graceful_shutdown();
+                let since = *ending.get_or_insert(now);
+                // What keeps it open is no request: the rest of an answer that the client does not read, or half a head.
+                if connection.stream_idle().is_some_and(|limit| now.duration_since(since) >= limit) {
+                    connection.slot.metrics.refused(Refused::AnswerTimeout);
+                    return Poll::Ready(Ok(()));
+                }
             }
             timer.as_mut().reset(now + connection.look_every());
         }

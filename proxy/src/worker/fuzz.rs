@@ -109,7 +109,7 @@ fn serving() -> Serving {
         let tls = ServerTls { client_id: "spiffe://cluster.local/ns/sluice-system/sa/sluice-fleet".to_owned() };
         let config = identity.server_config(&tls.client_id, &[ALPN_H2, ALPN_HTTP1]);
         let protocol = Protocol::Http(Vec::new());
-        Rc::new(Chain { server_name: Some(server_name.to_owned()), tls: Some((tls, config)), protocol })
+        Rc::new(Chain { server_name: Some(server_name.to_owned()), tls: Some((tls, config)), protocol, idle: None })
     };
     let listener = Listener {
         name: "inbound".to_owned(),

@@ -18,6 +18,7 @@ mod matching;
 mod mirror;
 mod outgoing;
 mod pool;
+mod progress;
 mod relay;
 mod request;
 mod resets;
@@ -27,7 +28,7 @@ mod serving;
 mod slot;
 mod stream;
 mod tally;
-mod tcp;
+pub(crate) mod tcp;
 mod thread;
 mod trace;
 

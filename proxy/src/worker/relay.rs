@@ -14,6 +14,8 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::progress::Progress;
+
 /// The most that is read at once, and kept for a slow receiver, in bytes.
 const READ: usize = 64 * 1024;
 
@@ -24,8 +26,9 @@ thread_local! {
 /// Copies both ways until both have ended; the end of one is passed on while the other still flows.
 ///
 /// # Errors
-/// Of whichever side fails first. Nothing is copied any more then.
-pub(super) async fn both_ways<A, B>(a: &mut A, b: &mut B) -> io::Result<()>
+/// Of whichever side fails first; `TimedOut` when `progress` is idle, or `ConnectionReset` if bytes are lost by that. Nothing is
+/// copied any more then.
+pub(super) async fn both_ways<A, B>(a: &mut A, b: &mut B, progress: &Progress) -> io::Result<()>
 where
     A: AsyncRead + AsyncWrite + Unpin,
     B: AsyncRead + AsyncWrite + Unpin,
@@ -34,10 +37,17 @@ where
     poll_fn(|cx| {
         let mut buffer = BUFFER.take();
         buffer.resize(READ, 0);
-        let there = there.poll(cx, &mut buffer, a, b);
-        let back = back.poll(cx, &mut buffer, b, a);
+        let flowed = (there.poll(cx, &mut buffer, a, b, progress), back.poll(cx, &mut buffer, b, a, progress));
         BUFFER.set(buffer);
-        if there?.is_ready() & back?.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
+        if flowed.0?.is_ready() & flowed.1?.is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        if progress.is_idle() {
+            let whole = there.kept.is_empty() && back.kept.is_empty();
+            let kind = if whole { io::ErrorKind::TimedOut } else { io::ErrorKind::ConnectionReset };
+            return Poll::Ready(Err(kind.into()));
+        }
+        Poll::Pending
     })
     .await
 }
@@ -61,7 +71,14 @@ enum State {
 }
 
 impl Flow {
-    fn poll<R, W>(&mut self, cx: &mut Context<'_>, buffer: &mut [u8], from: &mut R, to: &mut W) -> Poll<io::Result<()>>
+    fn poll<R, W>(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+        from: &mut R,
+        to: &mut W,
+        progress: &Progress,
+    ) -> Poll<io::Result<()>>
     where
         R: AsyncRead + Unpin,
         W: AsyncWrite + Unpin,
@@ -69,6 +86,7 @@ impl Flow {
         loop {
             while self.taken < self.kept.len() {
                 self.taken += some(ready!(Pin::new(&mut *to).poll_write(cx, &self.kept[self.taken..]))?)?;
+                progress.pass();
             }
             if !self.kept.is_empty() {
                 (self.kept, self.taken) = (Vec::new(), 0);
@@ -87,6 +105,7 @@ impl Flow {
                 ready!(Pin::new(&mut *to).poll_flush(cx))?;
                 return Poll::Pending;
             }
+            progress.pass();
             let mut left = read.filled();
             if left.is_empty() {
                 self.state = State::Ending;
@@ -125,9 +144,10 @@ mod tests {
 
     #[tokio::test]
     async fn all_bytes_of_both_arrive_in_their_order_however_little_is_taken_at_once() {
+        let progress = Progress::default();
         for room in [1, 7, 4096, 100_000, 2 * LONG] {
             let ((mut client, mut a), (mut b, mut server)) = (duplex(64), duplex(room));
-            let relay = both_ways(&mut a, &mut b);
+            let relay = both_ways(&mut a, &mut b, &progress);
             let ends = async {
                 let (mut from_client, mut to_client) = tokio::io::split(&mut client);
                 let (mut from_server, mut to_server) = tokio::io::split(&mut server);
@@ -154,8 +174,9 @@ mod tests {
 
     #[tokio::test]
     async fn one_side_may_end_and_still_hear_the_other() {
+        let progress = Progress::default();
         let ((mut client, mut a), (mut b, mut server)) = (duplex(64), duplex(64));
-        let relay = both_ways(&mut a, &mut b);
+        let relay = both_ways(&mut a, &mut b, &progress);
         let ends = async {
             client.write_all(b"question").await.unwrap();
             client.shutdown().await.unwrap();
@@ -173,12 +194,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_side_that_has_ended_is_not_asked_again() {
+        let progress = Progress::default();
         let ((client, mut a), (mut b, _server)) = (duplex(64), duplex(64));
         drop(client);
         let mut flow = Flow::default();
         poll_fn(|cx| {
             for _ in 0..2 {
-                assert!(matches!(flow.poll(cx, &mut [0; 16], &mut a, &mut b), Poll::Ready(Ok(()))));
+                assert!(matches!(flow.poll(cx, &mut [0; 16], &mut a, &mut b, &progress), Poll::Ready(Ok(()))));
             }
             Poll::Ready(())
         })
@@ -187,13 +209,14 @@ mod tests {
 
     #[tokio::test]
     async fn nothing_is_read_for_a_receiver_that_takes_nothing() {
+        let progress = Progress::default();
         let ((mut client, mut a), (mut b, _server)) = (duplex(2 * LONG), duplex(10));
         client.write_all(&bytes(1)).await.unwrap();
         let mut flow = Flow::default();
         let mut buffer = vec![0; READ];
         poll_fn(|cx| {
             for _ in 0..3 {
-                assert!(flow.poll(cx, &mut buffer, &mut a, &mut b).is_pending());
+                assert!(flow.poll(cx, &mut buffer, &mut a, &mut b, &progress).is_pending());
             }
             Poll::Ready(())
         })
@@ -203,10 +226,11 @@ mod tests {
 
     #[tokio::test]
     async fn one_that_is_gone_ends_the_tunnel() {
+        let progress = Progress::default();
         let ((mut client, mut a), (mut b, server)) = (duplex(64), duplex(64));
         drop(server);
         client.write_all(b"to nobody").await.unwrap();
-        let error = both_ways(&mut a, &mut b).await.unwrap_err();
+        let error = both_ways(&mut a, &mut b, &progress).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
     }
 }

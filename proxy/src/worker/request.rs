@@ -1,6 +1,6 @@
 //! A request's life, top to bottom: configuration, draw, endpoint, answer.
 
-use std::{net::SocketAddr, rc::Rc};
+use std::{future::poll_fn, net::SocketAddr, pin::pin, rc::Rc, task::Poll};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header, request};
@@ -17,6 +17,7 @@ use super::{
     fault, headers, matching, mirror,
     outgoing::{MAX_TRIES, Outgoing, is_not_processed, repeatable},
     pool::{Lease, SendError, Wire},
+    progress::Progress,
     retry::Retries,
     rewrite,
     serving::{Action, Chain, Route},
@@ -32,11 +33,15 @@ use crate::{
 };
 
 /// Answers one request.
-pub(super) async fn serve(connection: Rc<Connection>, request: Request<RequestBody>) -> Response<ResponseBody> {
+pub(super) async fn serve(
+    connection: Rc<Connection>,
+    progress: Rc<Progress>,
+    request: Request<RequestBody>,
+) -> Response<ResponseBody> {
     let (parts, mut unread) = request.into_parts();
     let version = parts.version;
     let waits_for_100 = parts.headers.contains_key(header::EXPECT);
-    let mut tally = Tally::start(connection, &parts, is_grpc(&parts.headers));
+    let mut tally = Tally::start(connection, progress, &parts, is_grpc(&parts.headers));
     let mut grant = None;
     let worker = &tally.connection().slot.worker;
     // Before anything is drawn or read for it. A fleet may find room with another sidecar.
@@ -240,17 +245,25 @@ async fn forward(
     let mut limit = policy.timeout.map(|timeout| end.and(timeout));
     let mut outgoing = Outgoing::new(parts, body, retry.is_some() || repeatable(cluster, wire));
     let retries = Retries::new(retry, cluster);
-    let sending = send(tally, cluster, retries, &end, wire, &mut outgoing, connection.local);
-    let sent = match &mut limit {
-        None => sending.await,
-        Some(limit) => tokio::select! {
-            biased;
-            sent = sending => sent,
-            () = limit => Err(Failure::UpstreamTimeout.into()),
-        },
+    let progress = Rc::clone(tally.progress());
+    progress.limit(policy.stream_idle.or(chain.idle).filter(|limit| !limit.is_zero()));
+    let sent = {
+        let mut sending = pin!(send(tally, cluster, retries, &end, wire, &mut outgoing, connection.local));
+        poll_fn(|cx| {
+            if let Poll::Ready(sent) = sending.as_mut().poll(cx) {
+                return Poll::Ready(sent);
+            }
+            if limit.as_mut().is_some_and(|limit| limit.as_mut().poll(cx).is_ready()) {
+                return Poll::Ready(Err(Failure::UpstreamTimeout.into()));
+            }
+            progress.take_idle().map_or(Poll::Pending, |by| Poll::Ready(Err(by.failure().into())))
+        })
+        .await
     };
-    // Still awaited: the time of the route is over.
-    if let Some(endpoint) = outgoing.awaited.take() {
+    // Still awaited: the time of the route or of the stream is over.
+    if let Some(endpoint) = outgoing.awaited.take()
+        && !matches!(sent, Err(Refusal::Failure(Failure::RequestIdle)))
+    {
         cluster.unanswered(&endpoint);
     }
     if let Some(request) = outgoing.next.take() {

@@ -1,11 +1,11 @@
 //! A listener's configuration made ready for one worker thread: handles instead of names.
 
-use std::{collections::HashMap, rc::Rc, sync::Arc};
+use std::{collections::HashMap, rc::Rc, sync::Arc, time::Duration};
 
 use http::{StatusCode, request};
 use rustls::ServerConfig;
 
-use super::{Shared, cluster::Cluster, matching, mirror::Mirror};
+use super::{Shared, cluster::Cluster, matching, mirror::Mirror, progress::look_every};
 use crate::{
     failure::Failure,
     snapshot::{self, FilterChain, Listener, Policy, RouteMatch, ServerTls},
@@ -34,6 +34,8 @@ pub(super) struct Chain {
     pub(super) server_name: Option<String>,
     pub(super) tls: Option<(ServerTls, Arc<ServerConfig>)>,
     pub(super) protocol: Protocol,
+    /// For how long nothing may rest, where its route says nothing else.
+    pub(super) idle: Option<Duration>,
 }
 
 pub(super) enum Protocol {
@@ -74,6 +76,20 @@ impl Serving {
         Self { listener: Arc::clone(listener), chains }
     }
 
+    /// How often its streams are looked at, if any of them has a limit.
+    pub(super) fn look_every(&self) -> Option<Duration> {
+        let of_routes = self.chains.iter().flat_map(|chain| match &chain.protocol {
+            Protocol::Http(routes) => routes.as_slice(),
+            Protocol::Tcp(_) => &[],
+        });
+        let of_routes = of_routes.filter_map(|route| match &route.action {
+            Action::Forward { policy, .. } => policy.stream_idle,
+            Action::Respond(_) => None,
+        });
+        let limits = self.chains.iter().filter_map(|chain| chain.idle).chain(of_routes);
+        limits.filter(|limit| !limit.is_zero()).min().map(look_every)
+    }
+
     pub(super) fn speaks_tls(&self) -> bool {
         self.chains.iter().any(|chain| chain.tls.is_some())
     }
@@ -108,7 +124,7 @@ impl Chain {
             snapshot::Protocol::Tcp(split) => (Protocol::Tcp(Split::new(split, clusters, worker)), &[]),
         };
         let tls = config.tls.as_ref().map(|tls| (tls.clone(), worker.identity.server_config(&tls.client_id, alpn)));
-        Self { server_name: config.server_name.clone(), tls, protocol }
+        Self { server_name: config.server_name.clone(), tls, protocol, idle: config.idle }
     }
 }
 

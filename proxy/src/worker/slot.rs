@@ -16,7 +16,7 @@ use tokio::{
     task::JoinHandle,
     time::{Instant, sleep, timeout},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
     Shared,
@@ -44,12 +44,14 @@ pub(super) struct Slot {
     /// New connections are drained, too.
     draining: Cell<bool>,
     removal: RefCell<Option<JoinHandle<()>>>,
+    /// What looks at the streams of all connections, and how often.
+    looking: RefCell<Option<(Duration, AbortOnDropHandle<()>)>>,
 }
 
 impl Slot {
     pub(super) fn new(worker: &Rc<Shared>, serving: Rc<Serving>) -> Rc<Self> {
         let name = serving.listener.name.clone();
-        Rc::new(Self {
+        let slot = Rc::new(Self {
             metrics: worker.metrics.listener(&name, worker.thread),
             worker: Rc::clone(worker),
             name,
@@ -62,7 +64,33 @@ impl Slot {
             accepting: RefCell::default(),
             draining: Cell::new(false),
             removal: RefCell::default(),
-        })
+            looking: RefCell::default(),
+        });
+        slot.look_as_configured();
+        slot
+    }
+
+    /// One timer for all streams of this listener, if they have limits at all.
+    fn look_as_configured(self: &Rc<Self>) {
+        let every = self.serving.borrow().look_every();
+        let mut looking = self.looking.borrow_mut();
+        if looking.as_ref().map(|(every, _)| *every) == every {
+            return;
+        }
+        *looking = every.map(|every| {
+            let slot = Rc::downgrade(self);
+            let looks = async move {
+                loop {
+                    sleep(every).await;
+                    let Some(slot) = slot.upgrade() else { return };
+                    let now = Instant::now();
+                    for connection in slot.connections.borrow().values() {
+                        connection.look_at_streams(now);
+                    }
+                }
+            };
+            (every, AbortOnDropHandle::new(tokio::task::spawn_local(looks)))
+        });
     }
 
     pub(super) fn serving(&self) -> Rc<Serving> {
@@ -78,9 +106,10 @@ impl Slot {
         self.draining.get()
     }
 
-    pub(super) fn serve(&self, serving: Rc<Serving>) {
+    pub(super) fn serve(self: &Rc<Self>, serving: Rc<Serving>) {
         *self.serving.borrow_mut() = serving;
         self.version.set(self.version.get() + 1);
+        self.look_as_configured();
     }
 
     pub(super) fn accept_on(self: &Rc<Self>, socket: TcpListener) {

@@ -10,6 +10,7 @@ use super::{
     cluster::Cluster,
     connection::Connection,
     headers,
+    progress::{Idle, Progress},
     trace::{End, Trace},
 };
 use crate::{
@@ -21,6 +22,7 @@ use crate::{
 
 pub(super) struct Tally {
     connection: Rc<Connection>,
+    progress: Rc<Progress>,
     started: Instant,
     first_byte: Option<Instant>,
     /// With the first byte of the answer the last one came, too.
@@ -54,18 +56,31 @@ pub(super) struct Head {
 
 impl Tally {
     /// A request begins: its headers have been received.
-    pub(super) fn start(connection: Rc<Connection>, parts: &request::Parts, grpc: bool) -> Self {
+    pub(super) fn start(
+        connection: Rc<Connection>,
+        progress: Rc<Progress>,
+        parts: &request::Parts,
+        grpc: bool,
+    ) -> Self {
         let tracer = connection.slot.worker.tracer.as_ref();
         let trace = tracer.and_then(|tracer| Trace::begin(tracer, &parts.headers));
-        Self::new(connection, parts, grpc, trace)
+        Self::new(connection, progress, parts, grpc, trace)
     }
 
-    fn new(connection: Rc<Connection>, parts: &request::Parts, grpc: bool, trace: Option<Box<Trace>>) -> Self {
+    fn new(
+        connection: Rc<Connection>,
+        progress: Rc<Progress>,
+        parts: &request::Parts,
+        grpc: bool,
+        trace: Option<Box<Trace>>,
+    ) -> Self {
         connection.request_started();
+        progress.begin(connection.stream_idle());
         let kept = connection.slot.worker.access_log.is_some() || trace.as_ref().is_some_and(|it| it.is_sampled());
         let head = kept.then(|| Box::new(Head::new(parts, connection.is_tls())));
         Self {
             connection,
+            progress,
             started: Instant::now(),
             first_byte: None,
             whole: false,
@@ -89,7 +104,8 @@ impl Tally {
         // As access logs say it of what is not known.
         parts.method = Method::from_bytes(b"-").unwrap_or_default();
         parts.uri = Uri::default();
-        Self::new(connection, &parts, false, None)
+        let progress = Rc::clone(&connection.streams.only);
+        Self::new(connection, progress, &parts, false, None)
     }
 
     /// Tells the upstream of the trace, where tracing is on.
@@ -103,6 +119,10 @@ impl Tally {
         &self.connection
     }
 
+    pub(super) fn progress(&self) -> &Rc<Progress> {
+        &self.progress
+    }
+
     pub(super) fn started(&self) -> Instant {
         self.started
     }
@@ -114,6 +134,8 @@ impl Tally {
     /// A fault that is injected holds the request up.
     pub(super) fn delay_begins(&mut self) {
         self.connection.slot.metrics.delay_injected();
+        // A limit holds again when the request is sent on.
+        self.progress.limit(None);
         self.flag = Some(Flag::DelayInjected);
     }
 
@@ -140,6 +162,7 @@ impl Tally {
     pub(super) fn answered(&mut self, status: StatusCode, now: Instant) {
         self.status = status;
         self.first_byte = Some(now);
+        self.progress.answer();
     }
 
     /// The answer's body has arrived together with its head. Saves a look at the clock at its end.
@@ -191,6 +214,7 @@ impl Tally {
             self.status = status;
             return; // Counted when dropped.
         }
+        self.progress.answer();
         self.connection.slot.metrics.local_error(flag);
         if let Some(why) = Refused::by(failure) {
             self.connection.slot.metrics.refused(why);
@@ -198,7 +222,33 @@ impl Tally {
         // What the client sees of a gRPC call is 200 and our code.
         self.status = if self.grpc { StatusCode::OK } else { status };
         self.set_grpc_status(code);
-        self.finish(now);
+        if *failure == Failure::RequestIdle {
+            self.finish_uncounted(now);
+        } else {
+            self.finish(now);
+        }
+    }
+
+    /// It says nothing about the revision, which may have done its part.
+    fn finish_uncounted(&mut self, now: Instant) {
+        if !std::mem::replace(&mut self.finished, true) {
+            self.ended = Some(now);
+            self.tell(now);
+        }
+    }
+
+    /// The answer has begun, and is broken off because nothing of it has passed for too long.
+    pub(super) fn broken_off(&mut self, by: Idle) {
+        let now = Instant::now();
+        match by {
+            Idle::Upstream if !self.finished => self.fail(&Failure::UpstreamIdle, now),
+            Idle::Upstream | Idle::Client => {
+                self.connection.slot.metrics.local_error(Flag::StreamIdleTimeout);
+                self.connection.slot.metrics.refused(Refused::AnswerTimeout);
+                self.flag = Some(Flag::StreamIdleTimeout);
+                self.finish_uncounted(now);
+            }
+        }
     }
 
     /// The request became a tunnel: neither its outcome nor its duration says anything about the revision.
@@ -260,6 +310,9 @@ impl Tally {
 
 impl Drop for Tally {
     fn drop(&mut self) {
+        if let Some(by) = self.progress.take_idle() {
+            self.broken_off(by);
+        }
         if !self.finished {
             self.connection.slot.metrics.client_aborted();
             // Patience with a fault of ours is not expected.
@@ -270,6 +323,7 @@ impl Drop for Tally {
                 self.connection.given_up_unanswered(self.started);
             }
         }
+        self.progress.end();
         self.connection.request_ended(self.ended);
     }
 }

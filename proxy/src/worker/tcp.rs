@@ -1,23 +1,25 @@
 //! Opaque TCP: the split is drawn once per connection.
 
-use std::{io, net::SocketAddr};
+use std::{io, net::SocketAddr, time::Duration};
 
 use super::{
-    connection::Connection,
+    connection::{Connection, tunnel},
     pool::{Outstanding, Wire},
-    relay,
     serving::Split,
     stream::Stream,
 };
 use crate::{failure::Failure, metrics::Retry};
 
-const MAX_TRIES: u32 = 3;
+/// Endpoints that are tried for a connection.
+pub(crate) const MAX_TRIES: u32 = 3;
 
 /// Passes a connection's bytes to an endpoint of one revision, and back.
-pub(super) async fn proxy(connection: &Connection, split: &Split, mut client: Stream) {
+///
+/// `idle` is for how long it may be open while none pass.
+pub(super) async fn proxy(connection: &Connection, split: &Split, idle: Option<Duration>, mut client: Stream) {
     match connect(connection, split).await {
         Ok((mut upstream, _outstanding)) => {
-            if let Err(error) = relay::both_ways(&mut client, &mut upstream).await
+            if let Err(error) = tunnel(connection, idle, &mut client, &mut upstream).await
                 && error.kind() == io::ErrorKind::ConnectionReset
             {
                 // A reset stays one: an orderly end would make truncated data look whole.

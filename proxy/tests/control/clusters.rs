@@ -131,6 +131,7 @@ fn limits_and_the_life_of_connections_are_served_and_what_is_not_said_is_not_lim
             idle_timeout: seconds(0),
             max_connection_duration: seconds(60),
             max_requests_per_connection: Some(100),
+            ..CommonOptions::default()
         };
         common(cluster, connections);
     }));
@@ -267,6 +268,10 @@ fn what_is_not_supported_is_refused_by_its_field() {
         (
             least_request(LeastRequestLbConfig { choice_count: Some(3), slow_start_config: None }),
             "least_request_lb_config.choice_count",
+        ),
+        (
+            with(|it| common(it, CommonOptions { max_stream_duration: seconds(1), ..CommonOptions::default() })),
+            "common_http_protocol_options.max_stream_duration",
         ),
         (explicit(None), "explicit_http_config.http_protocol_options or .http2_protocol_options"),
         (

@@ -18,4 +18,5 @@ mod resources;
 mod routes;
 mod server;
 mod snapshots;
+mod streams;
 mod tenants;

@@ -300,7 +300,7 @@ fn what_a_proxy_cannot_do_is_rejected_with_the_field_and_the_reason() {
         (of_cluster(|it| it.eds_cluster_config = None), "eds_cluster_config is missing"),
         (
             of_cluster(|it| it.connect_timeout = Some(prost_types::Duration { seconds: -1, nanos: 0 })),
-            "connect_timeout is '-1s 0ns'",
+            "connect_timeout is '-1 s 0 ns'",
         ),
         (of_cluster(|it| "other".clone_into(&mut it.name)), "name is 'other'"),
         (of_cluster(|it| it.transport_socket = cluster(A, "", FLEET).transport_socket), "sni is missing"),

@@ -185,6 +185,7 @@ async fn a_listener_that_cannot_be_served_is_named_and_the_others_are_served() {
         server_name: name.map(Into::into),
         tls: tls.then(|| ServerTls { client_id: FLEET.into() }),
         protocol: target(),
+        idle: None,
     };
     let listener =
         |name: &str, address, chains| Arc::new(Listener { name: name.into(), address, chains, max_connections: None });

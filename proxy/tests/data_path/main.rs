@@ -18,6 +18,7 @@ mod policies;
 mod protocols;
 mod retries;
 mod routing;
+mod streams;
 mod support;
 mod tcp;
 mod telemetry;

@@ -175,7 +175,7 @@ impl Proxy {
     }
 
     pub(crate) fn listener(&self, protocol: Protocol) -> Arc<Listener> {
-        let chains = vec![FilterChain { server_name: None, tls: None, protocol }];
+        let chains = vec![FilterChain { server_name: None, tls: None, protocol, idle: None }];
         Arc::new(Listener { name: "shop/cart:80".into(), address: self.address, chains, max_connections: None })
     }
 
@@ -279,6 +279,7 @@ pub(crate) async fn sidecar_of(identity: IdentityHandle, ip: IpAddr, tcp: bool) 
         server_name: Some("p8080.abc".into()),
         tls: Some(ServerTls { client_id: FLEET.into() }),
         protocol,
+        idle: None,
     }];
     let listener = Listener { name: "inbound".into(), address: proxy.address, chains, max_connections: None };
     proxy.apply([Arc::new(listener)]).await;

@@ -58,7 +58,8 @@ impl Shared {
             let traffic = TrafficPolicy { limits, ..TrafficPolicy::default() };
             let cluster =
                 Cluster { name: format!("shop/{name}:80/a"), traffic, ..cluster("a", &[apps[index].address]) };
-            let chains = vec![FilterChain { server_name: None, tls: None, protocol: http_to([(cluster, 100)]) }];
+            let chains =
+                vec![FilterChain { server_name: None, tls: None, protocol: http_to([(cluster, 100)]), idle: None }];
             let (name, address) = (format!("shop/{name}:80"), addresses[index]);
             Arc::new(Listener { name, address, chains, max_connections })
         };

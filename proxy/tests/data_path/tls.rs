@@ -448,6 +448,7 @@ async fn a_client_that_begins_no_handshake_is_closed() {
         server_name: Some("p8080.abc".into()),
         tls: Some(ServerTls { client_id: FLEET.into() }),
         protocol: http_to([(cluster("a", &[]), 1)]),
+        idle: None,
     }];
     sidecar
         .apply([Arc::new(Listener { name: "inbound".into(), address: sidecar.address, chains, max_connections: None })])
@@ -572,6 +573,7 @@ async fn when_another_fleet_is_admitted_requests_on_connections_of_the_former_ar
             server_name: Some("p8080.abc".into()),
             tls: Some(ServerTls { client_id: "spiffe://test/ns/new/sa/fleet".into() }),
             protocol: http_to([(cluster("a", &[app.address]), 1)]),
+            idle: None,
         }],
         max_connections: None,
     };

@@ -94,6 +94,7 @@ fn snapshot(job: &Job) -> Snapshot {
                     Protocol::Http(job.prefixes().map(route).collect())
                 }
             },
+            idle: None,
         };
         let name = format!("bench/{}/{}", service.host, service.listen);
         (name.clone(), Arc::new(Listener { name, address: service.listen, chains: vec![chain], max_connections: None }))

@@ -138,6 +138,7 @@ fn listener(
         server_name: None,
         tls,
         protocol: Protocol::http(Action::Forward { split, policy: Arc::default() }),
+        idle: None,
     };
     Listener { name, address, chains: vec![chain], max_connections: None }
 }

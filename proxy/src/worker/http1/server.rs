@@ -20,6 +20,7 @@ use tokio::{
 use super::{
     super::{
         body::{self, ClientBody, ResponseBody},
+        progress::Progress,
         stream::Stream,
     },
     Error, Input, Malformed, Outgoing, Output,
@@ -49,6 +50,7 @@ struct Asked {
 
 struct Io {
     stream: Stream,
+    progress: Rc<Progress>,
     input: Input,
     output: Output,
     /// What is left of the newest request's body.
@@ -81,9 +83,11 @@ pub(in super::super) enum Sent {
 }
 
 impl Connection {
-    pub(in super::super) fn new(stream: Stream) -> Self {
+    /// `progress` notes what comes of the bodies of requests.
+    pub(in super::super) fn new(stream: Stream, progress: Rc<Progress>) -> Self {
         let io = Io {
             stream,
+            progress,
             input: Input::new(),
             output: Output::default(),
             body: Decoder::length(0),
@@ -214,6 +218,7 @@ impl Connection {
             match io.output.poll_send(cx, &mut io.stream, &mut message) {
                 Poll::Ready(Ok(())) => Poll::Ready(Some(true)),
                 Poll::Ready(Err(_)) => Poll::Ready(Some(false)),
+                Poll::Pending if message.body.is_idle() => Poll::Ready(Some(false)),
                 Poll::Pending => {
                     ready!(io.poll_gone(cx));
                     Poll::Ready(None)
@@ -374,7 +379,9 @@ impl Body for RequestBody {
         if io.number != self.number {
             return Poll::Ready(None); // Read to its end long ago.
         }
-        io.poll_body(cx)
+        let frame = io.poll_body(cx);
+        io.progress.asked_client(&frame);
+        frame
     }
 
     fn is_end_stream(&self) -> bool {
