@@ -278,7 +278,7 @@ struct Stream {
     address: SocketAddr,
     requests: mpsc::Sender<DeltaDiscoveryRequest>,
     node: Option<Node>,
-    asked: Subscriptions,
+    asked: Arc<Subscriptions>,
     outstanding: Vec<Outstanding>,
 }
 
@@ -418,13 +418,8 @@ impl<A: Apply> Client<A> {
 
     async fn subscribed(&mut self, address: SocketAddr, channel: Channel) -> Result<Infallible, StreamError> {
         let (requests, receiver) = mpsc::channel(REQUESTS);
-        let mut stream = Stream {
-            address,
-            requests,
-            node: Some(self.node()),
-            asked: Subscriptions::default(),
-            outstanding: Vec::new(),
-        };
+        let mut stream =
+            Stream { address, requests, node: Some(self.node()), asked: Arc::default(), outstanding: Vec::new() };
         self.introduce(&mut stream).await?;
 
         let ended = |status| StreamError::Ended { address, status: Box::new(status) };
@@ -522,9 +517,12 @@ impl<A: Apply> Client<A> {
     /// Asks for the endpoints and routes that are needed now, and no longer for the others.
     async fn subscribe(&self, stream: &mut Stream) -> Result<(), StreamError> {
         let wanted = self.state.lock().resources.subscriptions();
-        let asked = std::mem::replace(&mut stream.asked, wanted.clone());
+        if Arc::ptr_eq(&stream.asked, &wanted) {
+            return Ok(());
+        }
+        let asked = std::mem::replace(&mut stream.asked, Arc::clone(&wanted));
         for (kind, asked, wanted) in
-            [(TypeUrl::Endpoints, asked.endpoints, wanted.endpoints), (TypeUrl::Route, asked.routes, wanted.routes)]
+            [(TypeUrl::Endpoints, &asked.endpoints, &wanted.endpoints), (TypeUrl::Route, &asked.routes, &wanted.routes)]
         {
             if asked == wanted {
                 continue;
@@ -532,8 +530,8 @@ impl<A: Apply> Client<A> {
             // Only the first request of a type on a stream says what is held (xDS protocol, "Delta").
             let held = if asked.is_empty() { self.versions(kind) } else { BTreeMap::new() };
             let request = DeltaDiscoveryRequest {
-                resource_names_subscribe: wanted.difference(&asked).cloned().collect(),
-                resource_names_unsubscribe: asked.difference(&wanted).cloned().collect(),
+                resource_names_subscribe: wanted.difference(asked).cloned().collect(),
+                resource_names_unsubscribe: asked.difference(wanted).cloned().collect(),
                 initial_resource_versions: held,
                 ..DeltaDiscoveryRequest::default()
             };

@@ -4,6 +4,7 @@
 //! a request never leaves its thread.
 
 use std::{
+    cmp::Ordering,
     collections::BTreeMap,
     io,
     net::{SocketAddr, TcpListener},
@@ -28,7 +29,7 @@ use crate::{
     snapshot::{self, FilterChain, Listener, Snapshot},
     tls::IdentityHandle,
     trace::Tracer,
-    worker::{self, Command, Shared},
+    worker::{self, Changes, Command, Shared},
 };
 
 /// Which of the two proxies this process is.
@@ -139,7 +140,7 @@ pub struct Workers {
     threads: Vec<Thread>,
     settle: Duration,
     overload: Overload,
-    /// What is served now. Held while a snapshot is being applied, so that they are applied in order.
+    /// What the threads were told to serve. Held while a snapshot is being applied, so that they are applied in order.
     current: Mutex<BTreeMap<String, Arc<Listener>>>,
 }
 
@@ -177,10 +178,13 @@ impl Workers {
     pub async fn apply(&self, snapshot: &Snapshot) -> Result<ApplyReport, WorkersError> {
         let mut current = self.current.lock().await;
         let mut report = ApplyReport::default();
-        let mut next = BTreeMap::new();
+        let mut changes = Changes::default();
         let mut sockets: Vec<Vec<(String, TcpListener)>> = self.threads.iter().map(|_| Vec::new()).collect();
-        for (name, listener) in &snapshot.listeners {
-            let before = current.get(name);
+        for (name, before, listener) in differences(&current, &snapshot.listeners) {
+            let Some(listener) = listener else {
+                changes.removed.push(name.clone());
+                continue;
+            };
             let opened = check(listener).and_then(|()| {
                 if before.is_some_and(|before| before.address == listener.address) {
                     return Ok(Vec::new());
@@ -193,28 +197,28 @@ impl Workers {
                     for (thread, socket) in sockets.iter_mut().zip(opened) {
                         thread.push((name.clone(), socket));
                     }
-                    next.insert(name.clone(), Arc::clone(listener));
+                    changes.served.push((name.clone(), Arc::clone(listener)));
                 }
-                Err(reason) => {
-                    report.rejected.push(Rejected { listener: name.clone(), reason });
-                    if let Some(before) = before {
-                        next.insert(name.clone(), Arc::clone(before));
-                    }
-                }
+                Err(reason) => report.rejected.push(Rejected { listener: name.clone(), reason }),
             }
         }
-        self.overload.listens_on(next.len() * self.threads.len());
-        let snapshot = Arc::new(Snapshot { listeners: next });
+        let new = changes.served.iter().filter(|(name, _)| !current.contains_key(name)).count();
+        self.overload.listens_on((current.len() + new - changes.removed.len()) * self.threads.len());
+        let changes = Arc::new(changes);
         let mut switched = Vec::with_capacity(self.threads.len());
         for (index, (thread, sockets)) in self.threads.iter().zip(sockets).enumerate() {
             let (done, wait) = oneshot::channel();
-            thread.send(index, Command::Apply { snapshot: Arc::clone(&snapshot), sockets, done }).await?;
+            thread.send(index, Command::Apply { changes: Arc::clone(&changes), sockets, done }).await?;
             switched.push(wait);
         }
+        // Before the waits, in which this future may be dropped.
+        for name in &changes.removed {
+            current.remove(name);
+        }
+        current.extend(changes.served.iter().cloned());
         for (index, wait) in switched.into_iter().enumerate() {
             wait.await.map_err(|_| WorkersError::Gone(index))?;
         }
-        current.clone_from(&snapshot.listeners);
         Ok(report)
     }
 
@@ -337,6 +341,35 @@ fn start(index: usize, options: &Options) -> Result<Thread, WorkersError> {
         Ok(Ok(())) => Ok(Thread { commands: Some(commands), handle: Some(handle) }),
         Ok(Err(error)) => Err(WorkersError::Start(index, error)),
         Err(_) => Err(WorkersError::Gone(index)),
+    }
+}
+
+type Difference<'a> = (&'a String, Option<&'a Arc<Listener>>, Option<&'a Arc<Listener>>);
+
+/// The listeners that are not the same `Arc` in both, with what they were and what they are to be.
+fn differences<'a>(
+    old: &'a BTreeMap<String, Arc<Listener>>,
+    new: &'a BTreeMap<String, Arc<Listener>>,
+) -> Vec<Difference<'a>> {
+    let (mut old, mut new) = (old.iter().peekable(), new.iter().peekable());
+    let mut found = Vec::new();
+    loop {
+        // Both are in the order of their names.
+        let first = match (old.peek(), new.peek()) {
+            (Some((old, _)), Some((new, _))) => old.cmp(new),
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
+            (None, None) => return found,
+        };
+        let before = if first.is_le() { old.next() } else { None };
+        let now = if first.is_ge() { new.next() } else { None };
+        match (before, now) {
+            (Some((_, before)), Some((_, now))) if Arc::ptr_eq(before, now) => {}
+            (before, now) => {
+                let name = before.or(now).map(|(name, _)| name);
+                found.extend(name.map(|name| (name, before.map(|it| it.1), now.map(|it| it.1))));
+            }
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    mem,
     net::SocketAddr,
     sync::Arc,
 };
@@ -66,6 +67,9 @@ impl<T> Staged<T> {
 ///
 /// A new version of a route or a listener takes effect when all that it names is there; until then the last complete
 /// one stays, with the clusters that it needs, even if the control plane has removed them.
+///
+/// A change of one Service among many costs what it concerns: no route, cluster or assignment that it leaves alone is built or
+/// compared anew.
 #[derive(Debug, Default)]
 pub struct Resources {
     pub(super) clusters: BTreeMap<String, Held<cluster::Cluster>>,
@@ -81,6 +85,23 @@ pub struct Resources {
     snapshot: Arc<Snapshot>,
     /// Where this proxy runs; empty if that is not known.
     zone: String,
+    changed: Changed,
+    /// The listener that was the last to have a port. It may have left it since.
+    ports: BTreeMap<u16, String>,
+    subscriptions: Arc<Subscriptions>,
+}
+
+/// What came, changed or went since the snapshot was built.
+#[derive(Debug, Default)]
+struct Changed {
+    clusters: BTreeSet<String>,
+    endpoints: BTreeSet<String>,
+    /// Those that went; others are seen when they take effect.
+    listeners: BTreeSet<String>,
+    /// The subscriptions may be others.
+    names: bool,
+    /// There may be something that nobody asks for.
+    unasked: bool,
 }
 
 /// One response of the server.
@@ -133,6 +154,7 @@ impl Resources {
     pub fn note_rejected(&mut self, kind: TypeUrl, rejected: &Rejected) {
         let refused = self.rejected.entry(kind).or_default();
         refused.insert(rejected.name.clone(), rejected.error.clone());
+        self.changed.unasked = true;
     }
 
     fn clear_rejected(&mut self, kind: TypeUrl, name: &str) {
@@ -148,8 +170,11 @@ impl Resources {
             TypeUrl::Listener => {
                 if let Some(staged) = self.listeners.get_mut(name) {
                     staged.pending = None;
+                    if staged.effective.is_none() {
+                        self.listeners.remove(name);
+                    }
+                    self.changed.names = true;
                 }
-                self.listeners.retain(|_, staged| staged.newest().is_some());
             }
             TypeUrl::Route => {
                 if let Some(staged) = self.routes.get_mut(name) {
@@ -164,9 +189,13 @@ impl Resources {
         match kind {
             TypeUrl::Cluster => {
                 self.clusters.remove(name);
+                self.changed.clusters.insert(name.to_owned());
+                self.changed.names = true;
             }
             TypeUrl::Listener => {
                 self.listeners.remove(name);
+                self.changed.listeners.insert(name.to_owned());
+                self.changed.names = true;
             }
             // Both belong to a cluster or a listener that asked for them, and go with it (`build`). The server names
             // them here when it does not have them: until it does, the last good version serves.
@@ -182,13 +211,16 @@ impl Resources {
                 let message: ClusterMessage = open(resource)?;
                 same_name(&name, &message.name, "name")?;
                 let value = cluster::parse(&message)?;
+                self.changed.clusters.insert(name.clone());
+                self.changed.names = true;
                 self.clusters.insert(name, Held { version, value });
             }
             TypeUrl::Endpoints => {
                 let message: ClusterLoadAssignment = open(resource)?;
                 same_name(&name, &message.cluster_name, "cluster_name")?;
                 let value = endpoints::parse(&message)?;
-                self.endpoints.insert(name, Held { version, value });
+                self.changed.endpoints.insert(name.clone());
+                self.changed.unasked |= self.endpoints.insert(name, Held { version, value }).is_none();
             }
             TypeUrl::Listener => {
                 let message: ListenerMessage = open(resource)?;
@@ -196,29 +228,44 @@ impl Resources {
                 let value = listener::parse(&message)?;
                 self.free_port(&name, value.address)?;
                 self.listeners.entry(name).or_default().pending = Some(Held { version, value });
+                self.changed.names = true;
             }
             TypeUrl::Route => {
                 let message: RouteConfiguration = open(resource)?;
                 same_name(&name, &message.name, "name")?;
                 let value = route::parse(&message, "")?;
-                self.routes.entry(name).or_default().pending = Some(Held { version, value });
+                let staged = self.routes.entry(name).or_default();
+                self.changed.unasked |= staged.newest().is_none();
+                staged.pending = Some(Held { version, value });
             }
         }
         Ok(())
     }
 
     /// Two listeners on one port would share its connections by chance.
-    fn free_port(&self, name: &str, address: SocketAddr) -> Result<(), ConfigError> {
-        let mut others = self.listeners.iter().filter(|(other, _)| other.as_str() != name);
-        if others.any(|(_, staged)| staged.values().any(|listener| listener.address.port() == address.port())) {
+    fn free_port(&mut self, name: &str, address: SocketAddr) -> Result<(), ConfigError> {
+        let port = address.port();
+        let last = self.ports.get(&port).filter(|last| *last != name).and_then(|last| self.listeners.get(last));
+        if last.is_some_and(|last| last.values().any(|listener| listener.address.port() == port)) {
             return Err(ConfigError::invalid("address", address, "another listener has this port"));
         }
+        self.ports.insert(port, name.to_owned());
         Ok(())
     }
 
-    /// The names that are needed now.
-    #[must_use]
-    pub fn subscriptions(&self) -> Subscriptions {
+    /// The names that are needed now: the same `Arc` as before unless they are others.
+    pub fn subscriptions(&mut self) -> Arc<Subscriptions> {
+        if mem::take(&mut self.changed.names) {
+            self.changed.unasked = true;
+            let wanted = self.wanted();
+            if wanted != *self.subscriptions {
+                self.subscriptions = Arc::new(wanted);
+            }
+        }
+        Arc::clone(&self.subscriptions)
+    }
+
+    fn wanted(&self) -> Subscriptions {
         let endpoints = self.clusters.values().filter_map(|held| match &held.value.discovery {
             Discovery::Eds(name) => Some(name.clone()),
             Discovery::Static(_) | Discovery::OriginalDst { .. } => None,
@@ -271,6 +318,7 @@ impl Resources {
         }
         self.listeners.retain(|_, staged| staged.newest().is_some());
         self.rejected.clear();
+        self.changed.names = true;
     }
 
     /// A cluster that the newest version of this resource names and that is not there. Then that version does not
@@ -306,26 +354,45 @@ impl Resources {
     /// The snapshot of all that is complete. The same `Arc` as before if nothing changed in it, and in a new one the
     /// same `Arc`s for the parts that did not change.
     pub fn build(&mut self) -> Arc<Snapshot> {
-        let before = self.build_clusters();
-        self.promote();
+        let (clusters, lost) = self.build_clusters();
+        let (routes, mut listeners) = self.promote();
         self.prune();
-        self.keep_clusters_in_use(&before);
+        self.keep_clusters_in_use(lost);
+        listeners.append(&mut self.changed.listeners);
+        self.note_users(clusters, routes, &mut listeners);
 
-        let mut listeners = BTreeMap::new();
-        for (name, staged) in &self.listeners {
-            let Some(listener) = staged.effective.as_ref().and_then(|held| self.resolve(name, &held.value)) else {
-                continue;
-            };
-            let old = self.snapshot.listeners.get(name).filter(|old| ***old == listener);
-            let listener = old.cloned().unwrap_or_else(|| Arc::new(listener));
-            listeners.insert(name.clone(), listener);
+        let mut news = Vec::new();
+        for name in listeners {
+            let effective = self.listeners.get(&name).and_then(|staged| staged.effective.as_ref());
+            let listener = effective.and_then(|held| self.resolve(&name, &held.value));
+            let old = self.snapshot.listeners.get(&name);
+            if listener.as_ref() != old.map(Arc::as_ref) {
+                news.push((name, listener.map(Arc::new)));
+            }
         }
-        let same = listeners.len() == self.snapshot.listeners.len()
-            && listeners.values().zip(self.snapshot.listeners.values()).all(|(new, old)| Arc::ptr_eq(new, old));
-        if !same {
+        if !news.is_empty() {
+            let mut listeners = self.snapshot.listeners.clone();
+            for (name, listener) in news {
+                match listener {
+                    Some(listener) => drop(listeners.insert(name, listener)),
+                    None => drop(listeners.remove(&name)),
+                }
+            }
             self.snapshot = Arc::new(Snapshot { listeners });
         }
         self.snapshot.clone()
+    }
+
+    /// As if everything had changed. What [`build`](Self::build) gives must be the same then.
+    #[cfg(any(test, sluice_fuzz))]
+    pub(crate) fn look_at_all(&mut self) {
+        self.changed = Changed {
+            clusters: self.clusters.keys().chain(self.built.keys()).cloned().collect(),
+            endpoints: self.endpoints.keys().cloned().collect(),
+            listeners: self.listeners.keys().chain(self.snapshot.listeners.keys()).cloned().collect(),
+            names: true,
+            unasked: true,
+        };
     }
 
     /// What [`build`](Self::build) gave last.
@@ -334,70 +401,100 @@ impl Resources {
         &self.snapshot
     }
 
-    /// Replaces `built` by the clusters that are complete. Returns all that could be used before.
-    fn build_clusters(&mut self) -> BTreeMap<String, Arc<Cluster>> {
-        let mut before = std::mem::take(&mut self.retained);
-        before.append(&mut self.built);
-        for (name, held) in &self.clusters {
-            let old = before.get(name);
-            let zones = held.value.zones.filter(|_| !self.zone.is_empty());
-            let fixed = |endpoints: &Endpoints| {
-                let near = zones.map_or_else(Vec::new, |least| endpoints::near(endpoints, &self.zone, least));
-                (Upstream::Endpoints(endpoints.keys().copied().collect()), near)
-            };
-            let (upstream, near) = match &held.value.discovery {
-                Discovery::Eds(service) => match self.endpoints.get(service) {
-                    Some(endpoints) => fixed(&endpoints.value),
-                    None => continue,
-                },
-                Discovery::Static(endpoints) => fixed(endpoints),
-                Discovery::OriginalDst { port } => (Upstream::OriginalDst { port: *port }, Vec::new()),
-            };
-            let cluster = Cluster {
-                name: name.clone(),
-                labels: held.value.labels.clone(),
-                upstream,
-                near,
-                tls: held.value.tls.clone(),
-                protocol: held.value.protocol,
-                connect_timeout: held.value.connect_timeout,
-                traffic: held.value.traffic.clone(),
-            };
-            let cluster = old.filter(|old| ***old == cluster).cloned().unwrap_or_else(|| Arc::new(cluster));
-            self.built.insert(name.clone(), cluster);
+    /// Brings `built` to the clusters that are complete. Returns the names of those that are others than before, and those that were
+    /// there before.
+    fn build_clusters(&mut self) -> (BTreeSet<String>, BTreeMap<String, Arc<Cluster>>) {
+        let mut look = mem::take(&mut self.changed.clusters);
+        let endpoints = mem::take(&mut self.changed.endpoints);
+        if !endpoints.is_empty() {
+            let concerned = self.clusters.iter().filter(|(_, held)| match &held.value.discovery {
+                Discovery::Eds(service) => endpoints.contains(service),
+                Discovery::Static(_) | Discovery::OriginalDst { .. } => false,
+            });
+            look.extend(concerned.map(|(name, _)| name.clone()));
         }
-        before
+        let (mut others, mut lost) = (BTreeSet::new(), BTreeMap::new());
+        for name in look {
+            let new = self.clusters.get(&name).and_then(|held| self.complete_cluster(&name, &held.value));
+            let Some(new) = new else {
+                if let Some(old) = self.built.remove(&name) {
+                    lost.insert(name, old);
+                }
+                continue;
+            };
+            match self.retained.remove(&name).or_else(|| self.built.remove(&name)) {
+                Some(old) if *old == new => drop(self.built.insert(name, old)),
+                Some(_) | None => {
+                    others.insert(name.clone());
+                    self.built.insert(name, Arc::new(new));
+                }
+            }
+        }
+        (others, lost)
     }
 
-    /// Puts new versions into effect whose parts are all there: routes first, since listeners need them.
-    fn promote(&mut self) {
+    /// `None` without its endpoints.
+    fn complete_cluster(&self, name: &str, cluster: &cluster::Cluster) -> Option<Cluster> {
+        let zones = cluster.zones.filter(|_| !self.zone.is_empty());
+        let fixed = |endpoints: &Endpoints| {
+            let near = zones.map_or_else(Vec::new, |least| endpoints::near(endpoints, &self.zone, least));
+            (Upstream::Endpoints(endpoints.keys().copied().collect()), near)
+        };
+        let (upstream, near) = match &cluster.discovery {
+            Discovery::Eds(service) => fixed(&self.endpoints.get(service)?.value),
+            Discovery::Static(endpoints) => fixed(endpoints),
+            Discovery::OriginalDst { port } => (Upstream::OriginalDst { port: *port }, Vec::new()),
+        };
+        Some(Cluster {
+            name: name.to_owned(),
+            labels: cluster.labels.clone(),
+            upstream,
+            near,
+            tls: cluster.tls.clone(),
+            protocol: cluster.protocol,
+            connect_timeout: cluster.connect_timeout,
+            traffic: cluster.traffic.clone(),
+        })
+    }
+
+    /// Puts new versions into effect whose parts are all there: routes first, since listeners need them. Returns the names of both.
+    fn promote(&mut self) -> (BTreeSet<String>, BTreeSet<String>) {
         let built = &self.built;
         let ready = |name: &str| built.contains_key(name);
-        let mut effective = Vec::new();
+        let mut new_routes = BTreeSet::new();
         for (name, staged) in &mut self.routes {
             if staged.pending.as_ref().is_some_and(|held| held.value.clusters().all(ready)) {
                 staged.promote();
-                effective.push((TypeUrl::Route, name.clone()));
+                new_routes.insert(name.clone());
             }
         }
         let routes = &self.routes;
         let served = |name: &str| routes.get(name).is_some_and(|staged| staged.effective.is_some());
+        let mut new_listeners = BTreeSet::new();
         for (name, staged) in &mut self.listeners {
             let complete =
                 |held: &Held<listener::Listener>| held.value.clusters().all(ready) && held.value.routes().all(served);
             if staged.pending.as_ref().is_some_and(complete) {
                 staged.promote();
-                effective.push((TypeUrl::Listener, name.clone()));
+                new_listeners.insert(name.clone());
+                // The former version may have had other routes.
+                self.changed.names = true;
             }
         }
-        for (kind, name) in effective {
-            self.clear_rejected(kind, &name);
+        for (kind, names) in [(TypeUrl::Route, &new_routes), (TypeUrl::Listener, &new_listeners)] {
+            for name in names {
+                self.clear_rejected(kind, name);
+            }
         }
+        (new_routes, new_listeners)
     }
 
     /// Drops routes and endpoints that nobody asks for any more.
     fn prune(&mut self) {
         let wanted = self.subscriptions();
+        if !mem::take(&mut self.changed.unasked) {
+            return;
+        }
         self.routes.retain(|name, _| wanted.routes.contains(name));
         self.endpoints.retain(|name, _| wanted.endpoints.contains(name));
         for (kind, wanted) in [(TypeUrl::Route, &wanted.routes), (TypeUrl::Endpoints, &wanted.endpoints)] {
@@ -408,15 +505,37 @@ impl Resources {
     }
 
     /// What serves keeps its clusters, whatever was removed or became incomplete meanwhile.
-    fn keep_clusters_in_use(&mut self, before: &BTreeMap<String, Arc<Cluster>>) {
+    fn keep_clusters_in_use(&mut self, lost: BTreeMap<String, Arc<Cluster>>) {
+        self.retained.extend(lost);
+        if self.retained.is_empty() {
+            return;
+        }
         let listeners = self.listeners.values().filter_map(|staged| staged.effective.as_ref());
         let routes = self.routes.values().filter_map(|staged| staged.effective.as_ref());
         let names =
             listeners.flat_map(|held| held.value.clusters()).chain(routes.flat_map(|held| held.value.clusters()));
-        let missing: Vec<String> = names.filter(|name| !self.built.contains_key(*name)).map(str::to_owned).collect();
-        for name in missing {
-            if let Some(cluster) = before.get(&name) {
-                self.retained.insert(name, cluster.clone());
+        let used: BTreeSet<&str> = names.filter(|name| self.retained.contains_key(*name)).collect();
+        self.retained.retain(|name, _| used.contains(name.as_str()));
+    }
+
+    /// Adds the listeners that use one of these clusters or routes.
+    fn note_users(&self, clusters: BTreeSet<String>, mut routes: BTreeSet<String>, listeners: &mut BTreeSet<String>) {
+        let effective = |staged: &Staged<Routes>| {
+            staged.effective.as_ref().is_some_and(|held| held.value.clusters().any(|name| clusters.contains(name)))
+        };
+        if !clusters.is_empty() {
+            routes.extend(self.routes.iter().filter(|(_, staged)| effective(staged)).map(|(name, _)| name.clone()));
+        }
+        if clusters.is_empty() && routes.is_empty() {
+            return;
+        }
+        for (name, staged) in &self.listeners {
+            let uses = |held: &Held<listener::Listener>| {
+                held.value.routes().any(|name| routes.contains(name))
+                    || held.value.clusters().any(|name| clusters.contains(name))
+            };
+            if staged.effective.as_ref().is_some_and(uses) {
+                listeners.insert(name.clone());
             }
         }
     }
@@ -444,7 +563,7 @@ impl Resources {
     }
 
     fn resolve_routes(&self, routes: &Routes) -> Option<Vec<Route>> {
-        let resolved = routes.0.iter().map(|route| {
+        let resolved = routes.all.iter().map(|route| {
             let action = self.resolve_action(&route.action)?;
             Some(Route { matches: route.matches.clone(), action })
         });

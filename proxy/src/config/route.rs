@@ -34,7 +34,11 @@ const OURS: &str = "x-sluice-";
 
 /// The routes of a port in their order. Not empty.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Routes(pub(super) Vec<Route>);
+pub(super) struct Routes {
+    pub(super) all: Vec<Route>,
+    /// What they name, each once: of many routes most name the same.
+    clusters: BTreeSet<String>,
+}
 
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Route {
@@ -54,7 +58,7 @@ pub(super) type Targets = Vec<(String, u32)>;
 
 impl Routes {
     pub(super) fn clusters(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().flat_map(|route| route.action.clusters())
+        self.clusters.iter().map(String::as_str)
     }
 }
 
@@ -89,7 +93,9 @@ pub(super) fn parse(message: &RouteConfiguration, field: &str) -> Result<Routes,
         let action = action(route, &matches, &field)?;
         Ok(Route { matches, action })
     });
-    Ok(Routes(routes.collect::<Result<_, _>>()?))
+    let all = routes.collect::<Result<Vec<_>, _>>()?;
+    let clusters = all.iter().flat_map(|route| route.action.clusters()).map(str::to_owned).collect();
+    Ok(Routes { all, clusters })
 }
 
 fn action(route: &RouteMessage, matches: &RouteMatch, at: &str) -> Result<Action, ConfigError> {

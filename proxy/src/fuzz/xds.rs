@@ -192,6 +192,8 @@ fn step(held: &mut Resources, named: &mut BTreeSet<(TypeUrl, String)>, input: &m
         assert!(before.listeners.iter().all(same), "what served goes on: {before:?} {now:?}");
     }
     assert!(Arc::ptr_eq(&held.build(), &now), "nothing changes by itself");
+    held.look_at_all();
+    assert!(Arc::ptr_eq(&held.build(), &now), "what a change was taken not to concern is as it should be: {now:?}");
     can_be_served(&now);
     // Whatever is held can be told.
     let _ = (held.dump(), held.subscriptions(), TypeUrl::ALL.map(|kind| (held.versions(kind), held.count(kind))));

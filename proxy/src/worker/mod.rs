@@ -34,7 +34,7 @@ mod trace;
 
 use std::{
     cell::RefCell,
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap},
     net::TcpListener,
     rc::Rc,
     sync::Arc,
@@ -48,7 +48,6 @@ use tokio::{
 };
 
 use self::{
-    cluster::Cluster,
     serving::{Clusters, Serving},
     slot::Slot,
 };
@@ -56,7 +55,7 @@ use crate::{
     access_log::AccessLog,
     metrics::Metrics,
     overload::{Action, Overload},
-    snapshot::{self, Snapshot},
+    snapshot::Listener,
     tls::IdentityHandle,
     trace::Tracer,
     workers::{Role, Timing},
@@ -78,14 +77,22 @@ pub(crate) struct Shared {
 }
 
 pub(crate) enum Command {
-    /// Serve this from now on, with sockets for the listeners that are new. Answered when it is so.
-    Apply { snapshot: Arc<Snapshot>, sockets: Vec<(String, TcpListener)>, done: oneshot::Sender<()> },
+    /// Serve so from now on, with sockets for the listeners that are new. Answered when it is so.
+    Apply { changes: Arc<Changes>, sockets: Vec<(String, TcpListener)>, done: oneshot::Sender<()> },
     /// End all connections. Answered with how many were cut.
     Drain { settle: Duration, deadline: Instant, done: oneshot::Sender<usize> },
     /// Ask the connections that are open now to end in their time. New ones are served as ever.
     AnnounceDrain { done: oneshot::Sender<()> },
     /// Show a sign of life.
     Ping { done: oneshot::Sender<()> },
+}
+
+/// From one snapshot to the next.
+#[derive(Debug, Default)]
+pub(crate) struct Changes {
+    /// New, or in a new version, with their names.
+    pub(crate) served: Vec<(String, Arc<Listener>)>,
+    pub(crate) removed: Vec<String>,
 }
 
 struct Worker {
@@ -107,8 +114,8 @@ pub(crate) async fn run(shared: Shared, mut commands: mpsc::Receiver<Command>) {
     let sweeper = tokio::task::spawn_local(sweep(Rc::clone(&worker)));
     while let Some(command) = commands.recv().await {
         match command {
-            Command::Apply { snapshot, sockets, done } => {
-                worker.apply(&snapshot, sockets);
+            Command::Apply { changes, sockets, done } => {
+                worker.apply(&changes, sockets);
                 let _ = done.send(());
             }
             Command::Drain { settle, deadline, done } => {
@@ -131,33 +138,38 @@ pub(crate) async fn run(shared: Shared, mut commands: mpsc::Receiver<Command>) {
 }
 
 impl Worker {
-    /// Switches to a snapshot. There is no await in it: no request runs meanwhile.
-    fn apply(&self, snapshot: &Snapshot, sockets: Vec<(String, TcpListener)>) {
-        let clusters = self.clusters_for(snapshot);
+    /// Switches to the next snapshot. There is no await in it: no request runs meanwhile.
+    fn apply(&self, changes: &Changes, sockets: Vec<(String, TcpListener)>) {
         let mut slots = self.slots.borrow_mut();
+        let mut clusters = self.clusters.borrow_mut();
         let mut sockets: HashMap<String, TcpListener> = sockets.into_iter().collect();
+        // What is not served any more, in the version that was.
+        let mut former = Vec::new();
 
-        let gone: Vec<String> = slots
-            .iter()
-            .filter(|(name, slot)| snapshot.listeners.get(*name).is_none_or(|new| new.address != slot.address))
-            .map(|(name, _)| name.clone())
-            .collect();
+        let is_elsewhere = |name, new: &Listener| slots.get(name).is_some_and(|slot| slot.address != new.address);
+        let moved = changes.served.iter().filter(|(name, new)| is_elsewhere(name, new)).map(|(name, _)| name);
+        let gone: Vec<&String> = changes.removed.iter().chain(moved).collect();
         for name in gone {
-            if let Some(slot) = slots.remove(&name) {
+            if let Some(slot) = slots.remove(name) {
                 slot.remove();
+                former.push(Arc::clone(&slot.serving().listener));
                 self.removed.borrow_mut().push(slot);
             }
         }
-        for (name, listener) in &snapshot.listeners {
+        for (name, listener) in &changes.served {
             if let Some(slot) = slots.get(name) {
-                if !Arc::ptr_eq(&slot.serving().listener, listener) {
+                let before = Arc::clone(&slot.serving().listener);
+                if !Arc::ptr_eq(&before, listener) {
+                    clusters.take_up(listener, &self.shared);
                     slot.serve(Rc::new(Serving::new(listener, &clusters, &self.shared)));
+                    former.push(before);
                 }
                 continue;
             }
             let Some(socket) = sockets.remove(name) else {
                 continue;
             };
+            clusters.take_up(listener, &self.shared);
             let serving = Rc::new(Serving::new(listener, &clusters, &self.shared));
             let slot = if let Some(slot) = self.take_removed(name, listener.address) {
                 slot.revive();
@@ -174,58 +186,18 @@ impl Worker {
             }
             slots.insert(name.clone(), slot);
         }
-        drop(slots);
+        // After all were taken up: what one listener lets go may be another's now.
+        for listener in &former {
+            clusters.let_go(listener);
+        }
+        drop((slots, clusters));
         self.removed.borrow_mut().retain(|slot| !slot.is_over());
-        self.switch_clusters(clusters);
     }
 
     fn take_removed(&self, name: &str, address: std::net::SocketAddr) -> Option<Rc<Slot>> {
         let mut removed = self.removed.borrow_mut();
         let index = removed.iter().position(|slot| slot.name == name && slot.address == address)?;
         Some(removed.swap_remove(index))
-    }
-
-    fn clusters_for(&self, snapshot: &Snapshot) -> Clusters {
-        type Named = HashMap<String, Rc<Cluster>>;
-        let add = |clusters: &mut Named, current: &Named, config: &Arc<snapshot::Cluster>| {
-            if clusters.contains_key(&config.name) {
-                return;
-            }
-            let cluster = match current.get(&config.name) {
-                Some(same) if Arc::ptr_eq(&same.config, config) || same.config == *config => Rc::clone(same),
-                previous => Rc::new(Cluster::new(Arc::clone(config), previous.map(Rc::as_ref), &self.shared)),
-            };
-            clusters.insert(config.name.clone(), cluster);
-        };
-        let current = self.clusters.borrow();
-        let mut clusters = Clusters::default();
-        let chains = snapshot.listeners.values().flat_map(|listener| &listener.chains);
-        for split in chains.flat_map(|chain| chain.protocol.splits()) {
-            for (config, _) in &split.targets {
-                add(&mut clusters.drawn, &current.drawn, config);
-            }
-            for mirror in &split.mirrors {
-                add(&mut clusters.mirrors, &current.mirrors, &mirror.cluster);
-            }
-        }
-        clusters
-    }
-
-    /// Takes the clusters into use, and lets go of connections to endpoints that are configured no more.
-    fn switch_clusters(&self, clusters: Clusters) {
-        let mut used = HashSet::new();
-        for cluster in clusters.all() {
-            cluster.each_endpoint(|endpoint| {
-                used.insert(Rc::as_ptr(endpoint));
-            });
-        }
-        for cluster in self.clusters.replace(clusters).all() {
-            cluster.each_endpoint(|endpoint| {
-                if !used.contains(&Rc::as_ptr(endpoint)) {
-                    endpoint.retire();
-                }
-            });
-        }
     }
 
     fn announce_drain(&self) {

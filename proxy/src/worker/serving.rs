@@ -1,6 +1,11 @@
 //! A listener's configuration made ready for one worker thread: handles instead of names.
 
-use std::{collections::HashMap, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
 
 use http::{StatusCode, request};
 use rustls::ServerConfig;
@@ -12,17 +17,105 @@ use crate::{
     tls::{ALPN_H2, ALPN_HTTP1},
 };
 
-/// The clusters of a snapshot, by name: those that are drawn, and those that copies are sent to, which share nothing with them.
+/// The clusters of all listeners: those that are drawn, and those that copies are sent to, which share nothing with them.
 #[derive(Default)]
 pub(super) struct Clusters {
-    pub(super) drawn: HashMap<String, Rc<Cluster>>,
-    pub(super) mirrors: HashMap<String, Rc<Cluster>>,
+    drawn: Named,
+    mirrors: Named,
 }
 
 impl Clusters {
     pub(super) fn all(&self) -> impl Iterator<Item = &Rc<Cluster>> {
-        self.drawn.values().chain(self.mirrors.values())
+        self.drawn.0.values().chain(self.mirrors.0.values()).map(|used| &used.cluster)
     }
+
+    /// Has the clusters of this version of a listener, until it is let go.
+    pub(super) fn take_up(&mut self, listener: &Listener, worker: &Shared) {
+        for config in drawn(listener).into_values() {
+            self.drawn.take_up(config, worker);
+        }
+        for config in mirrored(listener).into_values() {
+            self.mirrors.take_up(config, worker);
+        }
+    }
+
+    pub(super) fn let_go(&mut self, listener: &Listener) {
+        for name in drawn(listener).into_keys() {
+            self.drawn.let_go(name);
+        }
+        for name in mirrored(listener).into_keys() {
+            self.mirrors.let_go(name);
+        }
+    }
+}
+
+type Configs<'a> = HashMap<&'a str, &'a Arc<snapshot::Cluster>>;
+
+fn drawn(listener: &Listener) -> Configs<'_> {
+    let targets = splits(listener).flat_map(|split| &split.targets);
+    targets.map(|(cluster, _)| (cluster.name.as_str(), cluster)).collect()
+}
+
+fn mirrored(listener: &Listener) -> Configs<'_> {
+    let mirrors = splits(listener).flat_map(|split| &split.mirrors);
+    mirrors.map(|mirror| (mirror.cluster.name.as_str(), &mirror.cluster)).collect()
+}
+
+fn splits(listener: &Listener) -> impl Iterator<Item = &snapshot::Split> {
+    listener.chains.iter().flat_map(|chain| chain.protocol.splits())
+}
+
+/// By name.
+#[derive(Default)]
+struct Named(HashMap<String, Used>);
+
+struct Used {
+    cluster: Rc<Cluster>,
+    /// How many versions of listeners name it.
+    by: usize,
+}
+
+impl Named {
+    /// In its newest version, with the connections of the one before, as far as they lead to the same endpoints.
+    fn take_up(&mut self, config: &Arc<snapshot::Cluster>, worker: &Shared) {
+        let Some(used) = self.0.get_mut(&config.name) else {
+            let cluster = Rc::new(Cluster::new(Arc::clone(config), None, worker));
+            self.0.insert(config.name.clone(), Used { cluster, by: 1 });
+            return;
+        };
+        used.by += 1;
+        let same = Arc::ptr_eq(&used.cluster.config, config) || used.cluster.config == *config;
+        if !same {
+            let new = Cluster::new(Arc::clone(config), Some(&used.cluster), worker);
+            let former = std::mem::replace(&mut used.cluster, Rc::new(new));
+            retire(&former, Some(&used.cluster));
+        }
+    }
+
+    fn let_go(&mut self, name: &str) {
+        let Some(used) = self.0.get_mut(name) else { return };
+        used.by -= 1;
+        if used.by == 0
+            && let Some(used) = self.0.remove(name)
+        {
+            retire(&used.cluster, None);
+        }
+    }
+}
+
+/// Lets go of connections to endpoints that are configured no more.
+fn retire(former: &Cluster, now: Option<&Rc<Cluster>>) {
+    let mut kept = HashSet::new();
+    if let Some(now) = now {
+        now.each_endpoint(|endpoint| {
+            kept.insert(Rc::as_ptr(endpoint));
+        });
+    }
+    former.each_endpoint(|endpoint| {
+        if !kept.contains(&Rc::as_ptr(endpoint)) {
+            endpoint.retire();
+        }
+    });
 }
 
 pub(super) struct Serving {
@@ -155,7 +248,7 @@ impl Split {
         let mut targets = Vec::with_capacity(config.targets.len());
         let mut configured = Vec::with_capacity(config.targets.len());
         for (cluster, weight) in &config.targets {
-            let Some(cluster) = clusters.drawn.get(&cluster.name) else {
+            let Some(Used { cluster, .. }) = clusters.drawn.0.get(&cluster.name) else {
                 continue;
             };
             configured.push(Rc::clone(cluster));
@@ -167,7 +260,7 @@ impl Split {
             total = upto;
         }
         let mirrors = config.mirrors.iter().filter_map(|mirror| {
-            let cluster = Rc::clone(clusters.mirrors.get(&mirror.cluster.name)?);
+            let cluster = Rc::clone(&clusters.mirrors.0.get(&mirror.cluster.name)?.cluster);
             Some(Rc::new(Mirror::new(mirror, cluster, worker)))
         });
         Self { targets, total, mirrors: mirrors.collect(), _configured: configured }

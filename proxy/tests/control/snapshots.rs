@@ -357,6 +357,17 @@ fn two_listeners_on_one_port_are_refused_unless_the_first_goes() {
     assert!(rejected[0].to_string().contains("another listener has this port"), "{rejected:?}");
     let gone = [WEB.to_owned()];
     assert!(resources.update(Change { removed: &gone, ..change }).is_empty());
+    // The one that had the port first comes back, and finds it taken.
+    let back = [resource(WEB, "2", &listener(WEB, 20001))];
+    assert_eq!(resources.update(Change { resources: &back, ..change }).len(), 1);
+    // It is free when its holder has moved, and that has taken effect.
+    let unasked = route("shop/api:80", &[(A, 1)]);
+    accept(&mut resources, TypeUrl::Route, &[resource("shop/api:80", "1", &unasked)]);
+    let moved = [resource("shop/api:80", "2", &listener("shop/api:80", 20009))];
+    assert!(resources.update(Change { resources: &moved, ..change }).is_empty());
+    assert_eq!(resources.update(Change { resources: &back, ..change }).len(), 1, "connections may come there still");
+    resources.build();
+    assert!(resources.update(Change { resources: &back, ..change }).is_empty());
 }
 
 /// What a confused or hostile control plane could send: good resources, with some of their bytes changed.

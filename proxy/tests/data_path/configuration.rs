@@ -1,4 +1,4 @@
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{Response, StatusCode};
 use sluice_proxy::{
@@ -155,6 +155,36 @@ async fn connections_to_an_endpoint_that_is_removed_are_closed_and_its_revision_
     // Held by nothing but the client's connection, which is closed, too.
     eventually("the end of its series", || !proxy.metrics.render().contains("revision=\"a\"")).await;
     assert_eq!(proxy.counted("b", "2xx", ""), 0);
+}
+
+#[tokio::test]
+async fn a_revision_behind_two_ports_keeps_its_connections_until_both_have_left_it() {
+    // It takes one connection only.
+    let ((shared, mut closed), other) = (watched().await, App::named("other").await);
+    let proxy = Proxy::with(Role::Fleet, IdentityHandle::default(), |options| {
+        options.metrics = Metrics::new("test", 1);
+        options.timing.application_idle = Duration::from_secs(600);
+    });
+    let ports = [(); 3].map(|()| SocketAddr::new(own_ip(), 20000));
+    let port = |index: usize, cluster: Cluster| {
+        let chains = vec![FilterChain { server_name: None, tls: None, protocol: http_to([(cluster, 100)]), idle: None }];
+        let name = format!("shop/cart:{index}");
+        Arc::new(Listener { name, address: ports[index], chains, max_connections: None })
+    };
+    let (to_shared, to_other) = (|| cluster("a", &[shared]), || cluster("b", &[other.address]));
+    let second = port(1, to_shared());
+    proxy.apply([port(0, to_shared()), second.clone()]).await;
+    assert_eq!(Http1::connect(ports[0]).await.get("/").await.body, "ok");
+    proxy.apply([second]).await;
+    let mut client = Http1::connect(ports[1]).await;
+    assert_eq!(client.get("/").await.body, "ok");
+    // One leaves it as another comes to it.
+    proxy.apply([port(1, to_other()), port(2, to_shared())]).await;
+    assert_eq!(client.get("/").await.body, "other");
+    assert_eq!(Http1::connect(ports[2]).await.get("/").await.body, "ok");
+    assert!(closed.try_recv().is_err());
+    proxy.apply([port(1, to_other())]).await;
+    soon("the close of the pooled connection", closed.recv()).await.unwrap();
 }
 
 /// A server that says when a connection to it has been closed by the other side.

@@ -41,8 +41,8 @@ use crate::{
 };
 
 pub(crate) const CONTROLLER: &str = "spiffe://cluster.local/ns/sluice-system/sa/sluice-controller";
-/// For what takes seconds at most.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// For what takes seconds at most, where nothing else does.
+const PATIENCE: Duration = Duration::from_secs(180);
 /// What the leader says of itself (docs/xds.md, "Epoch").
 const IDENTIFIER: &str = "1/bench";
 

@@ -209,7 +209,7 @@ fn bootstrap(root: String, (certificate, key): &(Certificate, KeyPair), control:
         },
         "static_resources": {
             "clusters": [{
-                "name": "sluice", "type": "STATIC", "connect_timeout": "1s",
+                "name": "sluice", "type": "STATIC", "connect_timeout": "10s",
                 "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
                     "@type": any("upstreams.http.v3.HttpProtocolOptions"),
                     "explicit_http_config": {"http2_protocol_options": {}},
