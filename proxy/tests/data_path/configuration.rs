@@ -167,7 +167,8 @@ async fn a_revision_behind_two_ports_keeps_its_connections_until_both_have_left_
     });
     let ports = [(); 3].map(|()| SocketAddr::new(own_ip(), 20000));
     let port = |index: usize, cluster: Cluster| {
-        let chains = vec![FilterChain { server_name: None, tls: None, protocol: http_to([(cluster, 100)]), idle: None }];
+        let chains =
+            vec![FilterChain { server_name: None, tls: None, protocol: http_to([(cluster, 100)]), idle: None }];
         let name = format!("shop/cart:{index}");
         Arc::new(Listener { name, address: ports[index], chains, max_connections: None })
     };

@@ -59,7 +59,11 @@ impl Fleet {
             fleet: "default".to_owned(),
             release_namespace: "sluice-system".to_owned(),
             watched_namespace: None,
-            limits: Limits { connections: Some(4096), requests: Some(2048), stream_idle: Some(job::STREAM_IDLE_SECONDS) },
+            limits: Limits {
+                connections: Some(4096),
+                requests: Some(2048),
+                stream_idle: Some(job::STREAM_IDLE_SECONDS),
+            },
         };
         Ok(Self { settings: Arc::new(settings), ports })
     }

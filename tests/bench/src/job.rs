@@ -19,6 +19,8 @@ pub(crate) const WEIGHTS: [u32; 2] = [95, 5];
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 pub(crate) const RETRIES: u32 = 2;
+/// As the chart has it. Envoy has its default of five minutes.
+pub(crate) const STREAM_IDLE_SECONDS: u32 = 3600;
 /// Routes of a service where a row asks for many: all but the last match other paths.
 const ROUTES: usize = 10;
 

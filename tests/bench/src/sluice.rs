@@ -1,6 +1,6 @@
 //! Our proxy: its data path with a static snapshot, on one thread; and all of it.
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use sluice_proxy::{
     metrics::Metrics,
@@ -94,7 +94,7 @@ fn snapshot(job: &Job) -> Snapshot {
                     Protocol::Http(job.prefixes().map(route).collect())
                 }
             },
-            idle: None,
+            idle: Some(Duration::from_secs(job::STREAM_IDLE_SECONDS.into())),
         };
         let name = format!("bench/{}/{}", service.host, service.listen);
         (name.clone(), Arc::new(Listener { name, address: service.listen, chains: vec![chain], max_connections: None }))
