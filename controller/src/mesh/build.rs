@@ -1,7 +1,6 @@
 //! [`build`]: the snapshot that follows from the facts.
 
 use std::{
-    borrow::Borrow,
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
 };
@@ -17,7 +16,7 @@ use sluice_xds::{SpiffeId, TypeUrl};
 use super::{
     Inputs, Member, Resource, RevisionFacts, RevisionKey, Routed, Settings, Snapshot, View,
     encode::{self, Addresses, FleetCluster, InboundPort, SIDECAR_PORT, Split},
-    policy,
+    pod, policy,
     ports::PortKey,
     route::{self, Destinations},
     service::{self, Port, Protocol},
@@ -54,7 +53,7 @@ impl<'a> Index<'a> {
         let mut pods: BTreeMap<RevisionKey, Vec<&Pod>> = BTreeMap::new();
         let mut by_uid = BTreeMap::new();
         for pod in &inputs.pods {
-            if let Some(key) = revision_of(pod) {
+            if let Some(key) = pod::revision_of(pod) {
                 if let Some(uid) = &pod.metadata.uid {
                     by_uid.insert(uid.clone(), key.clone());
                 }
@@ -77,13 +76,6 @@ impl<'a> Index<'a> {
             facts,
         }
     }
-}
-
-/// The revision that a Pod's labels name.
-fn revision_of(pod: &Pod) -> Option<RevisionKey> {
-    let labels = pod.metadata.labels.as_ref()?;
-    let canary = CanaryKey::new(pod.metadata.namespace.clone()?, labels.get(labels::CANARY)?);
-    Some(RevisionKey { canary, revision: labels.get(labels::REVISION)?.clone() })
 }
 
 /// What a Service of a Canary is for.
@@ -303,8 +295,8 @@ impl OneService<'_> {
     /// The target's own Pods: no sidecar, so the application's port in plaintext. Each may have the named port elsewhere.
     fn original(&self, target: &IntOrString) -> Addresses {
         let pods = self.inputs.originals.get(self.key).into_iter().flatten();
-        serving(pods)
-            .filter_map(|pod| Some((SocketAddr::new(pod_ip(pod)?, target_port(pod, target)?), zone(pod))))
+        pod::serving(pods)
+            .filter_map(|pod| Some((SocketAddr::new(pod::ip(pod)?, target_port(pod, target)?), pod::zone(pod))))
             .collect()
     }
 
@@ -314,7 +306,7 @@ impl OneService<'_> {
         let facts = self.index.facts.get(&key).cloned().unwrap_or_default();
         let port = facts.port(target);
         let pods = self.index.pods.get(&key).into_iter().flatten();
-        let ready = serving(pods).filter_map(|pod| Some((pod_ip(pod)?, zone(pod))));
+        let ready = pod::serving(pods).filter_map(|pod| Some((pod::ip(pod)?, pod::zone(pod))));
         // As with any Service, a name that no container has leads nowhere.
         let addresses =
             ready.filter(|_| port.is_some()).map(|(ip, zone)| (SocketAddr::new(ip, SIDECAR_PORT), zone)).collect();
@@ -371,9 +363,9 @@ fn members(inputs: &Inputs) -> BTreeMap<String, Member> {
         .flat_map(|endpoint| &endpoint.addresses)
         .filter_map(|address| address.parse().ok())
         .collect();
-    let pods = inputs.pods.iter().filter(|pod| is_member(pod, &inputs.settings));
+    let pods = inputs.pods.iter().filter(|pod| pod::is_member(pod, &inputs.settings));
     pods.filter_map(|pod| {
-        let addresses = pod_ips(pod);
+        let addresses = pod::ips(pod);
         let member = Member {
             name: pod.name_any(),
             started: pod.status.as_ref().and_then(|status| status.phase.as_deref()) != Some("Pending"),
@@ -384,59 +376,6 @@ fn members(inputs: &Inputs) -> BTreeMap<String, Member> {
         Some((pod.metadata.uid.clone()?, member))
     })
     .collect()
-}
-
-/// A Pod of the fleet whose containers may still run.
-pub(super) fn is_member(pod: &Pod, settings: &Settings) -> bool {
-    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
-    pod.metadata.namespace.as_deref() == Some(&settings.release_namespace)
-        && pod.labels().get(labels::FLEET) == Some(&settings.fleet)
-        && !matches!(phase, Some("Succeeded" | "Failed"))
-}
-
-/// Ready, and not about to go.
-pub(super) fn serves(pod: &Pod) -> bool {
-    is_ready(pod) && pod.metadata.deletion_timestamp.is_none()
-}
-
-fn is_ready(pod: &Pod) -> bool {
-    let mut conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
-    conditions.any(|condition| condition.type_ == "Ready" && condition.status == "True")
-}
-
-/// Those of a version's Pods that get requests: where all are about to go, those that are ready still, as with any Service
-/// (KEP-1669).
-fn serving<'a, P: Borrow<Pod> + 'a>(pods: impl Iterator<Item = &'a P> + Clone) -> impl Iterator<Item = &'a Pod> {
-    let pods = pods.map(Borrow::borrow);
-    let all_go = !pods.clone().any(serves);
-    pods.filter(move |pod| if all_go { is_ready(pod) } else { serves(pod) })
-}
-
-/// Put on Pods by the API server from 1.35 on; before, it is not known unless somebody else does.
-const ZONE: &str = "topology.kubernetes.io/zone";
-
-/// The zone of a Pod's node.
-pub(super) fn zone(pod: &Pod) -> Option<String> {
-    pod.labels().get(ZONE).filter(|zone| !zone.is_empty()).cloned()
-}
-
-fn pod_ip(pod: &Pod) -> Option<IpAddr> {
-    pod.status.as_ref()?.pod_ip.as_ref()?.parse().ok()
-}
-
-/// All addresses of a Pod, the primary one first.
-pub(super) fn pod_ips(pod: &Pod) -> Vec<IpAddr> {
-    let Some(status) = &pod.status else {
-        return Vec::new();
-    };
-    let all = status.pod_ips.iter().flatten().map(|ip| &ip.ip);
-    let mut addresses: Vec<IpAddr> = Vec::new();
-    for ip in status.pod_ip.iter().chain(all).filter_map(|ip| ip.parse().ok()) {
-        if !addresses.contains(&ip) {
-            addresses.push(ip);
-        }
-    }
-    addresses
 }
 
 /// Every port that the fleet should have: those of all Services that it serves or is about to.

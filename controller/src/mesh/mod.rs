@@ -5,6 +5,7 @@
 mod build;
 mod encode;
 mod inputs;
+mod pod;
 mod policy;
 pub mod ports;
 mod publisher;

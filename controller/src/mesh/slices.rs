@@ -24,7 +24,7 @@ use kube::{
 use sluice_crds::labels;
 use tokio::time::Instant;
 
-use super::{Inputs, build, ports::PortKey, service};
+use super::{Inputs, pod, ports::PortKey, service};
 use crate::cache::CanaryKey;
 
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
@@ -71,7 +71,7 @@ pub fn desired(inputs: &Inputs) -> Desired {
         .pods
         .iter()
         .map(|pod| &**pod)
-        .filter(|pod| build::is_member(pod, &inputs.settings) && build::serves(pod))
+        .filter(|pod| pod::is_member(pod, &inputs.settings) && pod::serves(pod))
         .filter(|pod| !pod.annotations().contains_key(labels::LAGGING))
         .collect();
     fleet.sort_by_key(|pod| pod.name_any());
@@ -159,12 +159,12 @@ fn slices_of(inputs: &Inputs, key: &CanaryKey, service: &Service, fleet: &[&Pod]
 }
 
 fn endpoint(pod: &Pod, family: &str) -> Option<Endpoint> {
-    let address = build::pod_ips(pod).into_iter().find(|ip| ip.is_ipv6() == (family == "IPv6"))?;
+    let address = pod::ips(pod).into_iter().find(|ip| ip.is_ipv6() == (family == "IPv6"))?;
     Some(Endpoint {
         addresses: vec![address.to_string()],
         conditions: Some(EndpointConditions { ready: Some(true), serving: Some(true), terminating: Some(false) }),
         node_name: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
-        zone: build::zone(pod),
+        zone: pod::zone(pod),
         target_ref: Some(ObjectReference {
             kind: Some("Pod".to_owned()),
             namespace: pod.namespace(),

@@ -3,31 +3,19 @@
 
 use std::time::Duration;
 
-use bytes::{BufMut, Bytes};
+use bytes::Bytes;
 use http::{HeaderValue, Response, StatusCode};
 use sluice_proxy::workers::Role;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{
-        TcpStream,
-        tcp::{OwnedReadHalf, OwnedWriteHalf},
+use tokio::{io::AsyncWriteExt, net::tcp::OwnedReadHalf, time::timeout};
+
+use crate::{
+    frames::{
+        CONTINUATION, DATA, END_HEADERS, END_STREAM, Frame, GET, HEADERS, LARGEST, PING, POST, RST_STREAM, SETTINGS,
+        WINDOW_UPDATE, connect, frame,
     },
-    time::timeout,
+    support::*,
 };
 
-use crate::support::*;
-
-/// Kinds of frames (RFC 9113, 6).
-pub(crate) const DATA: u8 = 0;
-pub(crate) const HEADERS: u8 = 1;
-const RST_STREAM: u8 = 3;
-pub(crate) const SETTINGS: u8 = 4;
-pub(crate) const PING: u8 = 6;
-pub(crate) const GOAWAY: u8 = 7;
-pub(crate) const WINDOW_UPDATE: u8 = 8;
-const CONTINUATION: u8 = 9;
-pub(crate) const END_STREAM: u8 = 1;
-pub(crate) const END_HEADERS: u8 = 4;
 /// RFC 9113, 7.
 const PROTOCOL_ERROR: u32 = 1;
 const FLOW_CONTROL_ERROR: u32 = 3;
@@ -37,71 +25,12 @@ const REFUSED_STREAM: u32 = 7;
 const CANCEL: u32 = 8;
 const COMPRESSION_ERROR: u32 = 9;
 const ENHANCE_YOUR_CALM: u32 = 11;
-/// `:method: POST`, `:scheme: http`, `:path: /`, `:authority: a`, as HPACK's static table has them.
-const POST: &[u8] = b"\x83\x86\x84\x41\x01a";
-/// The same with GET.
-const GET: &[u8] = b"\x82\x86\x84\x41\x01a";
 /// `x: y`, of which nothing is remembered.
 const FIELD: &[u8] = b"\x00\x01x\x01y";
 /// Streams that a connection may have at once.
 const STREAMS: u32 = 256;
-/// The largest window (RFC 9113, 6.9.1).
-const MOST: u32 = 0x7fff_ffff;
 /// More than this no flood here needs, in bytes: who has been let send it was not stopped.
 const MUCH: usize = 256 << 20;
-
-pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Bytes {
-    let mut bytes = Vec::with_capacity(9 + payload.len());
-    bytes.put_uint(payload.len() as u64, 3);
-    bytes.put_slice(&[kind, flags]);
-    bytes.put_u32(stream);
-    bytes.put_slice(payload);
-    bytes.into()
-}
-
-/// A client that sends what it likes.
-pub(crate) async fn connect(proxy: &Proxy) -> (OwnedReadHalf, OwnedWriteHalf) {
-    let stream = TcpStream::connect(proxy.address).await.unwrap();
-    let (read, mut write) = stream.into_split();
-    write.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
-    write.write_all(&frame(SETTINGS, 0, 0, &[])).await.unwrap();
-    (read, write)
-}
-
-/// A frame as it came.
-#[derive(Debug)]
-struct Frame {
-    kind: u8,
-    flags: u8,
-    stream: u32,
-    payload: Vec<u8>,
-}
-
-impl Frame {
-    /// `None` at the end of the connection.
-    async fn read(from: &mut OwnedReadHalf) -> Option<Self> {
-        let mut head = [0; 9];
-        from.read_exact(&mut head).await.ok()?;
-        let mut payload = vec![0; usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2])];
-        from.read_exact(&mut payload).await.ok()?;
-        let stream = u32::from_be_bytes(head[5..].try_into().unwrap());
-        Some(Self { kind: head[3], flags: head[4], stream, payload })
-    }
-
-    fn code(&self, at: usize) -> u32 {
-        u32::from_be_bytes(self.payload[at..at + 4].try_into().unwrap())
-    }
-
-    /// The stream that it resets, and why.
-    fn reset(&self) -> Option<(u32, u32)> {
-        (self.kind == RST_STREAM).then(|| (self.stream, self.code(0)))
-    }
-
-    /// The error that it ends the connection with.
-    fn go_away(&self) -> Option<u32> {
-        (self.kind == GOAWAY).then(|| self.code(4))
-    }
-}
 
 /// The error of the GOAWAY that ends a connection.
 async fn ended(mut read: OwnedReadHalf) -> Option<u32> {
@@ -157,7 +86,7 @@ async fn a_flood_of_http2_frames_ends_its_connection_and_no_other() {
             Bytes::new(),
             |count| {
                 let stream = 2 * count + 1;
-                let wide = window(stream, MOST);
+                let wide = window(stream, LARGEST);
                 [frame(HEADERS, END_HEADERS | END_STREAM, stream, POST), wide.clone(), wide].concat().into()
             },
             &[ENHANCE_YOUR_CALM],
@@ -295,7 +224,7 @@ async fn a_stream_whose_window_is_broken_is_reset_counted_and_leaves_the_others_
     // More than the application, and each hop to it, take of a body that is not read; less than the connection's window.
     let data = frame(DATA, 0, 1, &[0; 16 << 10]).repeat(3500 / 16);
     let broken = [
-        ("a window of more than 2^31-1 (RFC 9113, 6.9.1)", window(1, MOST)),
+        ("a window of more than 2^31-1 (RFC 9113, 6.9.1)", window(1, LARGEST)),
         ("DATA beyond our window (RFC 9113, 6.9)", data.into()),
     ];
     for (index, (what, frames)) in broken.iter().enumerate() {
@@ -343,13 +272,13 @@ async fn frames_that_no_stream_can_take_end_their_connection_and_no_other() {
     // SETTINGS_INITIAL_WINDOW_SIZE.
     let initial = |size: u32| frame(SETTINGS, 0, 0, &[&[0, 4][..], &size.to_be_bytes()].concat());
     let table = [
-        ("a window of the connection of more than 2^31-1", window(0, MOST), FLOW_CONTROL_ERROR),
+        ("a window of the connection of more than 2^31-1", window(0, LARGEST), FLOW_CONTROL_ERROR),
         (
             "a setting that takes a stream's window above that (RFC 9113, 6.9.2)",
-            [&*window(3, MOST - 0xffff), &*initial(0x1_0000)].concat().into(),
+            [&*window(3, LARGEST - 0xffff), &*initial(0x1_0000)].concat().into(),
             FLOW_CONTROL_ERROR,
         ),
-        ("a setting above that", initial(MOST + 1), PROTOCOL_ERROR),
+        ("a setting above that", initial(LARGEST + 1), PROTOCOL_ERROR),
         ("no more of a window (RFC 9113, 6.9)", window(3, 0), PROTOCOL_ERROR),
         ("DATA behind the end of a request", frame(DATA, 0, 3, b"more"), PROTOCOL_ERROR),
         ("trailers behind it", frame(HEADERS, END_HEADERS | END_STREAM, 3, FIELD), PROTOCOL_ERROR),

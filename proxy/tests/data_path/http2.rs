@@ -32,7 +32,10 @@ use tokio::{
 };
 
 use crate::{
-    floods::{DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, SETTINGS, WINDOW_UPDATE, connect, frame},
+    frames::{
+        DATA, END_HEADERS, END_STREAM, Frame, GET, GOAWAY, HEADERS, LARGEST, PING, POST, SETTINGS, WINDOW_UPDATE,
+        connect, frame,
+    },
     support::*,
 };
 
@@ -43,14 +46,10 @@ const CHUNK: usize = 16 << 10;
 const WINDOW: usize = 256 << 10;
 const CONNECTION: usize = 4 << 20;
 const UNSENT: usize = 64 << 10;
-/// The windows of those who say nothing of them (RFC 9113, 6.9.2), and the largest (6.9.1).
+/// The windows of those who say nothing of them (RFC 9113, 6.9.2).
 const USUAL: usize = 65_535;
-const LARGEST: u32 = 0x7fff_ffff;
 /// What is on its way from one side to the other: a frame that waits for its window, and one that is being read.
 const IN_HAND: usize = 2 * CHUNK;
-/// `:method: GET` or `POST`, `:scheme: http`, `:path: /`, `:authority: a`, as HPACK's static table has them.
-const GET: &[u8] = b"\x82\x86\x84\x41\x01a";
-const POST: &[u8] = b"\x83\x86\x84\x41\x01a";
 
 type Taken = (Request<RecvStream>, SendResponse<Bytes>);
 
@@ -318,22 +317,17 @@ async fn a_client_that_goes_before_or_in_its_answer_cancels_the_stream_upstream_
     assert_eq!(proxy.counted("a", "5xx", ""), 0);
 }
 
-/// Kind, flags, stream and payload of the next frame; `None` at the end of the connection.
-async fn next(from: &mut OwnedReadHalf) -> Option<(u8, u8, u32, Vec<u8>)> {
-    let mut head = [0; 9];
-    soon("a frame", from.read_exact(&mut head)).await.ok()?;
-    let mut payload = vec![0; usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2])];
-    soon("its payload", from.read_exact(&mut payload)).await.ok()?;
-    Some((head[3], head[4], u32::from_be_bytes(head[5..].try_into().unwrap()), payload))
+/// `None` at the end of the connection.
+async fn next(from: &mut OwnedReadHalf) -> Option<Frame> {
+    soon("a frame", Frame::read(from)).await
 }
 
 /// The last stream that the next GOAWAY says it has seen, and its error.
 async fn go_away(from: &mut OwnedReadHalf) -> (u32, Reason) {
     loop {
-        let (kind, _, _, payload) = next(from).await.expect("the connection ended without a word");
-        if kind == GOAWAY {
-            let [last, error] = [0, 4].map(|at| u32::from_be_bytes(payload[at..at + 4].try_into().unwrap()));
-            return (last, error.into());
+        let frame = next(from).await.expect("the connection ended without a word");
+        if let Some(error) = frame.go_away() {
+            return (frame.code(0), error.into());
         }
     }
 }
@@ -341,9 +335,9 @@ async fn go_away(from: &mut OwnedReadHalf) -> (u32, Reason) {
 /// The payload of the next PING that wants an answer.
 async fn ping(from: &mut OwnedReadHalf) -> Vec<u8> {
     loop {
-        let (kind, flags, _, payload) = next(from).await.expect("the connection ended without a word");
-        if kind == PING && flags == 0 {
-            return payload;
+        let frame = next(from).await.expect("the connection ended without a word");
+        if frame.kind == PING && frame.flags == 0 {
+            return frame.payload;
         }
     }
 }
@@ -352,7 +346,8 @@ async fn ping(from: &mut OwnedReadHalf) -> Vec<u8> {
 async fn answer(from: &mut OwnedReadHalf, stream: u32) -> String {
     let mut content = Vec::new();
     loop {
-        let (kind, flags, of, payload) = next(from).await.expect("the connection ended without an answer");
+        let Frame { kind, flags, stream: of, payload } =
+            next(from).await.expect("the connection ended without an answer");
         assert_ne!(kind, GOAWAY, "in the middle of an answer");
         if of == stream && kind == DATA {
             content.extend(payload);

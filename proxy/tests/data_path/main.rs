@@ -8,6 +8,7 @@ mod downstream_http1;
 mod drain;
 mod fault;
 mod floods;
+mod frames;
 mod http;
 mod http2;
 mod limits;
