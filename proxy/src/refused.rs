@@ -144,20 +144,6 @@ impl Refused {
         }
     }
 
-    /// Why a connection of HTTP/2 was ended by us; `None` if it was not.
-    #[must_use]
-    pub fn by_http2(error: &hyper::Error) -> Option<Self> {
-        let mut source = std::error::Error::source(error);
-        let error = loop {
-            let inner = source?;
-            match inner.downcast_ref::<h2::Error>() {
-                Some(error) => break error,
-                None => source = inner.source(),
-            }
-        };
-        Self::by_reset(error.reason().filter(|_| error.is_library())?)
-    }
-
     /// Why a stream or a connection of HTTP/2 was ended by us with this code; `None` if it was not for what the client did.
     #[must_use]
     pub fn by_reset(reason: Reason) -> Option<Self> {

@@ -1,7 +1,7 @@
 //! Bodies on their way through: a request's, which can be sent again, and a response's, which is measured.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::RefCell,
     pin::Pin,
     rc::Rc,
     task::{Context, Poll, ready},
@@ -13,13 +13,12 @@ use futures::{FutureExt, channel::oneshot, future::Shared};
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     connection::Connection,
-    http1::{self, client::AnswerBody, server},
-    mirror,
+    http1::{self, server},
+    http2, mirror,
     pool::{Lease, UpstreamError},
     progress::Progress,
     stream::Stream,
@@ -67,50 +66,23 @@ pub(super) enum ClientError {
     #[error(transparent)]
     Http1(#[from] http1::Error),
     #[error(transparent)]
-    Http2(#[from] hyper::Error),
+    Http2(#[from] h2::Error),
 }
 
 /// A request's body as it comes from a client.
 pub(super) enum ClientBody {
     Http1(server::RequestBody),
-    Http2(Incoming, Rc<Progress>),
+    Http2(http2::Incoming, Rc<Progress>),
     /// What is read along for a copy of a request.
     Copied(mirror::CopiedBody),
     Watched(Box<Watched>),
     Mirrored(Box<Mirrored>),
-    Noted(Box<Noted>),
 }
 
 /// A body that copies of a request read along.
 pub(super) struct Mirrored {
     pub(super) body: ClientBody,
     pub(super) copies: Vec<mirror::Feed>,
-}
-
-/// A body whose reader does not tell why it broke off.
-pub(super) struct Noted {
-    body: ClientBody,
-    why: Broken,
-}
-
-/// Why a request's body broke off, if it did. Of a request in HTTP/2, hyper says no more than that its stream was reset.
-#[derive(Clone, Default)]
-pub(super) struct Broken(Rc<Cell<Option<Failure>>>);
-
-impl Broken {
-    /// Of a body that has not been read yet.
-    pub(super) fn note(&self, body: RequestBody) -> RequestBody {
-        match body {
-            RequestBody::Once(body) => {
-                RequestBody::Once(ClientBody::Noted(Box::new(Noted { body, why: self.clone() })))
-            }
-            body @ (RequestBody::Empty | RequestBody::Replayable(_)) => body,
-        }
-    }
-
-    pub(super) fn why(&self) -> Option<Failure> {
-        self.0.take()
-    }
 }
 
 /// A body whose end, or the end of whoever reads it, is told by dropping `read`.
@@ -183,13 +155,6 @@ impl Body for ClientBody {
                 mirrored.copies.retain_mut(|copy| copy.pass_on(frame.as_ref(), ended));
                 return Poll::Ready(frame);
             }
-            Self::Noted(noted) => {
-                let frame = ready!(Pin::new(&mut noted.body).poll_frame(cx));
-                if let Some(Err(error)) = &frame {
-                    noted.why.0.set(Some(error.failure()));
-                }
-                return Poll::Ready(frame);
-            }
         };
         frame.map_err(BodyError::Client)
     }
@@ -201,7 +166,6 @@ impl Body for ClientBody {
             Self::Copied(body) => body.is_end_stream(),
             Self::Watched(watched) => watched.body.is_end_stream(),
             Self::Mirrored(mirrored) => mirrored.body.is_end_stream(),
-            Self::Noted(noted) => noted.body.is_end_stream(),
         }
     }
 
@@ -212,7 +176,6 @@ impl Body for ClientBody {
             Self::Copied(body) => body.size_hint(),
             Self::Watched(watched) => watched.body.size_hint(),
             Self::Mirrored(mirrored) => mirrored.body.size_hint(),
-            Self::Noted(noted) => noted.body.size_hint(),
         }
     }
 }
@@ -257,8 +220,8 @@ pub(super) async fn read_whole(mut body: UpstreamBody, lease: Lease) -> Option<H
 
 /// A response's body as it comes from an upstream.
 pub(super) enum UpstreamBody {
-    Http1(AnswerBody),
-    Http2(Incoming),
+    Http1(http1::client::AnswerBody),
+    Http2(http2::client::AnswerBody),
 }
 
 impl UpstreamBody {

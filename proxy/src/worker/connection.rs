@@ -2,7 +2,6 @@
 
 use std::{
     cell::{Cell, OnceCell, RefCell},
-    convert::Infallible,
     future::{Future, poll_fn},
     io,
     net::{IpAddr, SocketAddr},
@@ -13,10 +12,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use futures::FutureExt;
-use http::{HeaderValue, Request};
-use hyper::{body::Incoming, server::conn::http2, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use http::HeaderValue;
 use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -26,13 +22,10 @@ use tokio::{
 use tokio_rustls::{LazyConfigAcceptor, StartHandshake};
 
 use super::{
-    batch::Batch,
-    body::{ClientBody, RequestBody},
     http1::server::{self, Sent},
-    pool::{CONNECTION_WINDOW, SEND_BUFFER, STREAM_WINDOW},
-    progress::{OwnTask, Streams},
+    http2,
+    progress::Streams,
     relay, request,
-    resets::Resets,
     serving::{Chain, Protocol},
     slot::Slot,
     stream::{Socket, Stream},
@@ -46,8 +39,6 @@ use crate::{
     workers::Role,
 };
 
-/// Requests that one client may have open on one HTTP/2 connection.
-const MAX_STREAMS: u32 = 256;
 /// After so many requests on a connection, a client that gave most of them up within a second, unanswered, is cut off: it costs more
 /// than it asks for ("Rapid Reset", CVE-2023-44487). The figures are Envoy's (`overload.premature_reset_total_stream_count`).
 const LOOK_AT_RESETS: u32 = 500;
@@ -463,32 +454,31 @@ impl Patience {
 }
 
 async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
-    let service = service_fn(|request: Request<Incoming>| {
-        let progress = connection.streams.begin();
-        let request = request.map(|body| RequestBody::Once(ClientBody::Http2(body, Rc::clone(&progress))));
-        // In a box: hyper passes it on by value several times.
-        Box::pin(request::serve(Rc::clone(connection), progress, request)).map(Ok::<_, Infallible>)
-    });
-    let resets = Resets::of(connection.slot.metrics.clone());
-    let served = http2::Builder::new(OwnTask(Rc::clone(connection)))
-        .timer(TokioTimer::new())
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_concurrent_streams(MAX_STREAMS)
-        .max_send_buf_size(SEND_BUFFER)
-        .serve_connection(TokioIo::new(Batch::new(stream, Some(resets))), service);
-    let mut served = pin!(served);
+    let metrics = &connection.slot.metrics;
+    // In a box, as it is large, and soon over.
+    let preface = Box::pin(http2::server::Connection::new(stream, metrics.clone()));
+    let mut client = match timeout(connection.slot.worker.timing.header, preface).await {
+        Ok(Ok(client)) => client,
+        Ok(Err(error)) => return http2_failed(connection, &error),
+        Err(_) => return metrics.refused(Refused::HeadTimeout),
+    };
     let mut timer = pin!(sleep(connection.look_every()));
     let (mut told, mut ending) = (false, None);
     // Ends it when it is drained or idle for too long: GOAWAY loses nothing.
     let result = poll_fn(|cx| {
         loop {
-            if let Poll::Ready(result) = served.as_mut().poll(cx) {
-                return Poll::Ready(result);
+            while let Poll::Ready(request) = client.poll_request(cx) {
+                match request {
+                    Some(Ok(exchange)) => {
+                        tokio::task::spawn_local(exchange.serve(Rc::clone(connection)));
+                    }
+                    Some(Err(error)) => return Poll::Ready(Err(error)),
+                    None => return Poll::Ready(Ok(())),
+                }
             }
             if connection.is_draining() && !told {
                 told = true;
-                served.as_mut().graceful_shutdown();
+                client.end();
                 continue;
             }
             ready!(timer.as_mut().poll(cx));
@@ -498,7 +488,7 @@ async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
             if connection.active.get() > 0 {
                 ending = None;
             } else if connection.idle_limit().is_some_and(|limit| quiet >= limit) {
-                served.as_mut().graceful_shutdown();
+                client.end();
                 let since = *ending.get_or_insert(now);
                 // What keeps it open is no request: the rest of an answer that the client does not read, or half a head.
                 if connection.stream_idle().is_some_and(|limit| now.duration_since(since) >= limit) {
@@ -510,9 +500,13 @@ async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
         }
     });
     if let Err(error) = result.await {
-        if let Some(why) = Refused::by_http2(&error) {
-            connection.slot.metrics.refused(why);
-        }
-        tracing::debug!(listener = connection.slot.name, peer = %connection.peer, %error, "connection ended");
+        http2_failed(connection, &error);
     }
+}
+
+fn http2_failed(connection: &Connection, error: &h2::Error) {
+    if let Some(why) = error.reason().filter(|_| error.is_library()).and_then(Refused::by_reset) {
+        connection.slot.metrics.refused(why);
+    }
+    tracing::debug!(listener = connection.slot.name, peer = %connection.peer, %error, "connection ended");
 }

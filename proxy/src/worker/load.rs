@@ -82,7 +82,7 @@ impl Drop for Counted<'_> {
     }
 }
 
-/// The connections of one endpoint, and who waits for one of them.
+/// The connections of one endpoint, and who waits for one of them, or for a stream of one.
 pub(super) struct Connections {
     load: Rc<Load>,
     /// Those that are waited for: of HTTP/1.1.
@@ -128,18 +128,23 @@ impl Connections {
         self.waiting.get() > 0
     }
 
-    /// Waits until one of them is free or closed, in the order of those who ask. There must be one. Whoever goes away when
+    /// Waits until one of them, or a stream of one, is free or closed, in the order of those who ask. There must be one. Whoever goes away when
     /// it was told so already leaves it to the next (`Notify`).
     pub(super) async fn freed(&self) {
         let _waiting = Counted::on(&self.waiting);
         self.freed.notified().await;
     }
 
-    /// One of them is free, or about to be closed.
+    /// One of them, or a stream of one, is free, or about to be closed.
     pub(super) fn free(&self) {
         if self.are_waited_for() {
             self.freed.notify_one();
         }
+    }
+
+    /// There may be room for all who wait.
+    pub(super) fn free_all(&self) {
+        self.freed.notify_waiters();
     }
 }
 

@@ -2,7 +2,6 @@
 //! request. A new snapshot is applied between two polls, so that each request sees one configuration, whole.
 
 mod affinity;
-mod batch;
 mod body;
 mod cluster;
 mod connection;
@@ -13,6 +12,7 @@ pub(crate) mod fuzz;
 mod headers;
 mod health;
 mod http1;
+mod http2;
 mod load;
 mod matching;
 mod mirror;
@@ -21,7 +21,6 @@ mod pool;
 mod progress;
 mod relay;
 mod request;
-mod resets;
 mod retry;
 mod rewrite;
 mod serving;

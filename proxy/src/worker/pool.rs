@@ -1,12 +1,9 @@
 //! Connections to one endpoint, kept and shared by one worker thread: HTTP/1 one request at a time, HTTP/2 many.
 //!
-//! HTTP/1 is ours (`http1::client`); of HTTP/2, hyper's connections are used directly, one spawned task each, which ends when its
-//! sender is dropped. Requests in, answers out: how it is done is not seen outside, so that it can be exchanged.
+//! Requests in, answers out: how it is done (`http1::client`, `http2::client`) is not seen outside, so that it can be exchanged.
 
 use std::{
     cell::{Cell, RefCell},
-    error::Error,
-    future::Future,
     io,
     net::SocketAddr,
     rc::Rc,
@@ -15,11 +12,6 @@ use std::{
 
 use futures::{FutureExt, channel::oneshot, future::Shared as SharedFuture};
 use http::{Request, Response};
-use hyper::{
-    client::conn::{TrySendError, http2},
-    rt::Executor,
-};
-use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::pki_types::ServerName;
 use tokio::{
     net::TcpStream,
@@ -29,13 +21,13 @@ use tokio_rustls::TlsConnector;
 
 use super::{
     Shared,
-    batch::Batch,
     body::{RequestBody, UpstreamBody},
     health::Health,
     http1::{
         self,
         client::{self, NoAnswer},
     },
+    http2,
     load::{Admitted, Connections, Load, Opened},
     stream::{Socket, Stream},
 };
@@ -47,27 +39,8 @@ use crate::{
 
 /// Idle HTTP/1 connections kept per endpoint and thread; more are closed.
 const MAX_IDLE: usize = 1024;
-/// Requests on one HTTP/2 connection before another is opened. Servers rarely allow fewer (RFC 9113, 6.5.2).
+/// Requests on one HTTP/2 connection before another is opened, if the server takes as many (RFC 9113, 6.5.2).
 const MAX_STREAMS: u32 = 100;
-/// A stream that nobody reads must not fill the connection's window and stall the others (RFC 9113, 5.2): 16 can.
-pub(super) const STREAM_WINDOW: u32 = 256 * 1024;
-pub(super) const CONNECTION_WINDOW: u32 = 16 * STREAM_WINDOW;
-/// Most bytes of one HTTP/2 stream that wait to be written, towards clients and upstreams. The windows that the other side
-/// grants may be any size; hyper's defaults of 400 KiB and 1 MiB would be 100 MiB for one connection that reads nothing.
-pub(super) const SEND_BUFFER: usize = 64 * 1024;
-
-/// Runs hyper's own tasks on this thread.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct LocalExecutor;
-
-impl<F> Executor<F> for LocalExecutor
-where
-    F: Future<Output = ()> + 'static,
-{
-    fn execute(&self, task: F) {
-        tokio::task::spawn_local(task);
-    }
-}
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ConnectError {
@@ -172,18 +145,10 @@ impl Connector {
         &self,
         address: SocketAddr,
         opened: Opened,
-    ) -> Result<http2::SendRequest<RequestBody>, ConnectError> {
+        more: impl Fn() + 'static,
+    ) -> Result<http2::client::Connection, ConnectError> {
         let stream = self.connect(address, Wire::Http2, opened).await?;
-        let (sender, connection) = http2::Builder::new(LocalExecutor)
-            .timer(TokioTimer::new())
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .max_send_buf_size(SEND_BUFFER)
-            .handshake(TokioIo::new(Batch::new(stream, None)))
-            .await
-            .map_err(|error| ConnectError::Http(address, error.into()))?;
-        tokio::task::spawn_local(connection.map(drop));
-        Ok(sender)
+        http2::client::Connection::new(stream, more).await.map_err(|error| ConnectError::Http(address, error.into()))
     }
 }
 
@@ -220,7 +185,9 @@ impl Idle {
 }
 
 struct Multiplexed {
-    sender: http2::SendRequest<RequestBody>,
+    /// Who waits for a stream of it.
+    of: Rc<Connections>,
+    connection: http2::client::Connection,
     streams: Cell<u32>,
     since: Cell<Instant>,
     life: Cell<Life>,
@@ -229,8 +196,21 @@ struct Multiplexed {
 impl Multiplexed {
     /// Whether it takes another request.
     fn is_usable(&self, policy: ConnectionPolicy, now: Instant) -> bool {
-        !self.sender.is_closed() && !self.life.get().is_over(policy, now)
+        !self.connection.is_over() && !self.life.get().is_over(policy, now)
     }
+
+    /// How many requests the server takes at once; where it takes none yet, it is asked with one.
+    fn most_streams(&self) -> u32 {
+        u32::try_from(self.connection.most_streams()).unwrap_or(u32::MAX).max(1)
+    }
+}
+
+/// A connection for another request of HTTP/2.
+enum Share {
+    Free(Rc<Multiplexed>),
+    /// There may be no more of them, and those that are there have as many requests as their servers take.
+    Full,
+    None,
 }
 
 /// What a connection has behind it.
@@ -275,7 +255,7 @@ pub(super) enum UpstreamError {
     #[error(transparent)]
     Http1(#[from] http1::Error),
     #[error(transparent)]
-    Http2(#[from] hyper::Error),
+    Http2(#[from] http2::Error),
 }
 
 impl UpstreamError {
@@ -287,9 +267,9 @@ impl UpstreamError {
             Self::Http1(http1::Error::Length) => Failure::ClientGone,
             Self::Http1(http1::Error::Malformed(_)) => Failure::UpstreamProtocol,
             Self::Http1(http1::Error::Io(_) | http1::Error::Closed) => Failure::UpstreamReset,
-            Self::Http2(error) if error.is_user() || is_reset_by_us(error) => Failure::ClientGone,
-            Self::Http2(error) if error.is_parse() => Failure::UpstreamProtocol,
-            Self::Http2(_) => Failure::UpstreamReset,
+            Self::Http2(http2::Error::Client(error)) => error.failure(),
+            Self::Http2(http2::Error::Stream(error)) if error.is_library() => Failure::UpstreamProtocol,
+            Self::Http2(http2::Error::Stream(_)) => Failure::UpstreamReset,
         }
     }
 }
@@ -345,6 +325,7 @@ impl Drop for StreamCount {
         if self.0.streams.get() == 0 {
             self.0.since.set(Instant::now());
         }
+        self.0.of.free();
     }
 }
 
@@ -370,7 +351,7 @@ impl Lease {
                     self.outstanding.0.keep(connection, now);
                 }
             }
-            UpstreamBody::Http2(_) => {}
+            UpstreamBody::Http2(body) => body.release(),
         }
     }
 }
@@ -514,46 +495,63 @@ impl Endpoint {
         connector: &Rc<Connector>,
         request: Request<RequestBody>,
         outstanding: Outstanding,
-        now: Instant,
+        asked: Instant,
     ) -> Result<(Response<UpstreamBody>, Lease), SendError> {
         let mut opened = false;
+        let mut now = asked;
         let connection = loop {
-            if let Some(connection) = self.share(now) {
-                break connection;
-            }
-            opened = true;
-            if let Err(error) = self.open(connector).await {
-                return Err(SendError::Connect { request: Box::new(request), error });
+            let waited_for = self.connections.are_waited_for() && now == asked;
+            match self.share(now) {
+                Share::Free(connection) if !waited_for => break connection,
+                Share::None => {
+                    opened = true;
+                    if let Err(error) = self.open(connector).await {
+                        return Err(SendError::Connect { request: Box::new(request), error });
+                    }
+                }
+                Share::Free(_) | Share::Full => {
+                    let Some(_pending) = self.connections.load().wait() else {
+                        return Err(SendError::Overflow { request: Box::new(request) });
+                    };
+                    self.connections.freed().await;
+                    now = Instant::now();
+                }
             }
         };
         let stream = StreamCount::on(&connection);
-        let mut sender = connection.sender.clone();
-        match sender.try_send_request(request).await {
+        match connection.connection.send(request).await {
             Ok(response) => {
                 let connection = Leased::Http2 { _stream: stream };
                 Ok((response.map(UpstreamBody::Http2), Lease::new(outstanding, connection)))
             }
             Err(error) => {
-                if connection.sender.is_closed() {
+                if connection.connection.is_over() {
                     self.shared.borrow_mut().retain(|other| !Rc::ptr_eq(other, &connection));
                 }
-                Err(self.unsent(error, !opened))
+                Err(match error {
+                    http2::client::NoAnswer::Unsent { request, .. } if !opened => SendError::Stale { request },
+                    http2::client::NoAnswer::Unsent { request, error } => {
+                        SendError::Connect { request, error: ConnectError::Http(self.address, error.into()) }
+                    }
+                    http2::client::NoAnswer::Sent(error) => unanswered(error.into()),
+                })
             }
         }
     }
 
-    fn share(&self, now: Instant) -> Option<Rc<Multiplexed>> {
+    fn share(&self, now: Instant) -> Share {
         let policy = self.policy.get();
         let shared = self.shared.borrow();
         let usable = |c: &&Rc<Multiplexed>| c.is_usable(policy, now);
-        if let Some(free) = shared.iter().find(|c| c.streams.get() < MAX_STREAMS && usable(c)) {
-            return Some(Rc::clone(free));
+        let free = |c: &&Rc<Multiplexed>| c.streams.get() < c.most_streams();
+        if let Some(free) = shared.iter().find(|c| c.streams.get() < MAX_STREAMS && usable(c) && free(c)) {
+            return Share::Free(Rc::clone(free));
         }
-        if self.connections.are_full() {
-            // What the server takes at once it says itself, and h2 waits for it (RFC 9113, 5.1.2).
-            return shared.iter().filter(usable).min_by_key(|c| c.streams.get()).cloned();
+        if self.connections.are_full() && shared.iter().any(|c| usable(&c)) {
+            let free = shared.iter().filter(|c| usable(c) && free(c)).min_by_key(|c| c.streams.get());
+            return free.map_or(Share::Full, |free| Share::Free(Rc::clone(free)));
         }
-        None
+        Share::None
     }
 
     /// Returns when some new HTTP/2 connection has been made.
@@ -567,11 +565,13 @@ impl Endpoint {
             // A task of its own, bounded by the time-outs: whoever asked first may go away, others still wait.
             let opened = self.connections.one_more();
             tokio::task::spawn_local(async move {
-                let result = connector.http2(endpoint.address, opened).await;
-                let result = result.map_err(Rc::new).map(|sender| {
+                let connections = Rc::clone(&endpoint.connections);
+                let result = connector.http2(endpoint.address, opened, move || connections.free_all()).await;
+                let result = result.map_err(Rc::new).map(|connection| {
                     let since = Cell::new(Instant::now());
                     let life = Cell::new(Life::begin());
-                    let connection = Rc::new(Multiplexed { sender, streams: Cell::new(0), since, life });
+                    let of = Rc::clone(&endpoint.connections);
+                    let connection = Rc::new(Multiplexed { of, connection, streams: Cell::new(0), since, life });
                     endpoint.shared.borrow_mut().push(connection);
                 });
                 endpoint.opening.borrow_mut().take();
@@ -584,23 +584,6 @@ impl Endpoint {
             Err(oneshot::Canceled) => Err(ConnectError::GivenUp(self.address)),
         }
     }
-
-    fn unsent(&self, mut error: TrySendError<Request<RequestBody>>, reused: bool) -> SendError {
-        match error.take_message() {
-            Some(request) if reused => SendError::Stale { request: Box::new(request) },
-            Some(request) => {
-                let error = ConnectError::Http(self.address, error.into_error().into());
-                SendError::Connect { request: Box::new(request), error }
-            }
-            None => unanswered(error.into_error().into()),
-        }
-    }
-}
-
-/// Whether this side has reset the stream, as hyper does when the body of a request breaks off.
-fn is_reset_by_us(error: &hyper::Error) -> bool {
-    let cause = error.source().and_then(|cause| cause.downcast_ref::<h2::Error>());
-    cause.is_some_and(|h2| h2.is_reset() && !h2.is_remote() && !h2.is_library())
 }
 
 fn unanswered(error: UpstreamError) -> SendError {
@@ -609,24 +592,26 @@ fn unanswered(error: UpstreamError) -> SendError {
 
 /// Whether an error proves that the other side has not looked at the request.
 fn refused(error: &UpstreamError) -> bool {
-    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if let Some(h2) = error.downcast_ref::<h2::Error>() {
+    let io = match error {
+        UpstreamError::Http2(http2::Error::Stream(error)) => {
             // RFC 9113, 8.7: refused, or above the last stream of a GOAWAY. h2 gives a stream the GOAWAY as its error
             // only in that case; one that was below ends with an I/O error when the connection does.
-            return h2.is_remote()
-                && ((h2.is_reset() && h2.reason() == Some(h2::Reason::REFUSED_STREAM))
-                    || (h2.is_go_away() && h2.reason() == Some(h2::Reason::NO_ERROR)));
+            let refused = (error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM))
+                || (error.is_go_away() && error.reason() == Some(h2::Reason::NO_ERROR));
+            if error.is_remote() && refused {
+                return true;
+            }
+            error.get_io()
         }
-        // In TLS 1.3 a server refuses our certificate only after our handshake is over; an alert instead of an
-        // answer on a new connection means that it never read further.
-        let tls = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-        if let Some(rustls::Error::AlertReceived(alert)) = tls.and_then(|e| e.downcast_ref::<rustls::Error>()) {
-            return is_certificate_alert(*alert);
-        }
-        cause = error.source();
+        UpstreamError::Http1(http1::Error::Io(error)) => Some(error),
+        UpstreamError::Http1(_) | UpstreamError::Http2(http2::Error::Client(_)) => None,
+    };
+    // In TLS 1.3 a server refuses our certificate only after our handshake is over; an alert instead of an
+    // answer on a new connection means that it never read further.
+    match io.and_then(io::Error::get_ref).and_then(|error| error.downcast_ref::<rustls::Error>()) {
+        Some(rustls::Error::AlertReceived(alert)) => is_certificate_alert(*alert),
+        Some(_) | None => false,
     }
-    false
 }
 
 fn is_certificate_alert(alert: rustls::AlertDescription) -> bool {

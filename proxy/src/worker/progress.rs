@@ -4,14 +4,11 @@
 
 use std::{
     cell::{Cell, RefCell},
-    pin::Pin,
     rc::Rc,
     task::{Context, Poll, Waker},
     time::Duration,
 };
 
-use hyper::rt::Executor;
-use pin_project_lite::pin_project;
 use tokio::time::Instant;
 
 use super::connection::Connection;
@@ -97,7 +94,14 @@ impl Progress {
 
     pub(super) fn end(&self) {
         self.limit.set(None);
-        self.task.take();
+    }
+
+    /// The task that is to be told when its time is over.
+    pub(super) fn runs_in(&self, cx: &Context<'_>) {
+        let mut task = self.task.borrow_mut();
+        if task.is_none() {
+            *task = Some(cx.waker().clone());
+        }
     }
 
     /// Something has passed.
@@ -111,6 +115,11 @@ impl Progress {
         if more.is_ready() {
             self.pass();
         }
+    }
+
+    /// Whether there is somebody who waits for more of the request.
+    pub(super) fn awaits_client(&self) -> bool {
+        self.awaits_client.get()
     }
 
     /// The upstream was asked for more of its answer.
@@ -171,18 +180,9 @@ pub(super) struct Streams {
     pub(super) only: Rc<Progress>,
     /// Those of HTTP/2 that are open. There are no more than a client may have at once.
     open: RefCell<Vec<Rc<Progress>>>,
-    /// Begun, and not handed to its task yet.
-    begun: Cell<Option<Rc<Progress>>>,
 }
 
 impl Streams {
-    /// A stream of HTTP/2 begins. [`OwnTask`] gets its task next.
-    pub(super) fn begin(&self) -> Rc<Progress> {
-        let progress = SPARE.with_borrow_mut(Vec::pop).unwrap_or_default();
-        self.begun.set(Some(Rc::clone(&progress)));
-        progress
-    }
-
     /// Returns whether the connection's own task has to be told.
     pub(super) fn look(&self, now: Instant) -> bool {
         for stream in &*self.open.borrow() {
@@ -192,40 +192,32 @@ impl Streams {
     }
 }
 
-/// Runs the streams of a connection on this thread, each in a task of its own.
-#[derive(Clone)]
-pub(super) struct OwnTask(pub(super) Rc<Connection>);
-
-impl<F> Executor<F> for OwnTask
-where
-    F: Future<Output = ()> + 'static,
-{
-    fn execute(&self, work: F) {
-        let streams = &self.0.streams;
-        match streams.begun.take() {
-            Some(progress) => {
-                let mut open = streams.open.borrow_mut();
-                progress.place.set(open.len());
-                open.push(Rc::clone(&progress));
-                let listed = Listed { on: Rc::clone(&self.0), progress };
-                tokio::task::spawn_local(Task { work, listed, known: false });
-            }
-            None => {
-                tokio::task::spawn_local(work);
-            }
-        }
-    }
-}
-
-/// A stream in the list of its connection, which it leaves with its end.
-struct Listed {
+/// A stream of HTTP/2 in the list of its connection, which it leaves with its end.
+pub(super) struct Open {
     on: Rc<Connection>,
     progress: Rc<Progress>,
 }
 
-impl Drop for Listed {
+impl Open {
+    pub(super) fn begin(on: Rc<Connection>) -> Self {
+        let progress = SPARE.with_borrow_mut(Vec::pop).unwrap_or_default();
+        {
+            let mut open = on.streams.open.borrow_mut();
+            progress.place.set(open.len());
+            open.push(Rc::clone(&progress));
+        }
+        Self { on, progress }
+    }
+
+    pub(super) fn progress(&self) -> &Rc<Progress> {
+        &self.progress
+    }
+}
+
+impl Drop for Open {
     fn drop(&mut self) {
         self.progress.end();
+        self.progress.task.take();
         let mut open = self.on.streams.open.borrow_mut();
         let place = self.progress.place.get();
         if place < open.len() {
@@ -242,33 +234,6 @@ impl Drop for Listed {
                 });
             }
         }
-    }
-}
-
-pin_project! {
-    /// The task of a stream. One that waits for room that the client does not give is not told that it is over: h2 resets it when it
-    /// is dropped.
-    struct Task<F> {
-        // Dropped first: it has the stream, too.
-        #[pin]
-        work: F,
-        listed: Listed,
-        known: bool,
-    }
-}
-
-impl<F: Future<Output = ()>> Future for Task<F> {
-    type Output = ();
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let this = self.project();
-        let progress = &this.listed.progress;
-        if !*this.known {
-            *this.known = true;
-            *progress.task.borrow_mut() = Some(cx.waker().clone());
-        }
-        let worked = this.work.poll(cx);
-        if progress.is_idle() && progress.answered.get() { Poll::Ready(()) } else { worked }
     }
 }
 

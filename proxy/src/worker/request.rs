@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::{
     Role,
     affinity::User,
-    body::{self, Broken, Limit, RequestBody, RequestEnd, ResponseBody, UpstreamBody},
+    body::{self, Limit, RequestBody, RequestEnd, ResponseBody, UpstreamBody},
     cluster::Cluster,
     connection::{Connection, Current},
     cors::{self, Grant, Verdict},
@@ -60,9 +60,11 @@ pub(super) async fn serve(
     {
         unread.discard().await;
     }
+    let mut ends = false;
     let mut response = match answer {
         Ok(Answer { response, lease, limit }) => response.map(|body| ResponseBody::upstream(body, lease, limit, tally)),
         Err(Refusal::Failure(failure)) => {
+            ends = failure.ends_connection();
             tally.fail(&failure, Instant::now());
             local(&failure, tally)
         }
@@ -88,10 +90,10 @@ pub(super) async fn serve(
     if let Some(grant) = grant {
         grant.write(response.headers_mut());
     }
-    let draining = response.body().connection().ends_after_answer();
     // A tunnel is no longer a connection of HTTP/1.1, which could be kept for another request.
-    let ends = version != Version::HTTP_2 && response.status() != StatusCode::SWITCHING_PROTOCOLS;
-    if draining && ends {
+    let keeps = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+    ends |= !keeps && response.body().connection().ends_after_answer();
+    if ends && version != Version::HTTP_2 {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
@@ -105,11 +107,7 @@ pub(super) fn refuse(connection: &Rc<Connection>, failure: &Failure) -> Response
 }
 
 fn local(failure: &Failure, tally: Tally) -> Response<ResponseBody> {
-    let mut response = failure.response(tally.is_grpc()).map(|body| ResponseBody::local(body, tally));
-    if failure.ends_connection() {
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-    }
-    response
+    failure.response(tally.is_grpc()).map(|body| ResponseBody::local(body, tally))
 }
 
 /// What an upstream answers.
@@ -226,15 +224,11 @@ async fn forward(
         };
         body = mirror::copy(&split.mirrors, &parts, body, original);
     }
-    let mut broken = None;
-    if wire != downstream {
-        if let Err(failure) = headers::translate(&mut parts, wire, body.is_end_stream(), connection.is_tls()) {
-            *unread = body;
-            return Err(failure.into());
-        }
-        if wire == Wire::Http2 && has_body {
-            body = broken.insert(Broken::default()).note(body);
-        }
+    if wire != downstream
+        && let Err(failure) = headers::translate(&mut parts, wire, body.is_end_stream(), connection.is_tls())
+    {
+        *unread = body;
+        return Err(failure.into());
     }
     // Both sides of a WebSocket talk for as long as they like.
     let retry = policy.retry.as_ref().filter(|_| !upgrade);
@@ -269,10 +263,7 @@ async fn forward(
     if let Some(request) = outgoing.next.take() {
         *unread = request.into_body();
     }
-    let (mut response, lease) = sent.map_err(|refusal| match (refusal, &broken) {
-        (Refusal::Failure(Failure::ClientGone), Some(broken)) => broken.why().unwrap_or(Failure::ClientGone).into(),
-        (refusal, _) => refusal,
-    })?;
+    let (mut response, lease) = sent?;
     let lease = lease.admitted(admitted);
     tally.answered(response.status(), Instant::now());
     if tally.is_grpc()

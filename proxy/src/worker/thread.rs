@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 
 use bytes::BytesMut;
+use http::HeaderValue;
 use jiff::{Timestamp, fmt::rfc2822::DateTimePrinter};
 use tokio::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ const MAX_SPARE: usize = 64;
 thread_local! {
     static INPUTS: RefCell<Vec<BytesMut>> = const { RefCell::new(Vec::new()) };
     static OUTPUTS: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
-    static DATE: RefCell<Date> = const { RefCell::new(Date { until: None, line: Vec::new() }) };
+    static DATE: RefCell<Date> = const { RefCell::new(Date { until: None, line: Vec::new(), value: None }) };
 }
 
 /// An empty buffer with room for [`READ`] bytes.
@@ -56,21 +57,33 @@ struct Date {
     until: Option<Instant>,
     /// `date: Sun, 06 Nov 1994 08:49:37 GMT`, with its line's end.
     line: Vec<u8>,
+    value: Option<HeaderValue>,
+}
+
+impl Date {
+    fn at(&mut self, now: Instant) -> &Self {
+        if self.until.is_none_or(|until| until <= now) {
+            self.until = Some(now + Duration::from_secs(1));
+            self.line.clear();
+            // Fails for years before 0 only; an answer without a date is valid, too.
+            let text = DateTimePrinter::new().timestamp_to_rfc9110_string(&Timestamp::now());
+            self.value = text.ok().and_then(|text| HeaderValue::from_str(&text).ok());
+            if let Some(value) = &self.value {
+                self.line.extend_from_slice(b"date: ");
+                self.line.extend_from_slice(value.as_bytes());
+                self.line.extend_from_slice(b"\r\n");
+            }
+        }
+        self
+    }
 }
 
 /// Writes the header Date (RFC 9110, 6.6.1) for an answer of this moment, which spares a look at the clock.
 pub(super) fn write_date(now: Instant, output: &mut Vec<u8>) {
-    DATE.with_borrow_mut(|date| {
-        if date.until.is_none_or(|until| until <= now) {
-            date.until = Some(now + Duration::from_secs(1));
-            date.line.clear();
-            // Fails for years before 0 only; an answer without a date is valid, too.
-            if let Ok(text) = DateTimePrinter::new().timestamp_to_rfc9110_string(&Timestamp::now()) {
-                date.line.extend_from_slice(b"date: ");
-                date.line.extend_from_slice(text.as_bytes());
-                date.line.extend_from_slice(b"\r\n");
-            }
-        }
-        output.extend_from_slice(&date.line);
-    });
+    DATE.with_borrow_mut(|date| output.extend_from_slice(&date.at(now).line));
+}
+
+/// The same as a value.
+pub(super) fn date(now: Instant) -> Option<HeaderValue> {
+    DATE.with_borrow_mut(|date| date.at(now).value.clone())
 }

@@ -201,6 +201,67 @@ async fn an_answer_that_its_client_does_not_read_waits_upstream_and_a_reset_free
     assert_eq!(read_all(answer.into_body()).await.len(), 2 * CONNECTION);
 }
 
+#[tokio::test]
+async fn content_that_waits_behind_the_begin_of_its_answer_is_freed_by_a_reset_as_well() {
+    let (cluster, mut requests) = upstream().await;
+    let proxy = proxy_to(cluster).await;
+    let mut client = client(&proxy).await;
+    let (answer, content) = client.send_request(to(Method::POST), false).unwrap();
+    let sent = Arc::new(AtomicUsize::new(0));
+    let sending = tokio::spawn(pump(content, usize::MAX, sent.clone()));
+    let (_request, mut respond) = soon("the request", requests.recv()).await.unwrap();
+    let mut begun = respond.send_response(Response::new(()), false).unwrap();
+    let answer = soon("the head", answer).await.unwrap();
+    standstill(&sent, WINDOW).await;
+    drop(answer);
+    sending.abort();
+    assert_eq!(soon("the reset", poll_fn(|cx| begun.poll_reset(cx))).await.unwrap(), Reason::CANCEL);
+    eventually("the release", || proxy.metric(ACTIVE) == 0).await;
+}
+
+#[tokio::test]
+async fn an_answer_that_its_upstream_gives_up_has_no_end_that_looks_like_one() {
+    let (cluster, mut requests) = upstream().await;
+    let proxy = proxy_to(cluster).await;
+    let mut client = client(&proxy).await;
+    // The first two are taken for an end by clients that are built on hyper, and the third for a request that was not processed.
+    for given_up in [Reason::CANCEL, Reason::NO_ERROR, Reason::REFUSED_STREAM, Reason::INTERNAL_ERROR] {
+        let (answer, _) = client.send_request(to(Method::GET), true).unwrap();
+        let (_request, mut respond) = soon("the request", requests.recv()).await.unwrap();
+        let mut content = respond.send_response(Response::new(()), false).unwrap();
+        content.send_data("begun".into(), false).unwrap();
+        let mut answer = soon("the head", answer).await.unwrap().into_body();
+        assert_eq!(soon("its begin", answer.data()).await.unwrap().unwrap(), "begun");
+        content.send_reset(given_up);
+        let end = soon("its end", answer.data()).await.expect("the answer has ended in order");
+        assert_eq!(end.unwrap_err().reason(), Some(Reason::INTERNAL_ERROR), "{given_up:?}");
+    }
+    assert_eq!(proxy.counted("a", "2xx", ""), 0);
+}
+
+#[tokio::test]
+async fn a_client_that_waits_for_100_is_told_when_its_content_is_wanted() {
+    let (cluster, mut requests) = upstream().await;
+    let proxy = proxy_to(cluster).await;
+    let mut client = client(&proxy).await;
+    let mut request = to(Method::POST);
+    request.headers_mut().insert("expect", "100-continue".parse().unwrap());
+    let (mut answer, mut content) = client.send_request(request, false).unwrap();
+    let told = soon("the word", poll_fn(|cx| answer.poll_informational(cx))).await.unwrap().unwrap();
+    assert_eq!(told.status(), 100);
+    content.send_data("content".into(), true).unwrap();
+    let (request, mut respond) = soon("the request", requests.recv()).await.unwrap();
+    assert_eq!(request.headers().get("expect"), None);
+    assert_eq!(read_all(request.into_body()).await, "content");
+    respond.send_response(Response::new(()), true).unwrap();
+    assert_eq!(soon("the answer", answer).await.unwrap().status(), 200);
+    // Nobody else is told.
+    let (mut answer, _) = client.send_request(to(Method::POST), false).unwrap();
+    let (_request, mut respond) = soon("the request", requests.recv()).await.unwrap();
+    respond.send_response(Response::new(()), true).unwrap();
+    assert!(soon("the answer", poll_fn(|cx| answer.poll_informational(cx))).await.is_none());
+}
+
 const STREAMS: usize = 32;
 
 /// What the kernel may hold of a connection between two sockets of which one has this buffer for what it has not read.

@@ -15,7 +15,10 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{http1::COPY, resets::Resets, stream::Stream, thread};
+use super::{
+    super::{http1::COPY, stream::Stream, thread},
+    resets::Resets,
+};
 
 /// What is collected at most before it is sent in any case. A TLS record takes as much (RFC 8446, 5.1).
 const MOST: usize = 16 * 1024;

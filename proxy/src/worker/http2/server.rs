@@ -1,0 +1,131 @@
+//! HTTP/2 towards a client: each of its streams is served by a task of its own.
+
+use std::{
+    future::{Future, poll_fn},
+    rc::Rc,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use h2::{
+    Reason, RecvStream,
+    server::{Builder, SendResponse},
+};
+use http::{HeaderValue, Request, Response, StatusCode, header};
+use http_body::Body;
+
+use super::{
+    super::{
+        body::{ClientBody, RequestBody},
+        connection, progress, request,
+        stream::Stream,
+        thread,
+    },
+    CONNECTION_WINDOW, Incoming, MAX_HEADERS, SEND_BUFFER, STREAM_WINDOW,
+    batch::Batch,
+    body::Outgoing,
+    resets::Resets,
+};
+use crate::metrics::ListenerMetrics;
+
+/// Requests that one client may have open on one connection.
+const MAX_STREAMS: u32 = 256;
+
+/// A connection from a client.
+pub(in super::super) struct Connection(h2::server::Connection<Batch, Bytes>);
+
+impl Connection {
+    /// Waits for the client's preface (RFC 9113, 3.4). Streams that are reset are counted in `metrics`.
+    pub(in super::super) async fn new(stream: Stream, metrics: ListenerMetrics) -> Result<Self, h2::Error> {
+        let mut builder = Builder::new();
+        builder
+            .initial_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_concurrent_streams(MAX_STREAMS)
+            .max_header_list_size(MAX_HEADERS)
+            .max_send_buffer_size(SEND_BUFFER);
+        Ok(Self(builder.handshake(Batch::new(stream, Some(Resets::of(metrics)))).await?))
+    }
+
+    /// Reads and writes frames, until a request has come. `None`: there will be none, and all are answered.
+    pub(in super::super) fn poll_request(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Exchange, h2::Error>>> {
+        let accepted = self.0.poll_accept(cx);
+        accepted.map(|accepted| Some(accepted?.map(|(request, respond)| Exchange { request, respond })))
+    }
+
+    /// Takes no more requests, as the client is told first (RFC 9113, 6.8).
+    pub(in super::super) fn end(&mut self) {
+        self.0.graceful_shutdown();
+    }
+}
+
+/// A request, and the way back of its answer.
+pub(in super::super) struct Exchange {
+    request: Request<RecvStream>,
+    respond: SendResponse<Bytes>,
+}
+
+impl Exchange {
+    /// Answers it, unless the client gives it up.
+    pub(in super::super) async fn serve(self, on: Rc<connection::Connection>) {
+        let Self { request, mut respond } = self;
+        let open = progress::Open::begin(Rc::clone(&on));
+        let progress = open.progress();
+        let (parts, stream) = request.into_parts();
+        let mut waits_for_100 = false;
+        let body = if stream.is_end_stream() {
+            RequestBody::Empty
+        } else {
+            waits_for_100 = parts.headers.contains_key(header::EXPECT);
+            RequestBody::Once(ClientBody::Http2(Incoming::new(stream, &parts.headers), Rc::clone(progress)))
+        };
+        // In a box of its own, which is free again when the answer has begun.
+        let mut answering = Box::pin(request::serve(on, Rc::clone(progress), Request::from_parts(parts, body)));
+        let response = poll_fn(|cx| {
+            progress.runs_in(cx);
+            if let Poll::Ready(response) = answering.as_mut().poll(cx) {
+                return Poll::Ready(Some(response));
+            }
+            if waits_for_100 && progress.awaits_client() {
+                // Somebody wants the body: only now is the client asked for it (RFC 9110, 10.1.1).
+                waits_for_100 = false;
+                let mut response = Response::new(());
+                *response.status_mut() = StatusCode::CONTINUE;
+                let _ = respond.send_informational(response);
+            }
+            respond.poll_reset(cx).map(|_| None)
+        });
+        let Some(response) = response.await else { return };
+        drop(answering);
+
+        let (mut parts, body) = response.into_parts();
+        let ended = body.is_end_stream();
+        if !ended && let Some(length) = body.size_hint().exact() {
+            parts.headers.entry(header::CONTENT_LENGTH).or_insert_with(|| HeaderValue::from(length));
+        }
+        if !parts.headers.contains_key(header::DATE) {
+            parts.headers.extend(thread::date(body.latest()).map(|date| (header::DATE, date)));
+        }
+        let stream = match respond.send_response(Response::from_parts(parts, ()), ended) {
+            Ok(stream) => stream,
+            Err(error) => {
+                tracing::debug!(%error, "an answer cannot be sent");
+                return respond.send_reset(Reason::INTERNAL_ERROR);
+            }
+        };
+        if ended {
+            return;
+        }
+        let mut sending = Outgoing::new(stream, body);
+        let sent = poll_fn(|cx| match sending.poll(cx) {
+            // It waits for room that the client does not give.
+            Poll::Pending if progress.is_idle() => Poll::Ready(false),
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(sent) => Poll::Ready(sent.is_ok()),
+        });
+        if !sent.await {
+            // Not the code of whoever broke it off: most clients take some of them for an end in order.
+            sending.break_off(Reason::INTERNAL_ERROR);
+        }
+    }
+}
