@@ -77,7 +77,7 @@ enum Broken {
 pub(in super::super) enum Sent {
     Whole,
     /// It was a 101: the connection is no longer one of HTTP.
-    Switched(ResponseBody),
+    Switched(Box<ResponseBody>),
     /// The client has gone, or the answer broke off; neither can be told any more.
     Broken,
 }
@@ -226,7 +226,7 @@ impl Connection {
             }
         });
         match sent.await {
-            Some(true) if switches => Sent::Switched(message.body),
+            Some(true) if switches => Sent::Switched(Box::new(message.body)),
             Some(true) => Sent::Whole,
             Some(false) => {
                 self.break_off(&message.encoder);
