@@ -42,6 +42,7 @@ test-operations: ## End to end: the quickstart, Git tools that apply all the tim
 .PHONY: test-cluster
 test-cluster: ## End to end, all of it: faults, upgrades, deletions in every phase (NODES=2: drains a node, too)
 	FULL=1 tests/e2e/run
+	$(if $(KUBECONFIG),,POLICIES=1 tests/e2e/run --test gitops)
 
 .PHONY: bench
 bench: ## CPU, latency and memory against Envoy and HAProxy, in one run (QUICK=1: under 4 minutes; ONLY=TEXT: some rows; JSON=FILE: all rounds)

@@ -155,6 +155,26 @@ async fn a_canary_is_deleted_while_it_starts_its_canary() {
 
 #[tokio::test]
 #[ignore = "full"]
+async fn a_canary_that_is_deleted_and_applied_all_the_time_takes_over_again() {
+    let Some(stage) = adopted("reapplied", Use::Shared, &[], quick()).await else { return };
+    let before = stage.app.canaries().get("hello").await.unwrap().uid();
+    stage.app.canaries().delete("hello", &DeleteParams::background()).await.unwrap();
+    // As Git tools do. One that is ending takes it, and ends nevertheless.
+    eventually("another Canary", 2 * MINUTE, || async {
+        stage.app.canary(quick()).await.unwrap();
+        let canary = stage.app.canaries().get_opt("hello").await.unwrap()?;
+        (canary.uid() != before).then_some(())
+    })
+    .await;
+    let again = unix_ms();
+    stage.wait("phase Initialized", again, |status| status.phase == Phase::Initialized).await;
+    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
+    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
 async fn a_canary_is_deleted_while_it_takes_over() {
     let Some((cluster, _held)) = cluster(Use::Shared).await else { return };
     for (propagation, stage_wanted) in [

@@ -100,6 +100,45 @@ async fn a_fleet_member_cut_off_from_the_controller_serves_on_and_holds_the_rele
     stage.end().await;
 }
 
+#[tokio::test]
+#[ignore = "full"]
+async fn a_fleet_member_that_stays_cut_off_gets_no_new_connections_and_holds_nothing_up_for_ever() {
+    let Some(node) = Node::of_ours("to cut a connection on its node") else { return };
+    let mut spec = quick();
+    spec["progressDeadlineSeconds"] = json!(300);
+    let Some(stage) = adopted("silent", Use::Alone, &[], spec).await else { return };
+    let cluster = stage.app.cluster.clone();
+    let member = fleet(&cluster).await.remove(0);
+    let (name, ip) = (member.name_any(), member.status.unwrap().pod_ip.unwrap());
+    stage.in_mid_release().await;
+    let _expected = expect(&["no stream to the control plane", "silent for too long"]);
+    let rule = ["FORWARD", "-s", &ip, "-p", "tcp", "--dport", "18000", "-j", "DROP"];
+    node.exec(&[&["iptables", "-I"], &rule[..]].concat()).await.unwrap();
+    let cut = unix_ms();
+    let is_marked = async || {
+        let pod = installation::pods(&cluster).get(&name).await.unwrap();
+        pod.annotations().contains_key("sluice.dev/lagging-since")
+    };
+    let is_in_slices = async || {
+        let of_service = ListParams::default()
+            .labels("kubernetes.io/service-name=hello,endpointslice.kubernetes.io/managed-by=sluice.dev");
+        let slices = stage.api::<EndpointSlice>().list(&of_service).await.unwrap();
+        slices.iter().flat_map(|slice| &slice.endpoints).any(|endpoint| endpoint.addresses.contains(&ip))
+    };
+    assert!(is_in_slices().await && !is_marked().await);
+    eventually("the mark", 2 * MINUTE, || async { is_marked().await.then_some(()) }).await;
+    println!("marked {} ms after it was cut off", unix_ms() - cut);
+    eventually("slices without it", MINUTE, || async { (!is_in_slices().await).then_some(()) }).await;
+    // It counts until its open connections have had their time; then the others are enough.
+    let done = stage.app.history.wait("phase Succeeded", cut, 4 * MINUTE, succeeded).await.unwrap().status;
+    println!("promoted {} ms after it was cut off", unix_ms() - cut);
+    assert_eq!(done.failed_checks, 0);
+    assert!(is_marked().await && !is_in_slices().await);
+    node.exec(&[&["iptables", "-D"], &rule[..]].concat()).await.unwrap();
+    eventually("its return", 2 * MINUTE, || async { (!is_marked().await && is_in_slices().await).then_some(()) }).await;
+    stage.end().await;
+}
+
 type Reached = fn(&CanaryStatus) -> bool;
 
 #[tokio::test]
@@ -146,7 +185,7 @@ async fn a_controller_that_is_killed_in_any_phase_loses_nothing() {
 
 #[tokio::test]
 #[ignore = "full"]
-async fn without_any_controller_for_half_a_minute_a_release_only_waits() {
+async fn without_any_controller_for_a_minute_a_release_only_waits() {
     let Some(stage) = adopted("nocontroller", Use::Alone, &[], quick()).await else { return };
     let cluster = stage.app.cluster.clone();
     stage.in_mid_release().await;
@@ -161,7 +200,7 @@ async fn without_any_controller_for_half_a_minute_a_release_only_waits() {
     scale("--replicas=0").await;
     eventually("the end of the controllers", MINUTE, || async { controllers(&cluster).await.is_empty().then_some(()) })
         .await;
-    tokio::time::sleep(Duration::from_secs(30)).await;
+    tokio::time::sleep(MINUTE).await;
     stage.nothing_failed().await;
     let back = unix_ms();
     scale("--replicas=2").await;
@@ -283,7 +322,7 @@ async fn a_sidecar_that_is_killed_takes_only_what_it_had_in_flight() {
 
 #[tokio::test]
 #[ignore = "full"]
-async fn without_api_server_for_half_a_minute_a_release_only_waits() {
+async fn without_api_server_for_a_minute_a_release_only_waits() {
     let Some(node) = Node::of_ours("to stop the API server") else { return };
     // Kubernetes' own controllers and scheduler try again only after up to half a minute: until then no Pod starts.
     let mut spec = quick();
@@ -293,7 +332,7 @@ async fn without_api_server_for_half_a_minute_a_release_only_waits() {
     stage.in_mid_release().await;
     let _expected = expect(&[CONTROLLERS_AWAY, API_SERVER_AWAY].concat());
     let at = unix_ms();
-    installation::without_api_server(&cluster, &node, Duration::from_secs(25)).await;
+    installation::without_api_server(&cluster, &node, MINUTE).await;
     println!("the API server answers again {} ms after it was stopped", unix_ms() - at);
     let back = unix_ms();
     let done = stage.app.history.wait("phase Succeeded", back, 4 * MINUTE, succeeded).await.unwrap().status;

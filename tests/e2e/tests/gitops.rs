@@ -2,9 +2,7 @@
 //! takeover, a good release, one that is rolled back, and hand-back. Nothing may drift, no Pod may start that nobody judges, no
 //! request may fail.
 //!
-//! `APISERVER_FLAGS="--feature-gates=MutatingAdmissionPolicy=true
-//! --runtime-config=admissionregistration.k8s.io/v1beta1=true"` makes `tests/with-cluster` start a cluster in which the API
-//! server's policies protect; without, it is the webhook.
+//! `POLICIES=1 tests/e2e/run` starts a cluster in which the API server's policies protect; without, it is the webhook.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
 use std::{
@@ -274,6 +272,15 @@ async fn revisions(app: &App) -> usize {
     records.list(&ListParams::default().labels("sluice.dev/canary=hello")).await.unwrap().items.len()
 }
 
+/// It is one or the other, never both.
+async fn protected_by(cluster: &Cluster, policies: bool) {
+    for (kind, here) in [("mutatingadmissionpolicies", policies), ("mutatingwebhookconfigurations", !policies)] {
+        // Where the API server does not know the kind, there is none of ours.
+        let ours = cluster.kubectl(&["get", kind, "-o", "name"], None).await.unwrap_or_default();
+        assert_eq!(ours.contains("sluice.dev"), here, "{kind}: {ours}");
+    }
+}
+
 async fn releases_under(tool: Tool) {
     // One after the other: both install, and each is a load of its own.
     static ONE: AsyncMutex<()> = AsyncMutex::const_new(());
@@ -291,6 +298,7 @@ async fn releases_under(tool: Tool) {
     });
     let load = Load::start(&cluster, &name, "load", &["--target", "hello:80", "--rate", "60"]).await.unwrap();
     let from_ms = load.steady().await.unwrap();
+    protected_by(&cluster, std::env::var_os("POLICIES").is_some()).await;
     let tooling = Tooling::start(&cluster, &name, tool, objects.collect());
     let own_pods = OwnPods::watch(&cluster, &name);
 
