@@ -262,6 +262,25 @@ async fn a_client_that_waits_for_100_is_told_when_its_content_is_wanted() {
     assert!(soon("the answer", poll_fn(|cx| answer.poll_informational(cx))).await.is_none());
 }
 
+#[tokio::test]
+async fn our_own_answer_to_head_says_its_length_and_has_no_content() {
+    let proxy = proxy_to(Cluster { protocol: UpstreamProtocol::Http2, ..cluster("a", &[]) }).await;
+    let mut client = client(&proxy).await;
+    let mut ask = async |method: Method| {
+        let (answer, _) = client.send_request(to(method), true).unwrap();
+        soon("the answer", answer).await.unwrap()
+    };
+    let to_get = ask(Method::GET).await;
+    let to_head = ask(Method::HEAD).await;
+    assert_eq!(
+        (to_head.status(), &to_head.headers()["content-length"]),
+        (to_get.status(), &to_get.headers()["content-length"])
+    );
+    assert_eq!(to_head.status(), 503);
+    assert!(to_head.body().is_end_stream());
+    assert!(!read_all(to_get.into_body()).await.is_empty());
+}
+
 const STREAMS: usize = 32;
 
 /// What the kernel may hold of a connection between two sockets of which one has this buffer for what it has not read.

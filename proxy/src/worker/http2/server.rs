@@ -11,7 +11,7 @@ use h2::{
     Reason, RecvStream,
     server::{Builder, SendResponse},
 };
-use http::{HeaderValue, Request, Response, StatusCode, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::Body;
 
 use super::{
@@ -72,6 +72,7 @@ impl Exchange {
         let open = progress::Open::begin(Rc::clone(&on));
         let progress = open.progress();
         let (parts, stream) = request.into_parts();
+        let to_head = parts.method == Method::HEAD;
         let mut waits_for_100 = false;
         let body = if stream.is_end_stream() {
             RequestBody::Empty
@@ -98,10 +99,15 @@ impl Exchange {
         let Some(response) = response.await else { return };
         drop(answering);
 
-        let (mut parts, body) = response.into_parts();
-        let ended = body.is_end_stream();
+        let (mut parts, mut body) = response.into_parts();
+        let mut ended = body.is_end_stream();
         if !ended && let Some(length) = body.size_hint().exact() {
             parts.headers.entry(header::CONTENT_LENGTH).or_insert_with(|| HeaderValue::from(length));
+        }
+        if to_head && !ended {
+            // It says how long an answer to GET would be, and has no content (RFC 9110, 9.3.2).
+            body.end_unread();
+            ended = true;
         }
         if !parts.headers.contains_key(header::DATE) {
             parts.headers.extend(thread::date(body.latest()).map(|date| (header::DATE, date)));
