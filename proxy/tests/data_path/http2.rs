@@ -33,8 +33,8 @@ use tokio::{
 
 use crate::{
     frames::{
-        DATA, END_HEADERS, END_STREAM, Frame, GET, GOAWAY, HEADERS, LARGEST, PING, POST, SETTINGS, WINDOW_UPDATE,
-        connect, frame,
+        DATA, END_HEADERS, END_STREAM, Frame, GET, GOAWAY, HEADERS, LARGEST, PING, POST, RST_STREAM, SETTINGS,
+        WINDOW_UPDATE, connect, frame,
     },
     support::*,
 };
@@ -260,6 +260,32 @@ async fn a_client_that_waits_for_100_is_told_when_its_content_is_wanted() {
     let (_request, mut respond) = soon("the request", requests.recv()).await.unwrap();
     respond.send_response(Response::new(()), true).unwrap();
     assert!(soon("the answer", poll_fn(|cx| answer.poll_informational(cx))).await.is_none());
+}
+
+#[tokio::test]
+async fn an_upstream_that_breaks_the_protocol_is_told_apart_from_one_that_gives_up() {
+    // Content without a head, which ends the connection (RFC 9113, 8.1), and a stream given up.
+    for (breaks, (status, flag)) in
+        [(frame(DATA, 0, 1, b"content"), (502, "UPE")), (frame(RST_STREAM, 0, 1, &[0, 0, 0, 2]), (503, "UC"))]
+    {
+        let listener = TcpListener::bind((own_ip(), 8080)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            let (mut from, mut to) = listener.accept().await.unwrap().0.into_split();
+            from.read_exact(&mut [0; 24]).await.unwrap();
+            to.write_all(&frame(SETTINGS, 0, 0, &[])).await.unwrap();
+            while next(&mut from).await.expect("no request").kind != HEADERS {}
+            to.write_all(&breaks).await.unwrap();
+            while next(&mut from).await.is_some() {}
+        });
+        let proxy = proxy_to(Cluster { protocol: UpstreamProtocol::Http2, ..cluster("a", &[address]) }).await;
+        let (answer, _) = client(&proxy).await.send_request(to(Method::GET), true).unwrap();
+        let answer = soon("the answer", answer).await.unwrap();
+        assert_eq!(
+            (answer.status().as_u16(), &answer.headers()["x-sluice-response-flag"]),
+            (status, &flag.parse().unwrap())
+        );
+    }
 }
 
 #[tokio::test]
