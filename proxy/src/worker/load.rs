@@ -82,18 +82,54 @@ impl Drop for Counted<'_> {
     }
 }
 
-/// The connections of one endpoint, and who waits for one of them, or for a stream of one.
-pub(super) struct Connections {
-    load: Rc<Load>,
-    /// Those that are waited for: of HTTP/1.1.
-    exclusive: Cell<u32>,
+/// Those who wait for something that others have, in their order.
+pub(super) struct Queue {
     waiting: Cell<u32>,
     freed: Notify,
 }
 
+impl Queue {
+    fn new() -> Self {
+        Self { waiting: Cell::new(0), freed: Notify::new() }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.get() == 0
+    }
+
+    /// Waits until one is free. There must be one. Whoever goes away when it was told so already leaves it to the next (`Notify`).
+    pub(super) async fn freed(&self) {
+        let _waiting = Counted::on(&self.waiting);
+        self.freed.notified().await;
+    }
+
+    /// One is free.
+    pub(super) fn free(&self) {
+        if !self.is_empty() {
+            self.freed.notify_one();
+        }
+    }
+
+    /// There may be some for all who wait.
+    pub(super) fn free_all(&self) {
+        self.freed.notify_waiters();
+    }
+}
+
+/// The connections of one endpoint, and who waits for them.
+pub(super) struct Connections {
+    load: Rc<Load>,
+    /// Those that serve one request at a time: of HTTP/1.1.
+    exclusive: Cell<u32>,
+    /// For one of these, free or closed.
+    pub(super) queue: Queue,
+    /// For a stream of the others, which are of HTTP/2.
+    pub(super) streams: Queue,
+}
+
 impl Connections {
     pub(super) fn of(load: &Rc<Load>) -> Rc<Self> {
-        Rc::new(Self { load: Rc::clone(load), exclusive: Cell::new(0), waiting: Cell::new(0), freed: Notify::new() })
+        Rc::new(Self { load: Rc::clone(load), exclusive: Cell::new(0), queue: Queue::new(), streams: Queue::new() })
     }
 
     pub(super) fn load(&self) -> &Load {
@@ -123,29 +159,6 @@ impl Connections {
         self.load.connections.set(self.load.connections.get() + 1);
         Opened { of: Rc::clone(self), exclusive }
     }
-
-    pub(super) fn are_waited_for(&self) -> bool {
-        self.waiting.get() > 0
-    }
-
-    /// Waits until one of them, or a stream of one, is free or closed, in the order of those who ask. There must be one. Whoever goes away when
-    /// it was told so already leaves it to the next (`Notify`).
-    pub(super) async fn freed(&self) {
-        let _waiting = Counted::on(&self.waiting);
-        self.freed.notified().await;
-    }
-
-    /// One of them, or a stream of one, is free, or about to be closed.
-    pub(super) fn free(&self) {
-        if self.are_waited_for() {
-            self.freed.notify_one();
-        }
-    }
-
-    /// There may be room for all who wait.
-    pub(super) fn free_all(&self) {
-        self.freed.notify_waiters();
-    }
 }
 
 /// A connection, from when it is begun until it is closed.
@@ -161,7 +174,8 @@ impl Drop for Opened {
             of.exclusive.set(of.exclusive.get() - 1);
         }
         of.load.connections.set(of.load.connections.get() - 1);
-        of.free();
+        of.queue.free();
+        of.streams.free();
     }
 }
 

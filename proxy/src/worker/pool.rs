@@ -325,7 +325,7 @@ impl Drop for StreamCount {
         if self.0.streams.get() == 0 {
             self.0.since.set(Instant::now());
         }
-        self.0.of.free();
+        self.0.of.streams.free();
     }
 }
 
@@ -408,7 +408,7 @@ impl Endpoint {
         let is_over = connection.life().is_over(self.policy.get(), now);
         if !self.retired.get() && idle.len() < MAX_IDLE && !is_over {
             idle.push(Idle { connection, since: now });
-            self.connections.free();
+            self.connections.queue.free();
         } else {
             connection.close();
         }
@@ -441,7 +441,7 @@ impl Endpoint {
             return self.send_http2(connector, request, outstanding, now).await;
         }
         // Whoever waits for one comes first.
-        let kept = if fresh || self.connections.are_waited_for() { None } else { self.take(connector, now) };
+        let kept = if fresh || !self.connections.queue.is_empty() { None } else { self.take(connector, now) };
         let (connection, reused) = match kept {
             Some(connection) => (connection, true),
             None => {
@@ -478,12 +478,12 @@ impl Endpoint {
             if let Some(opened) = self.connections.another() {
                 return Ok((connector.http1(self.address, opened).await?, false));
             }
-            if !self.connections.are_waited_for()
+            if self.connections.queue.is_empty()
                 && let Some(kept) = self.take(connector, Instant::now())
             {
                 return Ok((kept, true));
             }
-            self.connections.freed().await;
+            self.connections.queue.freed().await;
             if let Some(kept) = self.take(connector, Instant::now()) {
                 return Ok((kept, true));
             }
@@ -500,7 +500,8 @@ impl Endpoint {
         let mut opened = false;
         let mut now = asked;
         let connection = loop {
-            let waited_for = self.connections.are_waited_for() && now == asked;
+            // Whoever waits for one comes first.
+            let waited_for = !self.connections.streams.is_empty() && now == asked;
             match self.share(now) {
                 Share::Free(connection) if !waited_for => break connection,
                 Share::None => {
@@ -513,7 +514,7 @@ impl Endpoint {
                     let Some(_pending) = self.connections.load().wait() else {
                         return Err(SendError::Overflow { request: Box::new(request) });
                     };
-                    self.connections.freed().await;
+                    self.connections.streams.freed().await;
                     now = Instant::now();
                 }
             }
@@ -566,7 +567,7 @@ impl Endpoint {
             let opened = self.connections.one_more();
             tokio::task::spawn_local(async move {
                 let connections = Rc::clone(&endpoint.connections);
-                let result = connector.http2(endpoint.address, opened, move || connections.free_all()).await;
+                let result = connector.http2(endpoint.address, opened, move || connections.streams.free_all()).await;
                 let result = result.map_err(Rc::new).map(|connection| {
                     let since = Cell::new(Instant::now());
                     let life = Cell::new(Life::begin());

@@ -142,6 +142,29 @@ async fn a_client_that_goes_while_its_request_waits_for_room_upstream_leaves_the
     assert_eq!((app.requests(), proxy.metric(UO)), (2, 0));
 }
 
+#[tokio::test]
+async fn who_waits_for_a_connection_of_http1_holds_no_stream_of_http2_up() {
+    let (app, gate) = gated().await;
+    let proxy = one_thread(limited(app.address, Limits { connections: Some(1), ..Limits::default() })).await;
+    let client = Http2::connect(proxy.address).await;
+    let call = |path: &'static str| {
+        let mut client = client.clone();
+        tokio::spawn(async move { client.send(call(path)).await.unwrap() })
+    };
+    let mut asking = vec![call("/1")];
+    eventually("the first is held", || app.requests() == 1).await;
+    asking.push(ask(&proxy, "/2"));
+    eventually("the second is held", || app.requests() == 2).await;
+    asking.push(ask(&proxy, "/3"));
+    eventually("the third waits", || proxy.metric(ACTIVE) == 3).await;
+    asking.push(call("/4"));
+    eventually("the fourth is held", || app.requests() == 3).await;
+    gate.add_permits(4);
+    for asking in asking {
+        assert_eq!(soon("an answer", asking).await.unwrap().status, StatusCode::OK);
+    }
+}
+
 /// A server that takes one stream at a time, and notes what it was asked.
 async fn one_stream_at_a_time(gate: Arc<Semaphore>) -> (SocketAddr, Arc<Mutex<Vec<String>>>) {
     let listener = TcpListener::bind((own_ip(), 8080)).await.unwrap();
