@@ -241,7 +241,7 @@ pub(super) enum SendError {
     Connect { request: Box<Request<RequestBody>>, error: ConnectError },
     /// Not sent: too many wait for a connection.
     Overflow { request: Box<Request<RequestBody>> },
-    /// The kept connection turned out to be closed. Not sent, or without a byte of an answer and may be sent twice.
+    /// The connection turned out to be closed. Not sent, or without a byte of an answer and may be sent twice.
     Stale { request: Box<Request<RequestBody>> },
     /// Sent, and certainly not processed: refused by the other side.
     Refused { error: UpstreamError },
@@ -457,13 +457,13 @@ impl Endpoint {
                 }
             }
         };
-        // A proxy of ours says before it closes a connection; an application that stops or was idle may not.
-        let again = reused && connector.tls.is_none();
+        // A proxy of ours says before it closes a connection; an application that stops or was idle may not. Once is enough.
+        let again = !fresh && connector.tls.is_none();
         match connection.send(request, again).await {
             Ok(response) => Ok((response.map(UpstreamBody::Http1), Lease::new(outstanding, Leased::Http1))),
-            Err(NoAnswer::Unsent { request, .. } | NoAnswer::Silent { request, .. }) if reused => {
-                Err(SendError::Stale { request })
-            }
+            Err(NoAnswer::Unsent { request, .. }) if reused => Err(SendError::Stale { request }),
+            // On a new one, only a reset says that it was hardly read: what ends in order may have ended by this request.
+            Err(NoAnswer::Silent { request, error }) if reused || error.is_reset() => Err(SendError::Stale { request }),
             Err(NoAnswer::Unsent { request, error }) => {
                 Err(SendError::Connect { request, error: ConnectError::Http(self.address, error.into()) })
             }

@@ -265,6 +265,39 @@ async fn what_may_be_sent_twice_is_when_an_application_closes_a_kept_connection_
     assert_eq!((heads.load(SeqCst), stale()), (4, 1));
 }
 
+/// An application that stops resets what it has accepted, or had not accepted yet, and has not read.
+#[tokio::test]
+async fn what_may_be_sent_twice_is_when_an_application_resets_a_new_connection_unread() {
+    let listener = TcpListener::bind((own_ip(), 8080)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let connections = Arc::new(AtomicUsize::new(0));
+    let count = connections.clone();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            if count.fetch_add(1, SeqCst) % 2 == 0 {
+                // With bytes that nobody has read, the close is a reset (RFC 9293, 3.6.1 and RFC 2525, 2.17).
+                stream.readable().await.unwrap();
+            } else {
+                assert!(stream.read_u8().await.is_ok());
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok").await;
+                let _ = stream.shutdown().await;
+                while stream.read_u8().await.is_ok() {}
+            }
+        }
+    });
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(http_to([(cluster("a", &[address]), 100)])).await;
+    let mut client = Http1::connect(proxy.address).await;
+    assert_eq!(client.get("/").await.body, "ok");
+    assert_eq!((connections.load(SeqCst), proxy.metric(&format!("{RETRIES}\"stale\"}}"))), (2, 1));
+    // It might have been carried out.
+    let post = Request::post("/").header("host", "cart.shop").body(full("")).unwrap();
+    let post = client.send(post).await.unwrap();
+    assert_eq!((post.status, post.header("x-sluice-response-flag")), (StatusCode::SERVICE_UNAVAILABLE, "UC"));
+    assert_eq!(connections.load(SeqCst), 3);
+}
+
 /// An HTTP/2 server that says GOAWAY again and again, on each connection after a few requests.
 async fn goes_away() -> SocketAddr {
     let listener = TcpListener::bind((own_ip(), 8080)).await.unwrap();

@@ -51,6 +51,13 @@ pub(super) enum Error {
     Length,
 }
 
+impl Error {
+    /// The other side reset the connection, as it does with one of which it has not read all.
+    pub(super) fn is_reset(&self) -> bool {
+        matches!(self, Self::Io(error) if error.kind() == io::ErrorKind::ConnectionReset)
+    }
+}
+
 /// What was read from a connection and is not yet part of a message. Holds no memory while nothing is there.
 struct Input {
     bytes: BytesMut,
