@@ -275,7 +275,7 @@ async fn what_may_be_sent_twice_is_when_an_application_resets_a_new_connection_u
     tokio::spawn(async move {
         loop {
             let (mut stream, _) = listener.accept().await.unwrap();
-            if count.fetch_add(1, SeqCst) % 2 == 0 {
+            if count.fetch_add(1, SeqCst).is_multiple_of(2) {
                 // With bytes that nobody has read, the close is a reset (RFC 9293, 3.6.1 and RFC 2525, 2.17).
                 stream.readable().await.unwrap();
             } else {
