@@ -166,8 +166,8 @@ impl Adopted {
     /// Failures since `from_ms`, which the test has counted apart: `[kept, new]` connections, and the window in which they
     /// ended. From now on no request may fail again.
     pub async fn counted_apart(&mut self, what: &str, from_ms: u64) -> Apart {
-        // Those that still wait for something that is gone end by then.
-        tokio::time::sleep(crate::load::TIMEOUT + Duration::from_secs(1)).await;
+        // Those that still wait for something that is gone end by then: kube-proxy may have known of it for a second or two only.
+        tokio::time::sleep(crate::load::TIMEOUT + Duration::from_secs(3)).await;
         self.load.catch_up().await.unwrap();
         let before: Vec<_> =
             self.load.failures_since(self.from_ms).into_iter().filter(|bucket| bucket.first_ms < from_ms).collect();

@@ -42,6 +42,9 @@ async fn on_two_nodes(name: &str) -> Option<(Adopted, String)> {
     Some((stage, spared))
 }
 
+/// At most so many new connections have, within two minutes, a port of one that was lost: some 900 of 28,000 ports, half of 60 a second.
+const REMEMBERED: u64 = 120;
+
 /// Releases v3 and waits until it has a fifth of the traffic.
 async fn in_mid_release(stage: &Adopted) {
     let applied = stage.app.release(&[("VERSION", "v3")]).await.unwrap();
@@ -99,6 +102,7 @@ async fn a_node_that_is_lost_takes_what_it_had_and_new_connections_until_its_mem
     println!("the node was found not to be ready after {} ms", unix_ms() - at);
     let apart = stage.counted_apart("a node lost", at).await;
     assert!(apart.window_ms <= 75_000, "{apart:?}");
+    let counted = unix_ms();
 
     // What is left serves, and a change waits for Pods on the node that is left.
     // The API server may still have a connection to the webhook that was there; whoever applies tries again, as Git tools do.
@@ -116,7 +120,10 @@ async fn a_node_that_is_lost_takes_what_it_had_and_new_connections_until_its_mem
         })
         .await
         .unwrap();
-    stage.nothing_failed().await;
+    // A connection may get the port of one that was on its way to the node when that was lost: the kernel sends it there as well, for
+    // the two minutes that it remembers it (`nf_conntrack_tcp_timeout_syn_sent`).
+    let apart = stage.counted_apart("ports of connections to a node that was lost", counted).await;
+    assert!(apart.kept == 0 && apart.new <= REMEMBERED, "{apart:?}");
     let back = unix_ms();
     drop(cut_off);
     node_ready(&stage, &lost, true).await;
