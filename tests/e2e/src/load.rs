@@ -46,8 +46,6 @@ impl Load {
                     "image": format!("localhost/sluice-load:{}", cluster.tag),
                     "imagePullPolicy": "IfNotPresent",
                     "args": arguments,
-                    // Without, it gets what all others leave, and measures that.
-                    "resources": {"requests": {"cpu": "50m", "memory": "16Mi"}},
                     "securityContext": {
                         "allowPrivilegeEscalation": false, "runAsNonRoot": true,
                         "capabilities": {"drop": ["ALL"]}, "seccompProfile": {"type": "RuntimeDefault"},
