@@ -495,15 +495,13 @@ impl Endpoint {
         connector: &Rc<Connector>,
         request: Request<RequestBody>,
         outstanding: Outstanding,
-        asked: Instant,
+        mut now: Instant,
     ) -> Result<(Response<UpstreamBody>, Lease), SendError> {
-        let mut opened = false;
-        let mut now = asked;
+        let (mut opened, mut waited) = (false, false);
         let connection = loop {
-            // Whoever waits for one comes first.
-            let waited_for = !self.connections.streams.is_empty() && now == asked;
             match self.share(now) {
-                Share::Free(connection) if !waited_for => break connection,
+                // Whoever waits for one comes first.
+                Share::Free(connection) if opened || waited || self.connections.streams.is_empty() => break connection,
                 Share::None => {
                     opened = true;
                     if let Err(error) = self.open(connector).await {
@@ -515,6 +513,7 @@ impl Endpoint {
                         return Err(SendError::Overflow { request: Box::new(request) });
                     };
                     self.connections.streams.freed().await;
+                    waited = true;
                     now = Instant::now();
                 }
             }
@@ -574,6 +573,7 @@ impl Endpoint {
                     let of = Rc::clone(&endpoint.connections);
                     let connection = Rc::new(Multiplexed { of, connection, streams: Cell::new(0), since, life });
                     endpoint.shared.borrow_mut().push(connection);
+                    endpoint.connections.streams.free_all();
                 });
                 endpoint.opening.borrow_mut().take();
                 let _ = done.send(result);

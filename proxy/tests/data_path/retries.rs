@@ -2,7 +2,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
     },
     time::Duration,
 };
@@ -17,7 +17,10 @@ use tokio::{
     net::TcpListener,
 };
 
-use crate::support::*;
+use crate::{
+    support::*,
+    upstream_http1::{head, upstream},
+};
 
 const RETRIES: &str = "sluice_retries_total{listener=\"shop/cart:80\",reason=";
 
@@ -268,24 +271,20 @@ async fn what_may_be_sent_twice_is_when_an_application_closes_a_kept_connection_
 /// An application that stops resets what it has accepted, or had not accepted yet, and has not read.
 #[tokio::test]
 async fn what_may_be_sent_twice_is_when_an_application_resets_a_new_connection_unread() {
-    let listener = TcpListener::bind((own_ip(), 8080)).await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let connections = Arc::new(AtomicUsize::new(0));
-    let count = connections.clone();
-    tokio::spawn(async move {
-        loop {
-            let (mut stream, _) = listener.accept().await.unwrap();
-            if count.fetch_add(1, SeqCst).is_multiple_of(2) {
-                // With bytes that nobody has read, the close is a reset (RFC 9293, 3.6.1 and RFC 2525, 2.17).
+    let resets = AtomicBool::new(false);
+    let (address, connections) = upstream(move |mut stream| {
+        let reset = !resets.fetch_not(SeqCst);
+        async move {
+            if reset {
+                // With bytes that nobody has read, the close is a reset (RFC 2525, 2.17).
                 stream.readable().await.unwrap();
             } else {
-                assert!(stream.read_u8().await.is_ok());
-                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok").await;
-                let _ = stream.shutdown().await;
-                while stream.read_u8().await.is_ok() {}
+                assert!(head(&mut stream).await.is_some());
+                stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok").await.unwrap();
             }
         }
-    });
+    })
+    .await;
     let proxy = Proxy::start(Role::Fleet);
     proxy.serve(http_to([(cluster("a", &[address]), 100)])).await;
     let mut client = Http1::connect(proxy.address).await;

@@ -255,7 +255,16 @@ pub(crate) async fn sidecar(ca: &Ca, ip: IpAddr, tcp: bool) -> Proxy {
 }
 
 pub(crate) async fn sidecar_of(identity: IdentityHandle, ip: IpAddr, tcp: bool) -> Proxy {
-    let mut proxy = Proxy::with(Role::Sidecar, identity, |_| {});
+    sidecar_with(identity, ip, tcp, |_| {}).await
+}
+
+pub(crate) async fn sidecar_with(
+    identity: IdentityHandle,
+    ip: IpAddr,
+    tcp: bool,
+    change: impl FnOnce(&mut Options),
+) -> Proxy {
+    let mut proxy = Proxy::with(Role::Sidecar, identity, change);
     proxy.address = SocketAddr::new(ip, 20443);
     let local = split([(
         Cluster {

@@ -543,6 +543,20 @@ async fn the_protocol_is_agreed_by_alpn() {
 }
 
 #[tokio::test]
+async fn a_client_that_agrees_on_http2_and_says_nothing_is_cut_off() {
+    let (ip, ca) = (own_ip(), Ca::new());
+    let short = |options: &mut sluice_proxy::workers::Options| options.timing.header = Duration::from_millis(150);
+    let sidecar = sidecar_with(ca.identity(APP), ip, false, short).await;
+    let connector = TlsConnector::from(ca.identity(FLEET).client_config(APP, &[ALPN_H2]));
+    let stream = TcpStream::connect(sidecar.address).await.unwrap();
+    let mut stream = connector.connect(ServerName::try_from("p8080.abc").unwrap(), stream).await.unwrap();
+    // Half of the preface (RFC 9113, 3.4).
+    stream.write_all(b"PRI * HTTP/2").await.unwrap();
+    let _ = soon("the end", stream.read(&mut [0])).await;
+    eventually("its count", || sidecar.refused_at("inbound", "head_timeout") == 1).await;
+}
+
+#[tokio::test]
 async fn a_proxy_without_an_identity_refuses_and_serves_once_it_has_one() {
     let (ip, ca) = (own_ip(), Ca::new());
     let _app = App::start(ip, 8080, |_| async { http::Response::new(full("hello")) }).await;

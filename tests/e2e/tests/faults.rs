@@ -20,7 +20,7 @@ use kube::{
 use serde_json::json;
 use sluice_crds::{CanaryStatus, Phase, Stage, VerdictStatus};
 use sluice_e2e::{
-    adopted::{MINUTE, Use, adopted, cluster, condition, eventually, expect, quick, slow},
+    adopted::{Adopted, MINUTE, Use, adopted, cluster, condition, eventually, expect, quick, slow},
     audit,
     cluster::SYSTEM,
     installation::{self, API_SERVER_AWAY, CONTROLLERS_AWAY, controllers, fleet, leader, try_leader},
@@ -32,6 +32,8 @@ use sluice_e2e::{
 const IN_FLIGHT: u64 = 40;
 /// By then kube-proxy has dropped a dead address on a slow machine: the kubelet's notice, our slice, its own second.
 const DROPPED: u64 = 20_000;
+/// The slices that we write for the Service.
+const OUR_SLICES: &str = "kubernetes.io/service-name=hello,endpointslice.kubernetes.io/managed-by=sluice.dev";
 
 fn succeeded(status: &CanaryStatus) -> bool {
     status.phase == Phase::Succeeded
@@ -74,16 +76,30 @@ async fn all_controllers_killed_in_mid_release_lose_nothing() {
     stage.end().await;
 }
 
+/// What is said of a member that is cut off, by itself and by the leader.
+const MEMBER_AWAY: &[&str] = &["no stream to the control plane", "silent for too long"];
+
+/// Begins (`-I`) or ends (`-D`) to drop what the member sends to the controllers' gRPC port.
+async fn between_member_and_controllers(node: &Node, action: &str, ip: &str) {
+    let rule = ["iptables", action, "FORWARD", "-s", ip, "-p", "tcp", "--dport", "18000", "-j", "DROP"];
+    node.exec(&rule).await.unwrap();
+}
+
+/// In mid-release. The member's name and address.
+async fn cut_off_a_member(stage: &Adopted, node: &Node) -> (String, String) {
+    let member = fleet(&stage.app.cluster).await.remove(0);
+    let (name, ip) = (member.name_any(), member.status.unwrap().pod_ip.unwrap());
+    stage.in_mid_release().await;
+    between_member_and_controllers(node, "-I", &ip).await;
+    (name, ip)
+}
+
 #[tokio::test]
 async fn a_fleet_member_cut_off_from_the_controller_serves_on_and_holds_the_release() {
     let Some(node) = Node::of_ours("to cut a connection on its node") else { return };
     let Some(stage) = adopted("cutoff", Use::Alone, &[], quick()).await else { return };
-    let member = fleet(&stage.app.cluster).await.remove(0);
-    let (name, ip) = (member.name_any(), member.status.unwrap().pod_ip.unwrap());
-    stage.in_mid_release().await;
-    let _expected = expect(&["no stream to the control plane", "silent for too long"]);
-    let rule = ["FORWARD", "-s", &ip, "-p", "tcp", "--dport", "18000", "-j", "DROP"];
-    node.exec(&[&["iptables", "-I"], &rule[..]].concat()).await.unwrap();
+    let _expected = expect(MEMBER_AWAY);
+    let (name, ip) = cut_off_a_member(&stage, &node).await;
     let cut = unix_ms();
     let held = stage
         .wait("the member named in the status", cut, |status| {
@@ -95,7 +111,7 @@ async fn a_fleet_member_cut_off_from_the_controller_serves_on_and_holds_the_rele
     for revision in [held.primary_revision.unwrap(), held.canary_revision.unwrap()] {
         assert!(!stage.app.pods_of(&revision).await.unwrap().is_empty());
     }
-    node.exec(&[&["iptables", "-D"], &rule[..]].concat()).await.unwrap();
+    between_member_and_controllers(&node, "-D", &ip).await;
     stage.wait("phase Succeeded", cut, succeeded).await;
     stage.end().await;
 }
@@ -108,20 +124,15 @@ async fn a_fleet_member_that_stays_cut_off_gets_no_new_connections_and_holds_not
     spec["progressDeadlineSeconds"] = json!(300);
     let Some(stage) = adopted("silent", Use::Alone, &[], spec).await else { return };
     let cluster = stage.app.cluster.clone();
-    let member = fleet(&cluster).await.remove(0);
-    let (name, ip) = (member.name_any(), member.status.unwrap().pod_ip.unwrap());
-    stage.in_mid_release().await;
-    let _expected = expect(&["no stream to the control plane", "silent for too long"]);
-    let rule = ["FORWARD", "-s", &ip, "-p", "tcp", "--dport", "18000", "-j", "DROP"];
-    node.exec(&[&["iptables", "-I"], &rule[..]].concat()).await.unwrap();
+    let _expected = expect(MEMBER_AWAY);
+    let (name, ip) = cut_off_a_member(&stage, &node).await;
     let cut = unix_ms();
     let is_marked = async || {
         let pod = installation::pods(&cluster).get(&name).await.unwrap();
         pod.annotations().contains_key("sluice.dev/lagging-since")
     };
     let is_in_slices = async || {
-        let of_service = ListParams::default()
-            .labels("kubernetes.io/service-name=hello,endpointslice.kubernetes.io/managed-by=sluice.dev");
+        let of_service = ListParams::default().labels(OUR_SLICES);
         let slices = stage.api::<EndpointSlice>().list(&of_service).await.unwrap();
         slices.iter().flat_map(|slice| &slice.endpoints).any(|endpoint| endpoint.addresses.contains(&ip))
     };
@@ -134,7 +145,7 @@ async fn a_fleet_member_that_stays_cut_off_gets_no_new_connections_and_holds_not
     println!("promoted {} ms after it was cut off", unix_ms() - cut);
     assert_eq!(done.failed_checks, 0);
     assert!(is_marked().await && !is_in_slices().await);
-    node.exec(&[&["iptables", "-D"], &rule[..]].concat()).await.unwrap();
+    between_member_and_controllers(&node, "-D", &ip).await;
     eventually("its return", 2 * MINUTE, || async { (!is_marked().await && is_in_slices().await).then_some(()) }).await;
     stage.end().await;
 }
@@ -532,8 +543,7 @@ async fn what_hands_change_of_ours_is_repaired() {
 
     // The slice of the fleet: new connections are refused until it is there again.
     let slices: Api<EndpointSlice> = Api::namespaced(stage.app.cluster.client.clone(), &namespace);
-    let of_service = ListParams::default()
-        .labels("kubernetes.io/service-name=hello,endpointslice.kubernetes.io/managed-by=sluice.dev");
+    let of_service = ListParams::default().labels(OUR_SLICES);
     let at = unix_ms();
     for slice in slices.list(&of_service).await.unwrap() {
         slices.delete(&slice.name_any(), &DeleteParams::default()).await.unwrap();

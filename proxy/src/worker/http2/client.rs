@@ -28,7 +28,7 @@ use super::{
 pub(in super::super) enum NoAnswer {
     /// The connection takes no more requests.
     Unsent { request: Box<Request<RequestBody>>, error: Error },
-    /// Sent, wholly or in part.
+    /// Sent, wholly or in part, or not to be said in HTTP/2.
     Sent(Error),
 }
 
