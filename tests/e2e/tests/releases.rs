@@ -513,19 +513,13 @@ async fn twenty_canaries_are_released_at_once() {
                 let load = Load::start(&cluster, &app.namespace, "load", &arguments).await.unwrap();
                 let from_ms = load.steady().await.unwrap();
                 app.canary(spec).await.unwrap();
+                app.adopted().await.unwrap();
                 (app, load, from_ms)
             }
         })
         .buffer_unordered(4)
         .collect()
         .await;
-    let adopted = apps.iter().map(|(app, ..)| async {
-        app.history
-            .wait("phase Initialized", 0, 5 * MINUTE, |status| status.phase == Phase::Initialized)
-            .await
-            .unwrap();
-    });
-    futures::future::join_all(adopted).await;
     let began = unix_ms();
     let released = apps.iter().map(|(app, ..)| async {
         let applied = app.release(&[("VERSION", "v2")]).await.unwrap();
