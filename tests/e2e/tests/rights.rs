@@ -51,13 +51,6 @@ const FAULTS: &[Spared] = &[
     },
     Spared {
         namespace: Some(SYSTEM),
-        resources: &["pods"],
-        verbs: &["patch"],
-        why: "marks a member of the fleet that was silent for 30 s and is there still",
-        ..CONTROLLER
-    },
-    Spared {
-        namespace: Some(SYSTEM),
         resources: &["secrets"],
         names: &["sluice-ca"],
         verbs: &["update"],
