@@ -7,7 +7,10 @@ use std::{
     collections::BTreeSet,
     fmt::Debug,
     hash::Hash,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use futures::StreamExt;
@@ -121,10 +124,40 @@ pub struct Scope {
     pub secrets: bool,
 }
 
+/// How far the watch of a kind has come.
+#[derive(Clone, Debug, Default)]
+pub struct Progress(Arc<AtomicU64>);
+
+impl Progress {
+    /// Whether the store has everything of this kind up to this resourceVersion, because it has something later. No event may have come
+    /// after it: then this is false, although the store may have it all.
+    #[must_use]
+    pub fn is_past(&self, version: Option<&str>) -> bool {
+        version_number(version).is_some_and(|version| self.0.load(Ordering::Acquire) > version)
+    }
+
+    /// Events of a watch come in the order of their versions, that of a deletion too.
+    pub(crate) fn came(&self, to: Option<&str>) {
+        self.0.fetch_max(version_number(to).unwrap_or_default(), Ordering::Release);
+    }
+
+    /// A list replaces all that was.
+    fn begin_at(&self, listed: &Self) {
+        self.0.store(listed.0.load(Ordering::Acquire), Ordering::Release);
+    }
+}
+
+/// Versions of one kind rise, and are numbers (KEP-5504); what is not a number is not compared.
+#[must_use]
+pub fn version_number(version: Option<&str>) -> Option<u64> {
+    version?.parse().ok()
+}
+
 /// The stores.
 #[derive(Clone)]
 pub struct Cache {
     pub canaries: Store<Canary>,
+    pub canaries_progress: Progress,
     pub metric_templates: Store<MetricTemplate>,
     /// Untyped, so that no field of a newer API server is dropped.
     pub deployments: Store<DynamicObject>,
@@ -134,7 +167,9 @@ pub struct Cache {
     pub replica_sets: Store<PartialObjectMeta<ReplicaSet>>,
     /// Without volumes, environment and commands.
     pub pods: Store<Pod>,
+    pub pods_progress: Progress,
     pub services: Store<Service>,
+    pub services_progress: Progress,
     pub slices: Store<EndpointSlice>,
     /// Those with the label `sluice.dev/canary`.
     pub revisions: Store<ControllerRevision>,
@@ -206,12 +241,15 @@ impl Cache {
 
         let cache = Self {
             canaries: canaries.store.clone(),
+            canaries_progress: canaries.progress.clone(),
             metric_templates: metric_templates.store.clone(),
             deployments: deployments.store.clone(),
             autoscalers: autoscalers.store.clone(),
             replica_sets: replica_sets.store.clone(),
             pods: pods.store.clone(),
+            pods_progress: pods.progress.clone(),
             services: services.store.clone(),
+            services_progress: services.progress.clone(),
             slices: slices.store.clone(),
             revisions: revisions.store.clone(),
             namespaces: namespaces.as_ref().map(|pending| pending.store.clone()),
@@ -451,6 +489,7 @@ where
     K::DynamicType: Eq + Hash + Clone,
 {
     store: Store<K>,
+    progress: Progress,
     writer: Writer<K>,
     api: Api<K>,
     config: watcher::Config,
@@ -466,7 +505,8 @@ where
 {
     fn new(api: Api<K>, resource: K::DynamicType, config: watcher::Config, prune: fn(&mut K)) -> Self {
         let writer = Writer::new(resource);
-        Self { store: writer.as_reader(), writer, api, config, prune, counts: true }
+        let (store, progress) = (writer.as_reader(), Progress::default());
+        Self { store, progress, writer, api, config, prune, counts: true }
     }
 
     /// Its changes say nothing about traffic: the mesh is not built anew for them.
@@ -481,10 +521,12 @@ where
         cache: Cache,
         touch: impl Fn(&Cache, &K, /* gone: */ bool) + Send + Sync + 'static,
     ) {
-        let Self { store: _, mut writer, api, config, prune, counts } = self;
+        let Self { store: _, progress, mut writer, api, config, prune, counts } = self;
         let kind = std::any::type_name::<K>();
         tasks.spawn(async move {
             let mut events = watcher(api, config).default_backoff().boxed();
+            // Of the list that is being read.
+            let mut listed = Progress::default();
             while let Some(event) = events.next().await {
                 let mut event = match event {
                     Ok(event) => event,
@@ -498,6 +540,14 @@ where
                     watcher::Event::Delete(_) | watcher::Event::Init | watcher::Event::InitDone => {}
                 }
                 writer.apply_watcher_event(&event);
+                match &event {
+                    watcher::Event::Apply(object) | watcher::Event::Delete(object) => {
+                        progress.came(object.meta().resource_version.as_deref());
+                    }
+                    watcher::Event::Init => listed = Progress::default(),
+                    watcher::Event::InitApply(object) => listed.came(object.meta().resource_version.as_deref()),
+                    watcher::Event::InitDone => progress.begin_at(&listed),
+                }
                 match &event {
                     watcher::Event::Apply(object) => touch(&cache, object, false),
                     watcher::Event::Delete(object) => touch(&cache, object, true),

@@ -59,6 +59,8 @@ pub struct Timing {
     pub application_idle: Duration,
     /// While draining, an idle HTTP/1.1 connection is closed after it, else at the deadline.
     pub drain_idle: Option<Duration>,
+    /// An HTTP/2 client that is told that its connection will end may begin requests on it for so long still.
+    pub farewell: Duration,
     /// When the process drains, connections are accepted for so long still, until the cluster knows.
     pub settle: Duration,
     /// A removed listener accepts for so long still.
@@ -82,6 +84,7 @@ impl Timing {
             own_hop_idle: Duration::from_secs(60),
             application_idle: Duration::from_secs(1),
             drain_idle,
+            farewell: Duration::from_secs(5),
             settle: Duration::from_secs(5),
             removed_accept: Duration::from_secs(10),
             removed_serve: Duration::from_secs(300),

@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{
     analysis::{DryRun, DryRunRequest, Report, Task},
-    cache::{CanaryKey, autoscaler_resource, deployment_resource},
+    cache::{CanaryKey, autoscaler_resource, deployment_resource, version_number},
     guard::{Breach, Watch},
     mesh::Limits,
 };
@@ -486,11 +486,10 @@ where
     store.get(&ObjectRef::new(name).within(&key.namespace)).is_some_and(|found| !older(&*found, resource_version))
 }
 
-/// Whether an object is older than this version. Kubernetes' resourceVersions are numbers that rise (KEP-5504); what is not
-/// a number is not compared.
+/// Whether an object is older than this version.
 fn older<K: Resource>(object: &K, resource_version: &str) -> bool {
-    let has = object.meta().resource_version.as_deref().and_then(|version| version.parse::<u64>().ok());
-    has.zip(resource_version.parse::<u64>().ok()).is_some_and(|(has, wanted)| has < wanted)
+    let has = version_number(object.meta().resource_version.as_deref());
+    has.zip(version_number(Some(resource_version))).is_some_and(|(has, wanted)| has < wanted)
 }
 
 #[cfg(test)]

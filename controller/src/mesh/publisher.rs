@@ -11,7 +11,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use kube::{
     Api, Client, Resource, ResourceExt,
     api::ListParams,
-    core::NamespaceResourceScope,
+    core::{NamespaceResourceScope, ObjectList, PartialObjectMeta},
     runtime::reflector::{ObjectRef, Store},
 };
 use serde::de::DeserializeOwned;
@@ -28,7 +28,7 @@ use super::{
     slices, wanted_ports,
 };
 use crate::{
-    cache::{Cache, CanaryKey, Touches},
+    cache::{Cache, CanaryKey, Progress, Touches, version_number},
     lease::LeaseHandle,
 };
 
@@ -333,15 +333,15 @@ impl CatchUp {
     /// If the API server cannot be asked.
     pub async fn run(&self) -> Result<(), CatchUpError> {
         tokio::try_join!(
-            self.caught_up::<Canary>("canaries", &self.cache.canaries),
-            self.caught_up::<Service>("services", &self.cache.services),
-            self.caught_up::<Pod>("pods", &self.cache.pods),
+            self.caught_up::<Canary>("canaries", &self.cache.canaries, &self.cache.canaries_progress),
+            self.caught_up::<Service>("services", &self.cache.services, &self.cache.services_progress),
+            self.caught_up::<Pod>("pods", &self.cache.pods, &self.cache.pods_progress),
         )?;
         self.handle.rebuild();
         Ok(())
     }
 
-    async fn caught_up<K>(&self, kind: &'static str, store: &Store<K>) -> Result<(), CatchUpError>
+    async fn caught_up<K>(&self, kind: &'static str, store: &Store<K>, progress: &Progress) -> Result<(), CatchUpError>
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
             + Clone
@@ -356,28 +356,33 @@ impl CatchUp {
         // No resourceVersion: a read from the quorum.
         let list =
             within(api.list_metadata(&ListParams::default())).await.map_err(|source| CatchUpError { kind, source })?;
-        let listed = list.metadata.resource_version.clone();
-        let names: BTreeSet<(Option<String>, String)> =
-            list.items.iter().map(|item| (item.namespace(), item.name_any())).collect();
-        loop {
-            let behind = list.items.iter().any(|item| {
-                let reference = ObjectRef::<K>::new(&item.name_any()).within(&item.namespace().unwrap_or_default());
-                store.get(&reference).is_none_or(|cached| {
-                    let (cached, wanted) = (cached.resource_version(), item.resource_version());
-                    cached != wanted && !is_newer(cached.as_deref(), wanted.as_deref())
-                })
-            });
-            // What the cache has, the list does not, and is no newer than the list, was deleted before it.
-            let gone = |cached: &Arc<K>| {
-                !names.contains(&(cached.namespace(), cached.name_any()))
-                    && !is_newer(cached.resource_version().as_deref(), listed.as_deref())
-            };
-            if !behind && !store.state().iter().any(gone) {
-                return Ok(());
-            }
+        while !progress.is_past(list.metadata.resource_version.as_deref()) && !shows(store, &list) {
             tokio::time::sleep(CATCH_UP).await;
         }
+        Ok(())
     }
+}
+
+/// Whether a store shows what was listed. It never may, if something of that was deleted before the store had the rest of it.
+fn shows<K>(store: &Store<K>, list: &ObjectList<PartialObjectMeta<K>>) -> bool
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + 'static,
+{
+    let behind = list.items.iter().any(|item| {
+        let reference = ObjectRef::<K>::new(&item.name_any()).within(&item.namespace().unwrap_or_default());
+        store.get(&reference).is_none_or(|cached| {
+            let (cached, wanted) = (cached.resource_version(), item.resource_version());
+            cached != wanted && !is_newer(cached.as_deref(), wanted.as_deref())
+        })
+    });
+    let names: BTreeSet<(Option<String>, String)> =
+        list.items.iter().map(|item| (item.namespace(), item.name_any())).collect();
+    // What the store has, the list does not, and is no newer than the list, was deleted before it.
+    let gone = |cached: &Arc<K>| {
+        !names.contains(&(cached.namespace(), cached.name_any()))
+            && !is_newer(cached.resource_version().as_deref(), list.metadata.resource_version.as_deref())
+    };
+    !behind && !store.state().iter().any(gone)
 }
 
 /// Why a replica cannot know that its cache is recent.
@@ -413,13 +418,8 @@ async fn maybe(at: Option<Instant>) {
     }
 }
 
-/// Compares resourceVersions of one kind, which are comparable as numbers (KEP-5504).
 fn is_newer(one: Option<&str>, than: Option<&str>) -> bool {
-    let number = |version: Option<&str>| version.and_then(|version| version.parse::<u64>().ok());
-    match (number(one), number(than)) {
-        (Some(one), Some(than)) => one > than,
-        _ => false,
-    }
+    version_number(one).zip(version_number(than)).is_some_and(|(one, than)| one > than)
 }
 
 /// The facts as the cache has them.
@@ -467,10 +467,16 @@ fn gather(cache: &Cache, settings: Arc<Settings>) -> Inputs {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
-    use serde_json::json;
+    use http::{Request, Response};
+    use kube::client::Body;
+    use serde_json::{Value, json};
+    use tokio::{
+        sync::{Mutex as Turn, Notify},
+        task::JoinSet,
+    };
 
     use super::*;
-    use crate::mesh::testing::Shop;
+    use crate::{cache::Scope, mesh::testing::Shop};
 
     /// A shop whose facts can be changed, and its publisher.
     fn published(shop: Shop) -> (Arc<Mutex<Shop>>, PublisherHandle, Touches) {
@@ -590,5 +596,58 @@ mod tests {
         lock(&shop).traffic("aaa", Some("bbb"), 0);
         handle.rebuild();
         assert_eq!(touches.take().await, BTreeSet::from([CanaryKey::new("shop", "web")]));
+    }
+
+    /// An API server with one Pod, of which the watch is a version behind; the Pod is deleted when it has been listed again.
+    fn with_a_pod_that_goes() -> Client {
+        let pod = |version: &str| json!({"metadata": {"namespace": "shop", "name": "a", "resourceVersion": version}});
+        let list = |items: &[Value], version: &str| json!({"metadata": {"resourceVersion": version}, "items": items});
+        let listed = Arc::new(Notify::new());
+        let untold = Arc::new(Turn::new(true));
+        let server = tower::service_fn(move |request: Request<Body>| {
+            let (listed, untold) = (listed.clone(), untold.clone());
+            async move {
+                let pods = request.uri().path().ends_with("/pods");
+                let watch = request.uri().query().is_some_and(|query| query.contains("watch=true"));
+                let accept = request.headers().get("accept").map(|accept| accept.to_str().unwrap());
+                let metadata = accept.is_some_and(|accept| accept.contains("PartialObjectMetadata"));
+                let answer = match (pods, watch, metadata) {
+                    (true, true, _) => {
+                        // The first to ask is told; there is nothing to tell afterwards.
+                        let mut first = untold.lock().await;
+                        while !std::mem::take(&mut *first) {
+                            std::future::pending::<()>().await;
+                        }
+                        listed.notified().await;
+                        json!({"type": "DELETED", "object": pod("11")})
+                    }
+                    (true, false, true) => {
+                        listed.notify_one();
+                        list(&[pod("10")], "10")
+                    }
+                    (true, false, false) => list(&[pod("5")], "5"),
+                    (false, true, _) => std::future::pending().await,
+                    (false, false, _) => list(&[], "10"),
+                };
+                Ok::<_, std::convert::Infallible>(Response::new(Body::from(format!("{answer}\n").into_bytes())))
+            }
+        });
+        Client::new(server, "default")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_replica_that_catches_up_does_not_wait_for_what_was_deleted_meanwhile() {
+        let client = with_a_pod_that_goes();
+        let (shop, mut tasks) = (Shop::new(), JoinSet::new());
+        let scope =
+            Scope { namespace: None, release_namespace: "sluice-system".into(), namespaces: true, secrets: true };
+        let cache = Cache::start(&client, &scope, &mut tasks);
+        cache.warm().await.unwrap();
+        let settings = shop.inputs().settings;
+        let with = settings.clone();
+        let handle = PublisherHandle::new(move || Inputs::empty(with.clone()), cache.touches.clone());
+        let catch_up = CatchUp { client, cache: cache.clone(), settings, handle };
+        timeout(Duration::from_secs(60), catch_up.run()).await.expect("it never ends").unwrap();
+        assert!(cache.pods.state().is_empty(), "it is as new as the list");
     }
 }

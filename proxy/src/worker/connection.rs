@@ -189,6 +189,12 @@ impl Connection {
         if self.is_draining() { timing.drain_idle } else { timing.downstream_idle }
     }
 
+    /// Without a request.
+    fn idle_for_too_long(&self, now: Instant) -> bool {
+        let quiet = now.duration_since(self.quiet_since.get());
+        self.active.get() == 0 && self.idle_limit().is_some_and(|limit| quiet >= limit)
+    }
+
     /// How often it is looked whether it has been open for too long.
     fn look_every(&self) -> Duration {
         let header = self.slot.worker.timing.header;
@@ -463,7 +469,7 @@ async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
         Err(_) => return metrics.refused(Refused::HeadTimeout),
     };
     let mut timer = pin!(sleep(connection.look_every()));
-    let (mut told, mut ending) = (false, None);
+    let (mut told, mut unread) = (None, None);
     // Ends it when it is drained or idle for too long: GOAWAY loses nothing.
     let result = poll_fn(|cx| {
         loop {
@@ -476,27 +482,33 @@ async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
                     None => return Poll::Ready(Ok(())),
                 }
             }
-            if connection.is_draining() && !told {
-                told = true;
-                client.end();
-                continue;
+            let look = timer.as_mut().poll(cx).is_ready();
+            let telling = told.is_none() && connection.is_draining();
+            if !look && !telling {
+                return Poll::Pending;
             }
-            ready!(timer.as_mut().poll(cx));
             let now = Instant::now();
             connection.look_at_certificate(now);
-            let quiet = now.duration_since(connection.quiet_since.get());
-            if connection.active.get() > 0 {
-                ending = None;
-            } else if connection.idle_limit().is_some_and(|limit| quiet >= limit) {
-                client.end();
-                let since = *ending.get_or_insert(now);
-                // What keeps it open is no request: the rest of an answer that the client does not read, or half a head.
-                if connection.stream_idle().is_some_and(|limit| now.duration_since(since) >= limit) {
-                    connection.slot.metrics.refused(Refused::AnswerTimeout);
-                    return Poll::Ready(Ok(()));
-                }
+            let idle = connection.idle_for_too_long(now);
+            if told.is_none() && (idle || connection.is_draining()) {
+                client.announce_end();
+                told = Some(now);
             }
-            timer.as_mut().reset(now + connection.look_every());
+            let ends = told.map(|told| told + connection.slot.worker.timing.farewell);
+            if ends.is_some_and(|ends| ends <= now) {
+                client.end();
+            }
+            if !idle {
+                unread = None;
+            } else if let Some(limit) = connection.stream_idle()
+                && now.duration_since(*unread.get_or_insert(now)) >= limit
+            {
+                // What keeps it open is no request: the rest of an answer that the client does not read, or half a head.
+                connection.slot.metrics.refused(Refused::AnswerTimeout);
+                return Poll::Ready(Ok(()));
+            }
+            let look_again = now + connection.look_every();
+            timer.as_mut().reset(ends.filter(|ends| *ends > now).map_or(look_again, |ends| ends.min(look_again)));
         }
     });
     if let Err(error) = result.await {

@@ -232,12 +232,17 @@ async fn connect(target: &str) -> anyhow::Result<Sender> {
     Ok(sender)
 }
 
-/// Whether a call failed while it waited for its connection, which ended gracefully meanwhile: nothing of it was sent. gRPC clients
-/// repeat it by themselves (gRPC proposal A6, "transparent retries"); tonic leaves that to its caller.
-fn never_sent(status: &tonic::Status) -> bool {
-    std::iter::successors(status.source(), |error| (*error).source())
-        .filter_map(|error| error.downcast_ref::<hyper::Error>())
-        .any(hyper::Error::is_canceled)
+/// Whether a call failed without having been looked at: its connection ended gracefully while the call waited for it, or was sent and
+/// the server said that it had not come to it (RFC 9113, 8.7). gRPC clients repeat such calls by themselves (gRPC proposal A6,
+/// "transparent retries"); tonic leaves that to its caller.
+fn never_processed(status: &tonic::Status) -> bool {
+    std::iter::successors(status.source(), |error| (*error).source()).any(|error| {
+        // h2 gives a stream the GOAWAY as its error only if it is above the last one that was processed.
+        error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled)
+            || error.downcast_ref::<h2::Error>().is_some_and(|error| {
+                error.is_remote() && error.is_go_away() && error.reason() == Some(h2::Reason::NO_ERROR)
+            })
+    })
 }
 
 /// Unary calls on one HTTP/2 connection.
@@ -255,7 +260,7 @@ async fn grpc_calls(options: Options, recorder: Recorder) {
             let started = Instant::now();
             let reply = loop {
                 match client.greet(GreetRequest { name: "load".to_owned() }).await {
-                    Err(status) if never_sent(&status) && started.elapsed() < timeout => {}
+                    Err(status) if never_processed(&status) && started.elapsed() < timeout => {}
                     reply => break reply,
                 }
             };
@@ -292,7 +297,7 @@ async fn grpc_stream(options: Options, recorder: Recorder) {
         }
         .await;
         if let Err(status) = result
-            && !never_sent(&status)
+            && !never_processed(&status)
         {
             let error = format!("{:?}: {}", status.code(), status.message());
             recorder.record("stream", Instant::now(), options.slow_ms, Outcome { error, ..Outcome::default() });

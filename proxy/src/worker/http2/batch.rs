@@ -17,11 +17,14 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
     super::{http1::COPY, stream::Stream, thread},
-    resets::Resets,
+    written::Written,
 };
 
 /// What is collected at most before it is sent in any case. A TLS record takes as much (RFC 8446, 5.1).
 const MOST: usize = 16 * 1024;
+
+/// GOAWAY without an error, for the largest of all streams (RFC 9113, 6.8): "an endpoint that wants to shut down gracefully".
+const FAREWELL: [u8; 17] = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 0];
 
 /// The stream of a connection. Must be used within a `LocalSet`.
 pub(super) struct Batch<S: AsyncRead + AsyncWrite + Unpin + 'static = Stream>(Rc<RefCell<Inner<S>>>);
@@ -40,12 +43,30 @@ struct Inner<S> {
     /// The connection is over.
     closed: bool,
     /// Towards a client.
-    resets: Option<Resets>,
+    written: Option<Written>,
+    /// The client is to be told that the connection will end, as soon as a frame may begin.
+    farewell: bool,
+}
+
+/// Tells a client that its connection will end, while `h2` goes on as if nothing were.
+///
+/// `h2` would send a PING behind the GOAWAY, and drop the requests that come after its answer. But a client that is written with
+/// `h2` and reads both at once answers the PING before it sends the requests that it had begun: they would be lost, and only some
+/// clients repeat them.
+pub(super) struct Farewell<S = Stream>(Rc<RefCell<Inner<S>>>);
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Farewell<S> {
+    pub(super) fn send(&self) {
+        let inner = &mut *self.0.borrow_mut();
+        inner.farewell = true;
+        inner.say_farewell();
+        inner.wake_sender();
+    }
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin + 'static> Batch<S> {
-    /// `resets` counts those that are written.
-    pub(super) fn new(stream: S, resets: Option<Resets>) -> Self {
+    /// `written` is for a connection of a client.
+    pub(super) fn new(stream: S, written: Option<Written>) -> Self {
         let inner = Rc::new(RefCell::new(Inner {
             stream,
             output: Vec::new(),
@@ -54,7 +75,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin + 'static> Batch<S> {
             waiting: false,
             failed: None,
             closed: false,
-            resets,
+            written,
+            farewell: false,
         }));
         let sending = Rc::clone(&inner);
         tokio::task::spawn_local(poll_fn(move |cx| {
@@ -71,6 +93,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + 'static> Batch<S> {
             Poll::Pending
         }));
         Self(inner)
+    }
+
+    pub(super) fn farewell(&self) -> Farewell<S> {
+        Farewell(Rc::clone(&self.0))
     }
 }
 
@@ -115,7 +141,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Inner<S> {
     }
 
     /// After a write of the connection the sender is to look: a flush may be left, or it has to wait for room again.
-    fn written<T>(&mut self, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+    fn after<T>(&mut self, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         self.waiting = written.is_pending();
         if !self.waiting {
             self.wake_sender();
@@ -125,10 +151,25 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Inner<S> {
 
     fn write(&mut self, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         let written = self.poll_write(cx, bufs);
-        if let (Some(resets), Poll::Ready(Ok(length))) = (&mut self.resets, &written) {
-            resets.written(bufs, *length);
+        if let (Some(frames), Poll::Ready(Ok(length))) = (&mut self.written, &written) {
+            frames.pass(bufs, *length);
+            self.say_farewell();
         }
-        self.written(written)
+        self.after(written)
+    }
+
+    fn say_farewell(&mut self) {
+        if self.farewell && self.written.as_ref().is_some_and(Written::ends_a_frame) {
+            self.farewell = false;
+            self.collect(&[IoSlice::new(&FAREWELL)]);
+        }
+    }
+
+    fn collect(&mut self, bufs: &[IoSlice<'_>]) {
+        if self.output.capacity() == 0 {
+            self.output = thread::take_output();
+        }
+        bufs.iter().for_each(|buf| self.output.extend_from_slice(buf));
     }
 
     /// Collects what is small, and sends what is large behind it.
@@ -141,10 +182,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Inner<S> {
             if self.output.len() + length > MOST {
                 ready!(self.poll_send(cx))?;
             }
-            if self.output.capacity() == 0 {
-                self.output = thread::take_output();
-            }
-            bufs.iter().for_each(|buf| self.output.extend_from_slice(buf));
+            self.collect(bufs);
             return Poll::Ready(Ok(length));
         }
         loop {
@@ -210,7 +248,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + 'static> AsyncWrite for Batch<S> {
             Poll::Ready(Ok(())) => Pin::new(&mut inner.stream).poll_shutdown(cx),
             sent @ (Poll::Ready(Err(_)) | Poll::Pending) => sent,
         };
-        inner.written(ended)
+        inner.after(ended)
     }
 }
 

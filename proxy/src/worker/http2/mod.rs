@@ -5,8 +5,8 @@
 mod batch;
 mod body;
 pub(super) mod client;
-mod resets;
 pub(super) mod server;
+mod written;
 
 pub(super) use self::body::Incoming;
 use super::body::BodyError;

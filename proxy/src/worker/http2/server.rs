@@ -22,9 +22,9 @@ use super::{
         thread,
     },
     CONNECTION_WINDOW, Incoming, MAX_HEADERS, SEND_BUFFER, STREAM_WINDOW,
-    batch::Batch,
+    batch::{Batch, Farewell},
     body::Outgoing,
-    resets::Resets,
+    written::Written,
 };
 use crate::metrics::ListenerMetrics;
 
@@ -32,7 +32,10 @@ use crate::metrics::ListenerMetrics;
 const MAX_STREAMS: u32 = 256;
 
 /// A connection from a client.
-pub(in super::super) struct Connection(h2::server::Connection<Batch, Bytes>);
+pub(in super::super) struct Connection {
+    frames: h2::server::Connection<Batch, Bytes>,
+    farewell: Farewell,
+}
 
 impl Connection {
     /// Waits for the client's preface (RFC 9113, 3.4). Streams that are reset are counted in `metrics`.
@@ -44,18 +47,25 @@ impl Connection {
             .max_concurrent_streams(MAX_STREAMS)
             .max_header_list_size(MAX_HEADERS)
             .max_send_buffer_size(SEND_BUFFER);
-        Ok(Self(builder.handshake(Batch::new(stream, Some(Resets::of(metrics)))).await?))
+        let batch = Batch::new(stream, Some(Written::of(metrics)));
+        let farewell = batch.farewell();
+        Ok(Self { frames: builder.handshake(batch).await?, farewell })
     }
 
     /// Reads and writes frames, until a request has come. `None`: there will be none, and all are answered.
     pub(in super::super) fn poll_request(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Exchange, h2::Error>>> {
-        let accepted = self.0.poll_accept(cx);
+        let accepted = self.frames.poll_accept(cx);
         accepted.map(|accepted| Some(accepted?.map(|(request, respond)| Exchange { request, respond })))
     }
 
-    /// Takes no more requests, as the client is told first (RFC 9113, 6.8).
+    /// Asks the client to begin no more requests here (RFC 9113, 6.8). Those that it does begin are served.
+    pub(in super::super) fn announce_end(&self) {
+        self.farewell.send();
+    }
+
+    /// Takes no more requests when the client has heard of it, and ends when those that have come are answered.
     pub(in super::super) fn end(&mut self) {
-        self.0.graceful_shutdown();
+        self.frames.graceful_shutdown();
     }
 }
 

@@ -1,5 +1,5 @@
-//! Which streams of a client HTTP/2 makes us reset. h2 does so by itself, where a request is malformed, and tells nobody: what
-//! it writes is the one place where that can be seen.
+//! What `h2` writes to a client, frame by frame: which streams HTTP/2 makes us reset, and where a frame of ours has room. h2 resets
+//! by itself, where a request is malformed, and tells nobody: what it writes is the one place where that can be seen.
 
 use std::io::IoSlice;
 
@@ -12,19 +12,19 @@ const HEAD: usize = 9;
 const RESET: usize = HEAD + 4;
 const RST_STREAM: u8 = 3;
 
-/// Counts the resets of a connection of HTTP/2 as they are written.
-pub(super) struct Resets {
+/// Follows the frames of a connection as they are written, and counts the resets among them.
+pub(super) struct Written {
     frames: Frames,
     metrics: ListenerMetrics,
 }
 
-impl Resets {
+impl Written {
     pub(super) fn of(metrics: ListenerMetrics) -> Self {
         Self { frames: Frames::default(), metrics }
     }
 
     /// So many bytes of these were written.
-    pub(super) fn written(&mut self, slices: &[IoSlice<'_>], mut length: usize) {
+    pub(super) fn pass(&mut self, slices: &[IoSlice<'_>], mut length: usize) {
         for slice in slices {
             let of_it = length.min(slice.len());
             self.frames.read(&slice[..of_it], |code| {
@@ -34,6 +34,11 @@ impl Resets {
             });
             length -= of_it;
         }
+    }
+
+    /// Whether the last frame was written to its end.
+    pub(super) fn ends_a_frame(&self) -> bool {
+        self.frames.known == 0 && self.frames.rest == 0
     }
 }
 
