@@ -197,12 +197,17 @@ impl std::fmt::Debug for Election {
 struct Mark {
     epoch: u64,
     renewed: Option<Timestamp>,
+    holder: Option<String>,
 }
 
 impl Mark {
     fn of(lease: &Lease) -> Self {
-        let renewed = lease.spec.as_ref().and_then(|spec| spec.renew_time.as_ref());
-        Self { epoch: epoch_of(lease), renewed: renewed.map(|time| time.0) }
+        let spec = lease.spec.as_ref();
+        Self {
+            epoch: epoch_of(lease),
+            renewed: spec.and_then(|spec| spec.renew_time.as_ref()).map(|time| time.0),
+            holder: spec.and_then(|spec| spec.holder_identity.clone()).filter(|holder| !holder.is_empty()),
+        }
     }
 
     /// By more than a clock is set back by, since renewals carry their holder's time.
@@ -453,7 +458,10 @@ impl Election {
     /// When the Lease may be taken.
     fn free_at(&self, known: &Sighting) -> Instant {
         let Some(spec) = known.lease.as_ref().map(|lease| lease.spec.as_ref()) else {
-            return known.at;
+            // Whoever held it before it was deleted may write until a renewal fails.
+            let holder = self.latest.as_ref().and_then(|latest| latest.holder.as_ref());
+            let another = holder.is_some_and(|holder| *holder != self.settings.holder);
+            return if another { known.at + self.settings.duration } else { known.at };
         };
         let holder = spec.and_then(|spec| spec.holder_identity.as_deref()).unwrap_or_default();
         if holder.is_empty() || holder == self.settings.holder {

@@ -36,6 +36,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
+/// An API server that says nothing for so long is taken to be gone.
+const SILENT_WATCH: Duration = Duration::from_secs(90);
 /// For one call to the API server.
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -86,7 +88,10 @@ async fn run(settings: Settings, provider: Arc<CryptoProvider>) -> anyhow::Resul
 
     // Watches live long; everything else is done by a client without retries of its own: a replayed write may have taken
     // effect already, and each call here has a deadline and a caller that tries again.
-    let config = Config::infer().await.context("no API server: neither in a cluster nor a kubeconfig")?;
+    let mut config = Config::infer().await.context("no API server: neither in a cluster nor a kubeconfig")?;
+    // A watch hears a bookmark about every minute. An API server that vanished without a word would otherwise be found out after five.
+    config.read_timeout = Some(SILENT_WATCH);
+    config.reset_reader_on_write = true;
     let calls = Calls::default();
     let watches = calls.client(config.clone())?;
     let mut once = config;
@@ -128,10 +133,10 @@ async fn run(settings: Settings, provider: Arc<CryptoProvider>) -> anyhow::Resul
     let (publisher, handle) = Publisher::new(client.clone(), cache.clone(), lease.clone(), mesh_settings.clone());
     let catch_up = publisher.catch_up();
     let publishing = stop.clone();
-    tasks.spawn(Box::pin(publisher.run(publishing)));
+    let (term, leading) = watch::channel(None);
+    tasks.spawn(Box::pin(publisher.run(leading.clone(), publishing)));
     let members =
         Members::new(handle.snapshots(), cache.touches.clone(), Duration::from_secs(settings.fleet_drain_seconds));
-    let (term, leading) = watch::channel(None);
     let leadership: Arc<dyn Leadership> = Arc::new(Leads {
         lease: lease.clone(),
         leading: leading.clone(),
@@ -279,6 +284,7 @@ async fn terms(
                 tracing::warn!(%error, "cannot bring the cache up to date; tried again before this replica leads");
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
+            catch_up.begin_term();
             members.begin_term();
             term.send_replace(now);
             std::future::pending::<()>().await;
@@ -318,6 +324,10 @@ impl Leadership for Leads {
         self.leading.clone()
     }
 
+    fn may_write(&self) -> bool {
+        self.lease.may_write()
+    }
+
     fn raise(&self, epoch: u64) {
         self.lease.raise_epoch(epoch);
     }
@@ -343,6 +353,10 @@ impl Mesh for Fleets {
 
     fn cut(&self, canary: &CanaryKey) {
         self.handle.cut(canary);
+    }
+
+    fn restore(&self, canary: &CanaryKey) {
+        self.handle.restore(canary);
     }
 }
 

@@ -287,6 +287,9 @@ impl Leadership for Leads {
     fn term(&self) -> watch::Receiver<Option<u64>> {
         self.0.clone()
     }
+    fn may_write(&self) -> bool {
+        self.0.borrow().is_some()
+    }
     fn raise(&self, _: u64) {}
     fn leader(&self) -> Option<String> {
         None

@@ -89,10 +89,23 @@ capabilities:
 {{- end }}
 {{- end }}
 
-{{- /* Only Pods of the same version count, or an update would pile them up. */ -}}
+{{- /* Only Pods of the same version count, or an update would pile them up. Zones are preferred by affinity: the scheduler leaves
+       nodes without the label of one constraint out of all of them, and many clusters have no zones. */ -}}
 {{- define "sluice.spread" -}}
 {{- $selector := include "sluice.selector" . | fromYaml -}}
-{{- with .values.topologySpreadConstraints -}}
+{{- if not .values.affinity -}}
+affinity:
+  podAntiAffinity:
+    preferredDuringSchedulingIgnoredDuringExecution:
+      - weight: 100
+        podAffinityTerm:
+          topologyKey: topology.kubernetes.io/zone
+          labelSelector:
+            matchLabels:
+              {{- toYaml $selector | nindent 14 }}
+          matchLabelKeys: [pod-template-hash]
+{{- end }}
+{{- with .values.topologySpreadConstraints }}
 topologySpreadConstraints:
 {{- range . }}
 {{- $constraint := deepCopy . }}

@@ -39,6 +39,8 @@ use crate::{
 
 /// How often silent members are looked for.
 const LOOK: Duration = Duration::from_secs(1);
+/// Who did not look for so long stood still.
+const STALL: Duration = Duration::from_secs(5);
 /// Key of the highest epoch that a client has seen, in `node.metadata`.
 const EPOCH: &str = "sluice.dev/epoch";
 
@@ -46,6 +48,8 @@ const EPOCH: &str = "sluice.dev/epoch";
 pub trait Leadership: Send + Sync + 'static {
     /// The epoch of our term, while it lasts.
     fn term(&self) -> watch::Receiver<Option<u64>>;
+    /// Whether our term lasts at this moment; its end comes late to [`term`](Self::term) when the process stands still.
+    fn may_write(&self) -> bool;
     /// A client has seen an epoch at least as high.
     fn raise(&self, epoch: u64);
     /// `ip:port` of the leader's gRPC port, if it is known.
@@ -122,15 +126,21 @@ impl Ads {
         let mut tick = tokio::time::interval(LOOK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let term = self.leadership.term();
+        let mut looked = tokio::time::Instant::now();
         loop {
             tick.tick().await;
             if term.has_changed().is_err() {
                 return;
             }
-            if term.borrow().is_none() {
+            // Who stood still heard nobody: what came meanwhile is heard first.
+            let stalled = std::mem::replace(&mut looked, tokio::time::Instant::now()).elapsed() > STALL;
+            if term.borrow().is_none() || stalled {
                 continue;
             }
             for (name, mark) in self.members.marks() {
+                if !self.leadership.may_write() {
+                    break;
+                }
                 let value = mark.then(|| jiff::Timestamp::now().to_string());
                 let patch = serde_json::json!({"metadata": {"annotations": {labels::LAGGING: value}}});
                 let parameters =

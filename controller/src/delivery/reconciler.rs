@@ -48,6 +48,8 @@ const CACHE_LAG: Duration = Duration::from_secs(1);
 const HELD_RESYNC: Duration = Duration::from_secs(5);
 /// How often a taken name that no watch shows is asked for again.
 const TAKEN_RECHECK: Duration = Duration::from_secs(30);
+/// A look after one that found this replica not to lead.
+const LATE_RENEWAL: Duration = Duration::from_secs(1);
 const BACKOFF_BASE: Duration = Duration::from_millis(100);
 const BACKOFF_CAP: Duration = Duration::from_secs(30);
 /// From so many failures in a row on, an event tells of them: less may be a passing conflict.
@@ -59,6 +61,8 @@ pub trait Mesh: Send + Sync {
     fn fleet(&self, canary: &CanaryKey) -> Fleet;
     /// Sends weight 0 for the canary now, whatever the status says, until a status with weight 0 is there.
     fn cut(&self, canary: &CanaryKey);
+    /// Takes a cut back that no status came to say.
+    fn restore(&self, canary: &CanaryKey);
 }
 
 /// What delivery needs from the analysis. None of these waits.
@@ -208,6 +212,8 @@ async fn look(canary: Arc<Canary>, ctx: Arc<Context>) -> Result<Action, Error> {
     // Weight 0 waits for nothing, not even for its own record.
     if outcome.actions.contains(&machine::Action::CutTraffic) {
         ctx.mesh.cut(&key);
+    } else if outcome.status.traffic.as_ref().is_some_and(|traffic| traffic.weight > 0 || traffic.mirror > 0) {
+        ctx.mesh.restore(&key);
     }
     let mut turn = Turn { canary: (*canary).clone(), observed: &observed, written: Vec::new() };
     if canary.status.as_ref() != Some(&outcome.status) {
@@ -290,8 +296,8 @@ fn next_release(spec: &machine::Spec, status: &CanaryStatus, seen: &Observation)
 pub fn error_policy(canary: Arc<Canary>, error: &Error, ctx: Arc<Context>) -> Action {
     let key = CanaryKey::of(&canary);
     if let Error::Action(ActionError::NotLeading { .. }) = error {
-        // The next term looks at everything.
-        return Action::await_change();
+        // The next term looks at everything; but the same one may go on, with a renewal that came late.
+        return Action::requeue(LATE_RENEWAL);
     }
     let failures = ctx.memory.with(&key, |memory| {
         memory.failures = memory.failures.saturating_add(1);

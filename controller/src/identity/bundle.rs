@@ -120,6 +120,8 @@ impl TrustBundle {
             self.authority.look(looked);
             // A list in progress says nothing yet about what is missing.
             if listed.is_some() || !lease.may_write() {
+                // What is due goes on being due: not at once again.
+                retry_at = retry_at.map(|at: Instant| at.max(Instant::now() + FIRST_RETRY));
                 continue;
             }
             let failed = self.settle(&mut found, self.wanted(&cache), &self.authority.next_trust(looked), &lease).await;

@@ -23,6 +23,8 @@ pub const FIRST: u16 = 20_000;
 pub const LAST: u16 = 29_999;
 /// Ports in between that the proxies use themselves (docs/xds.md, "Ports").
 pub const RESERVED: [u16; 3] = [20_443, 20_444, 20_445];
+/// Most ports that one namespace has, those that rest among them: whoever fills them leaves as many to the others.
+pub const MOST_OF_NAMESPACE: usize = 5_000;
 /// How long a freed port is given to nobody else.
 pub const REST: SignedDuration = SignedDuration::from_mins(15);
 
@@ -146,6 +148,10 @@ impl Allocation {
         entries.retain(|_, entry| entry.freed.is_none_or(|at| now.duration_since(at) < REST));
         let mut taken: BTreeSet<u16> = entries.values().map(|entry| entry.port).collect();
         taken.extend(RESERVED);
+        let mut of_namespaces: BTreeMap<String, usize> = BTreeMap::new();
+        for key in entries.keys() {
+            *of_namespaces.entry(key.namespace.clone()).or_default() += 1;
+        }
         let mut without = Vec::new();
         for key in wanted {
             if entries.contains_key(key) {
@@ -153,7 +159,10 @@ impl Allocation {
             }
             let candidate = key.candidate();
             let mut probes = (candidate..=LAST).chain(FIRST..candidate);
-            if let Some(port) = probes.find(|port| !taken.contains(port)) {
+            let of_namespace = of_namespaces.entry(key.namespace.clone()).or_default();
+            let port = probes.find(|port| !taken.contains(port)).filter(|_| *of_namespace < MOST_OF_NAMESPACE);
+            if let Some(port) = port {
+                *of_namespace += 1;
                 taken.insert(port);
                 entries.insert(key.clone(), Entry { port, freed: None });
             } else {
@@ -283,9 +292,23 @@ mod tests {
 
     #[test]
     fn when_all_ports_are_taken_the_rest_goes_without() {
-        let wanted: BTreeSet<PortKey> = (1..=10_000).map(|port| key("web", port)).collect();
+        let of = |namespace: &str, port| PortKey { namespace: namespace.into(), ..key("web", port) };
+        let wanted: BTreeSet<PortKey> = (1..=5_000).flat_map(|port| [of("shop", port), of("stock", port)]).collect();
         let settled = Allocation::default().settle(&wanted, Timestamp::UNIX_EPOCH);
         assert_eq!((settled.allocation.ports().len(), settled.without.len()), (9_997, 3));
+    }
+
+    #[test]
+    fn one_namespace_leaves_ports_to_the_others_whatever_comes_and_goes_in_it() {
+        let greedy = |service: &str| (1..=6_000).map(|port| key(service, port)).collect::<BTreeSet<_>>();
+        let first = Allocation::default().settle(&greedy("web"), Timestamp::UNIX_EPOCH);
+        assert_eq!((first.allocation.ports().len(), first.without.len()), (MOST_OF_NAMESPACE, 1_000));
+        // Those that rest are its own as well.
+        let mut wanted = greedy("api");
+        let modest = PortKey { namespace: "stock".into(), ..key("web", 80) };
+        wanted.insert(modest.clone());
+        let second = first.allocation.settle(&wanted, Timestamp::UNIX_EPOCH + SignedDuration::from_mins(1));
+        assert!(second.allocation.ports().keys().eq([&modest]));
     }
 
     proptest! {

@@ -42,6 +42,10 @@ const CALL: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_secs(1);
 /// How often a new leader looks whether its cache has caught up.
 const CATCH_UP: Duration = Duration::from_millis(20);
+/// After so long without having caught up it lists again: what a watch makes up for by a list of its own it never shows as a change.
+const CATCH_UP_ANEW: Duration = Duration::from_secs(2);
+/// After so long it says what it waits for.
+const CATCH_UP_LATE: Duration = Duration::from_secs(10);
 
 /// Where the facts come from: everything but the ports and the cuts.
 type Gather = Arc<dyn Fn() -> Inputs + Send + Sync>;
@@ -52,12 +56,19 @@ pub struct PublisherHandle(Arc<Shared>);
 
 struct Shared {
     gather: Gather,
-    ports: Mutex<BTreeMap<PortKey, u16>>,
+    ports: Mutex<Ports>,
     cuts: Mutex<BTreeMap<CanaryKey, Cut>>,
     snapshot: watch::Sender<Arc<Snapshot>>,
     building: Mutex<()>,
     /// Canaries whose traffic a new snapshot carries otherwise than the one before.
     touches: Touches,
+}
+
+/// The fleet's ports, as the newest ConfigMap that was read says them.
+#[derive(Default)]
+struct Ports {
+    version: Option<u64>,
+    ports: BTreeMap<PortKey, u16>,
 }
 
 /// A canary side that was taken off the traffic before the status says so.
@@ -101,6 +112,19 @@ impl PublisherHandle {
         self.rebuild();
     }
 
+    /// The canary side is wanted again, by whoever decides: what the cut was for has passed before a status said it.
+    pub fn restore(&self, key: &CanaryKey) {
+        if lock(&self.0.cuts).remove(key).is_some() {
+            self.rebuild();
+        }
+    }
+
+    /// A term begins: it decides anew, by what the statuses say.
+    pub fn begin_term(&self) {
+        lock(&self.0.cuts).clear();
+        self.rebuild();
+    }
+
     /// The facts as they are now, with ports and cuts.
     #[must_use]
     pub fn inputs(&self) -> Inputs {
@@ -108,7 +132,7 @@ impl PublisherHandle {
         let mut inputs = (self.0.gather)();
         cuts.retain(|key, cut| still_cut(&inputs, key, cut));
         inputs.cuts = cuts.keys().cloned().collect();
-        inputs.ports = lock(&self.0.ports).clone();
+        inputs.ports = lock(&self.0.ports).ports.clone();
         inputs
     }
 
@@ -133,8 +157,16 @@ impl PublisherHandle {
         tracing::debug!("a new snapshot is published");
     }
 
-    pub(crate) fn set_ports(&self, ports: BTreeMap<PortKey, u16>) {
-        *lock(&self.0.ports) = ports;
+    /// Takes the ports that the ConfigMap says, and tells whether that changes anything. An older one than is known says nothing.
+    fn read_ports(&self, map: &ConfigMap) -> bool {
+        let version = version_number(map.metadata.resource_version.as_deref());
+        let ports = Allocation::read(map).ports();
+        let mut known = lock(&self.0.ports);
+        if version < known.version {
+            return false;
+        }
+        known.version = version;
+        std::mem::replace(&mut known.ports, ports) != known.ports
     }
 }
 
@@ -174,14 +206,19 @@ impl Publisher {
         (Self { handle: handle.clone(), cache, client, lease, settings }, handle)
     }
 
-    /// Until `stop`. The cache should be warm.
-    pub async fn run(self, stop: CancellationToken) {
+    /// Until `stop`. The cache should be warm. `term` is `Some` while this replica leads and has caught up.
+    pub async fn run(self, term: watch::Receiver<Option<u64>>, stop: CancellationToken) {
         tokio::select! {
             () = stop.cancelled() => {}
             () = self.publish() => {}
-            () = self.keep_ports() => {}
-            () = self.keep_slices() => {}
+            () = self.keep_ports(term.clone()) => {}
+            () = self.keep_slices(term) => {}
         }
+    }
+
+    /// Whether this replica leads, with a cache that is recent enough to decide by.
+    fn leads(&self, term: &watch::Receiver<Option<u64>>) -> bool {
+        term.borrow().is_some() && self.lease.may_write()
     }
 
     async fn publish(&self) {
@@ -199,12 +236,11 @@ impl Publisher {
     }
 
     /// Reads the ConfigMap whenever it changed; the leader writes it when a Service comes or goes.
-    async fn keep_ports(&self) {
+    async fn keep_ports(&self, mut terms: watch::Receiver<Option<u64>>) {
         let namespace = &self.settings.release_namespace;
         let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
         let reference = ObjectRef::new(ports::CONFIG_MAP).within(namespace);
         let mut changes = self.cache.changes();
-        let mut terms = self.lease.watch();
         let mut map: Option<ConfigMap> = None;
         let mut read = false;
         let mut told = false;
@@ -232,11 +268,13 @@ impl Publisher {
                 }
             }
             let allocation = map.as_ref().map(Allocation::read).unwrap_or_default();
-            if read && again.is_none() && self.lease.may_write() {
+            if read && again.is_none() && self.leads(&terms) {
                 let now = Timestamp::now();
                 let settled = allocation.settle(&wanted_ports(&self.handle.inputs()), now);
                 for key in &settled.without {
-                    tracing::error!("the fleet has no port left for {key}: it cannot be taken over");
+                    tracing::error!(
+                        "the fleet has no port left for {key}: it cannot be taken over (docs/limits.md, the fleet's ports)"
+                    );
                 }
                 if settled.allocation != allocation {
                     match within(ports::write(&self.client, namespace, map.as_ref(), &settled.allocation)).await {
@@ -253,8 +291,9 @@ impl Publisher {
                     again = Some(Instant::now() + wait);
                 }
             }
-            self.handle.set_ports(map.as_ref().map(Allocation::read).unwrap_or_default().ports());
-            self.handle.rebuild();
+            if map.as_ref().is_some_and(|map| self.handle.read_ports(map)) {
+                self.handle.rebuild();
+            }
             tokio::select! {
                 result = changes.changed() => if result.is_err() { return std::future::pending().await },
                 Ok(()) = terms.changed() => {}
@@ -265,10 +304,9 @@ impl Publisher {
         }
     }
 
-    async fn keep_slices(&self) {
+    async fn keep_slices(&self, mut terms: watch::Receiver<Option<u64>>) {
         let mut changes = self.cache.changes();
         let mut snapshots = self.handle.snapshots();
-        let mut terms = self.lease.watch();
         let mut writer = slices::Writer::new(self.client.clone());
         let mut awake = Instant::now();
         let mut again: Option<Instant> = None;
@@ -288,8 +326,12 @@ impl Publisher {
                     }
                 }
             }
-            if awake.elapsed() >= slices::STALL {
+            let stalled = awake.elapsed() >= slices::STALL;
+            if stalled {
                 tracing::warn!(stalled = ?awake.elapsed(), "this replica stood still: it catches up before it writes slices");
+            }
+            // One that does not lead may see what is wrong by a watch, and not yet by another one why it is right.
+            if stalled || (!self.leads(&terms) && writer.is_due(&self.handle.inputs())) {
                 if let Err(error) = self.catch_up().run().await {
                     tracing::warn!(%error, "catching up failed; it is tried again");
                     tokio::time::sleep(RETRY).await;
@@ -298,7 +340,8 @@ impl Publisher {
             }
             changes.mark_unchanged();
             snapshots.mark_unchanged();
-            again = writer.round(&self.handle.inputs(), self.lease.may_write()).await;
+            terms.mark_unchanged();
+            again = writer.round(&self.handle.inputs(), self.leads(&terms)).await;
             awake = Instant::now();
             tokio::time::sleep(COALESCE).await;
         }
@@ -336,6 +379,7 @@ impl CatchUp {
             self.caught_up::<Canary>("canaries", &self.cache.canaries, &self.cache.canaries_progress),
             self.caught_up::<Service>("services", &self.cache.services, &self.cache.services_progress),
             self.caught_up::<Pod>("pods", &self.cache.pods, &self.cache.pods_progress),
+            self.read_ports(),
         )?;
         self.handle.rebuild();
         Ok(())
@@ -353,13 +397,39 @@ impl CatchUp {
             Some(namespace) => Api::namespaced(self.client.clone(), namespace),
             None => Api::all(self.client.clone()),
         };
-        // No resourceVersion: a read from the quorum.
-        let list =
-            within(api.list_metadata(&ListParams::default())).await.map_err(|source| CatchUpError { kind, source })?;
-        while !progress.is_past(list.metadata.resource_version.as_deref()) && !shows(store, &list) {
-            tokio::time::sleep(CATCH_UP).await;
+        let began = Instant::now();
+        let mut told = false;
+        loop {
+            let listed = Instant::now();
+            // No resourceVersion: a read from the quorum.
+            let list = within(api.list_metadata(&ListParams::default()))
+                .await
+                .map_err(|source| CatchUpError { kind, source })?;
+            while listed.elapsed() < CATCH_UP_ANEW {
+                if progress.is_past(list.metadata.resource_version.as_deref()) || shows(store, &list) {
+                    return Ok(());
+                }
+                tokio::time::sleep(CATCH_UP).await;
+            }
+            if began.elapsed() >= CATCH_UP_LATE && !std::mem::replace(&mut told, true) {
+                tracing::warn!(kind, "the watch is behind what the API server lists: this replica waits for it");
+            }
+        }
+    }
+
+    /// A snapshot without them would close the ports of all Services.
+    async fn read_ports(&self) -> Result<(), CatchUpError> {
+        let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.settings.release_namespace);
+        let read = within(api.get_opt(ports::CONFIG_MAP)).await;
+        if let Some(map) = read.map_err(|source| CatchUpError { kind: "the fleet's ports", source })? {
+            self.handle.read_ports(&map);
         }
         Ok(())
+    }
+
+    /// Lets a term begin.
+    pub fn begin_term(&self) {
+        self.handle.begin_term();
     }
 }
 
@@ -387,7 +457,7 @@ where
 
 /// Why a replica cannot know that its cache is recent.
 #[derive(Debug, thiserror::Error)]
-#[error("listing {kind} from the API server failed: {source}")]
+#[error("reading {kind} from the API server failed: {source}")]
 pub struct CatchUpError {
     kind: &'static str,
     #[source]
@@ -470,10 +540,9 @@ mod tests {
     use http::{Request, Response};
     use kube::client::Body;
     use serde_json::{Value, json};
-    use tokio::{
-        sync::{Mutex as Turn, Notify},
-        task::JoinSet,
-    };
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use tokio::{sync::Notify, task::JoinSet};
 
     use super::*;
     use crate::{cache::Scope, mesh::testing::Shop};
@@ -484,7 +553,7 @@ mod tests {
         let touches = Touches::default();
         let of = shop.clone();
         let handle = PublisherHandle::new(move || lock(&of).inputs(), touches.clone());
-        handle.set_ports(lock(&shop).inputs().ports);
+        lock(&handle.0.ports).ports = lock(&shop).inputs().ports;
         handle.rebuild();
         (shop, handle, touches)
     }
@@ -598,35 +667,48 @@ mod tests {
         assert_eq!(touches.take().await, BTreeSet::from([CanaryKey::new("shop", "web")]));
     }
 
+    /// How a watch says that the Pod is gone.
+    #[derive(Clone, Copy, Debug)]
+    enum Told {
+        Deleted,
+        /// By a list in which it is not, as when the watch was away for too long (410).
+        Relisted,
+    }
+
     /// An API server with one Pod, of which the watch is a version behind; the Pod is deleted when it has been listed again.
-    fn with_a_pod_that_goes() -> Client {
+    fn with_a_pod_that_goes(told: Told) -> Client {
         let pod = |version: &str| json!({"metadata": {"namespace": "shop", "name": "a", "resourceVersion": version}});
         let list = |items: &[Value], version: &str| json!({"metadata": {"resourceVersion": version}, "items": items});
-        let listed = Arc::new(Notify::new());
-        let untold = Arc::new(Turn::new(true));
+        let (listed, gone) = (Arc::new(Notify::new()), Arc::new(AtomicBool::new(false)));
         let server = tower::service_fn(move |request: Request<Body>| {
-            let (listed, untold) = (listed.clone(), untold.clone());
+            let (listed, gone) = (listed.clone(), gone.clone());
             async move {
                 let pods = request.uri().path().ends_with("/pods");
                 let watch = request.uri().query().is_some_and(|query| query.contains("watch=true"));
                 let accept = request.headers().get("accept").map(|accept| accept.to_str().unwrap());
                 let metadata = accept.is_some_and(|accept| accept.contains("PartialObjectMetadata"));
+                let is_gone = gone.load(Ordering::SeqCst);
                 let answer = match (pods, watch, metadata) {
-                    (true, true, _) => {
-                        // The first to ask is told; there is nothing to tell afterwards.
-                        let mut first = untold.lock().await;
-                        while !std::mem::take(&mut *first) {
-                            std::future::pending::<()>().await;
-                        }
+                    (true, true, _) if !is_gone => {
                         listed.notified().await;
-                        json!({"type": "DELETED", "object": pod("11")})
+                        gone.store(true, Ordering::SeqCst);
+                        match told {
+                            Told::Deleted => json!({"type": "DELETED", "object": pod("11")}),
+                            Told::Relisted => {
+                                json!({"type": "ERROR", "object": {"code": 410, "reason": "Expired", "status": "Failure", "message": "too old"}})
+                            }
+                        }
                     }
-                    (true, false, true) => {
+                    (true, false, true) if !is_gone => {
                         listed.notify_one();
                         list(&[pod("10")], "10")
                     }
-                    (true, false, false) => list(&[pod("5")], "5"),
-                    (false, true, _) => std::future::pending().await,
+                    (true, false, false) if !is_gone => list(&[pod("5")], "5"),
+                    (true, false, _) => list(&[], "12"),
+                    (_, true, _) => std::future::pending().await,
+                    (false, false, _) if request.uri().path().ends_with(ports::CONFIG_MAP) => {
+                        json!({"metadata": {"name": ports::CONFIG_MAP, "resourceVersion": "7"}, "data": {"fleet.shop.web.80": "20001"}})
+                    }
                     (false, false, _) => list(&[], "10"),
                 };
                 Ok::<_, std::convert::Infallible>(Response::new(Body::from(format!("{answer}\n").into_bytes())))
@@ -636,18 +718,52 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_replica_that_catches_up_does_not_wait_for_what_was_deleted_meanwhile() {
-        let client = with_a_pod_that_goes();
-        let (shop, mut tasks) = (Shop::new(), JoinSet::new());
-        let scope =
-            Scope { namespace: None, release_namespace: "sluice-system".into(), namespaces: true, secrets: true };
-        let cache = Cache::start(&client, &scope, &mut tasks);
-        cache.warm().await.unwrap();
-        let settings = shop.inputs().settings;
-        let with = settings.clone();
-        let handle = PublisherHandle::new(move || Inputs::empty(with.clone()), cache.touches.clone());
-        let catch_up = CatchUp { client, cache: cache.clone(), settings, handle };
-        timeout(Duration::from_secs(60), catch_up.run()).await.expect("it never ends").unwrap();
-        assert!(cache.pods.state().is_empty(), "it is as new as the list");
+    async fn a_replica_that_catches_up_does_not_wait_for_what_was_deleted_meanwhile_and_knows_the_ports() {
+        for told in [Told::Deleted, Told::Relisted] {
+            let client = with_a_pod_that_goes(told);
+            let (shop, mut tasks) = (Shop::new(), JoinSet::new());
+            let scope =
+                Scope { namespace: None, release_namespace: "sluice-system".into(), namespaces: true, secrets: true };
+            let cache = Cache::start(&client, &scope, &mut tasks);
+            cache.warm().await.unwrap();
+            let settings = shop.inputs().settings;
+            let with = settings.clone();
+            let handle = PublisherHandle::new(move || Inputs::empty(with.clone()), cache.touches.clone());
+            let catch_up = CatchUp { client, cache: cache.clone(), settings, handle: handle.clone() };
+            let caught_up = timeout(Duration::from_secs(60), catch_up.run()).await;
+            caught_up.unwrap_or_else(|_| panic!("it never ends: {told:?}")).unwrap();
+            assert!(cache.pods.state().is_empty(), "it is as new as the list: {told:?}");
+            assert_eq!(handle.inputs().ports.into_values().collect::<Vec<_>>(), [20_001]);
+        }
+    }
+
+    #[test]
+    fn an_older_config_map_says_nothing_of_the_ports_any_more() {
+        let (_, handle, _) = published(Shop::new());
+        let map = |version: &str, port: &str| -> ConfigMap {
+            let value = json!({"metadata": {"resourceVersion": version}, "data": {"fleet.shop.web.80": port}});
+            serde_json::from_value(value).unwrap()
+        };
+        assert!(handle.read_ports(&map("9", "20009")));
+        assert!(!handle.read_ports(&map("9", "20009")), "nothing new");
+        assert!(!handle.read_ports(&map("8", "20008")));
+        assert!(handle.inputs().ports.values().eq([&20_009]));
+        assert!(handle.read_ports(&map("10", "20010")));
+    }
+
+    #[test]
+    fn a_cut_ends_with_its_term_and_when_its_reason_has_passed_before_it_was_written_down() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", Some("bbb"), 50);
+        let (_, handle, _) = published(shop);
+        let key = CanaryKey::new("shop", "web");
+        for ends in
+            [PublisherHandle::begin_term, |handle: &PublisherHandle| handle.restore(&CanaryKey::new("shop", "web"))]
+        {
+            handle.cut(&key);
+            assert_eq!(weight(&handle), 0);
+            ends(&handle);
+            assert_eq!(weight(&handle), 50, "as the status says");
+        }
     }
 }

@@ -72,8 +72,12 @@ pub fn desired(inputs: &Inputs) -> Desired {
         .iter()
         .map(|pod| &**pod)
         .filter(|pod| pod::is_member(pod, &inputs.settings) && pod::serves(pod))
-        .filter(|pod| !pod.annotations().contains_key(labels::LAGGING))
         .collect();
+    let lags = |pod: &Pod| pod.annotations().contains_key(labels::LAGGING);
+    // Where nobody reaches the leader any more, old news serve better than nobody does.
+    if !fleet.iter().all(|pod| lags(pod)) {
+        fleet.retain(|pod| !lags(pod));
+    }
     fleet.sort_by_key(|pod| pod.name_any());
     for canary in &inputs.canaries {
         let key = CanaryKey::of(canary);
@@ -271,10 +275,13 @@ impl Writer {
         Self { client, wrong: BTreeMap::new(), held: BTreeMap::new() }
     }
 
-    /// One round: writes what is due. Returns when to call again even if nothing changes before; `None` if all is well.
-    ///
-    /// A write that fails is tried again later; it never stops the others.
-    pub async fn round(&mut self, inputs: &Inputs, leads: bool) -> Option<Instant> {
+    /// Whether a replica that does not lead would write.
+    pub fn is_due(&mut self, inputs: &Inputs) -> bool {
+        !self.due(inputs, false).0.is_empty()
+    }
+
+    /// What to write now, and when to look again for the rest.
+    fn due(&mut self, inputs: &Inputs, leads: bool) -> (Vec<(SliceKey, Change)>, Option<Instant>) {
         let now = Instant::now();
         let changes = changes(inputs, &desired(inputs));
         self.wrong.retain(|key, _| changes.contains_key(key));
@@ -293,6 +300,14 @@ impl Writer {
                 again = Some(again.map_or(at, |other| other.min(at)));
             }
         }
+        (due, again)
+    }
+
+    /// One round: writes what is due. Returns when to call again even if nothing changes before; `None` if all is well.
+    ///
+    /// A write that fails is tried again later; it never stops the others.
+    pub async fn round(&mut self, inputs: &Inputs, leads: bool) -> Option<Instant> {
+        let (due, mut again) = self.due(inputs, leads);
         let writes = due.into_iter().map(|(key, change)| {
             let client = self.client.clone();
             async move {

@@ -182,9 +182,13 @@ async fn a_lease_that_was_deleted_is_made_again_with_a_higher_epoch() {
     let namespace = server::namespace(&client, "lease-deleted").await;
     let replica = Replica::start(&client, &namespace, "first");
     assert_eq!(replica.leads(|_| true).await, 1);
+    // It sees that the Lease is gone before the leader does, which still may write.
+    let standby = Replica::start(&client, &namespace, "standby");
+    standby.sees("first").await;
     let api: Api<Lease> = Api::namespaced(client.clone(), &namespace);
     api.delete(NAME, &DeleteParams::default()).await.unwrap();
     assert_eq!(replica.leads(|epoch| epoch > 1).await, 2);
+    assert!(!standby.handle.may_write());
     assert_eq!(lease(&client, &namespace).await.spec.unwrap().lease_transitions, Some(2));
 }
 
