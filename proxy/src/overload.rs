@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::refused::Refused;
 
@@ -100,6 +100,9 @@ struct State {
     connections: AtomicU64,
     most_connections: AtomicU64,
     files: u64,
+    began: Instant,
+    /// The second, counted from 1, in which the log was last told that connections cannot be accepted.
+    told: AtomicU64,
 }
 
 impl Default for State {
@@ -112,6 +115,8 @@ impl Default for State {
             connections: AtomicU64::new(0),
             most_connections: AtomicU64::new(u64::MAX),
             files: u64::MAX,
+            began: Instant::now(),
+            told: AtomicU64::new(0),
         }
     }
 }
@@ -153,6 +158,14 @@ impl Overload {
             return Err(Refused::FileDescriptors);
         }
         Ok(())
+    }
+
+    /// Whether the log is to be told that connections cannot be accepted: once a second, for all listeners and threads together,
+    /// which meet a shortage at the same time.
+    #[must_use]
+    pub fn tells_of_accepting(&self, now: Instant) -> bool {
+        let second = now.duration_since(self.0.began).as_secs() + 1;
+        self.0.told.fetch_max(second, Relaxed) < second
     }
 
     pub fn opened(&self) {
@@ -372,6 +385,16 @@ mod tests {
         assert_eq!(overload.admit_connection(), Ok(()));
         overload.observe(percent(95));
         assert_eq!(overload.admit_connection(), Err(Refused::OverloadConnection));
+    }
+
+    #[test]
+    fn the_log_is_told_once_a_second_that_connections_cannot_be_accepted() {
+        let overload = Overload::default();
+        let at = |milliseconds| overload.0.began + Duration::from_millis(milliseconds);
+        let told: Vec<_> = (0..3500).step_by(10).filter(|since| overload.tells_of_accepting(at(*since))).collect();
+        assert_eq!(told, [0, 1000, 2000, 3000]);
+        // Another thread's clock is read earlier, and heard later.
+        assert!(!overload.clone().tells_of_accepting(at(2990)) && !overload.tells_of_accepting(at(3999)));
     }
 
     #[test]

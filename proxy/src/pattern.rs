@@ -1,9 +1,19 @@
 //! Regular expressions of routes, in linear time as Envoy's (<https://github.com/google/re2/wiki/Syntax>).
+//!
+//! Linear in the length of the text, times the size of the expression: there are some whose automaton does not fit into any cache, and
+//! then each byte is a step for each of their states. Both come from outside, so both are bounded
+//! (<https://docs.rs/regex/latest/regex/#untrusted-input>).
 
-use regex::bytes::{Regex, RegexBuilder};
+use regex::bytes::{Captures, Regex, RegexBuilder};
 
-/// Of a compiled expression, in bytes. It comes from outside, and is there once for each thread.
-const LARGEST: usize = 64 << 10;
+/// Of a compiled expression, in bytes. A state takes 32 of them at least, so it has a few hundred. The 256 characters that a Canary may
+/// say hardly take as much, unless they repeat by a number: `.` takes 80 bytes, and `[^/]{1,64}` 8 KiB.
+const LARGEST: usize = 24 << 10;
+/// Of a text that is looked at, in bytes. It is what common servers take of a first line, or of a header.
+const LONGEST: usize = 8 << 10;
+/// By all searches for the places in one text, in bytes. Each may read to the end before it knows that a place was right at its beginning
+/// (`.*[^A-Z]|[A-Z]`), and all together the square of the text's length.
+const MOST_SEARCHED: usize = 4 * LONGEST;
 /// Of what a thread remembers while it searches, in bytes. With less it is slower, and never wrong.
 const CACHE: usize = 256 << 10;
 
@@ -18,7 +28,7 @@ pub struct Pattern(Regex);
 pub enum PatternError {
     #[error("it is not a regular expression: {0}")]
     Syntax(String),
-    #[error("it is larger than {LARGEST} bytes when compiled")]
+    #[error("it is larger than {LARGEST} bytes when compiled, where x{{64}} takes as much as 64 times x")]
     TooLarge,
 }
 
@@ -56,8 +66,23 @@ impl Pattern {
         self.0.captures_len()
     }
 
-    pub(crate) fn regex(&self) -> &Regex {
-        &self.0
+    /// A text of more than 8 KiB matches nothing.
+    pub(crate) fn is_match(&self, text: &[u8]) -> bool {
+        text.len() <= LONGEST && self.0.is_match(text)
+    }
+
+    /// Shows each place in a text, from left to right. `None`: not all, because the text is too long, or has too many of them for its
+    /// length.
+    pub(crate) fn each<'t>(&self, text: &'t [u8], mut show: impl FnMut(&Captures<'t>)) -> Option<()> {
+        if text.len() > LONGEST {
+            return None;
+        }
+        let mut left = MOST_SEARCHED;
+        for found in self.0.captures_iter(text) {
+            show(&found);
+            left = left.checked_sub(text.len() - found.get_match().end())?;
+        }
+        Some(())
     }
 }
 
@@ -87,12 +112,49 @@ mod tests {
             ("", "", true),
         ];
         for (pattern, text, expected) in table {
-            assert_eq!(
-                Pattern::whole(pattern).unwrap().regex().is_match(text.as_bytes()),
-                expected,
-                "{pattern} {text}"
-            );
+            assert_eq!(Pattern::whole(pattern).unwrap().is_match(text.as_bytes()), expected, "{pattern} {text}");
         }
+    }
+
+    const TOO_LARGE: &str = "it is larger than 24576 bytes when compiled, where x{64} takes as much as 64 times x";
+
+    #[test]
+    fn what_a_canary_may_say_is_taken_unless_it_repeats_much() {
+        let names: Vec<_> = (10..52).map(|number| format!("{number}abc")).collect();
+        let table: [&str; 8] = [
+            "^/api/v[0-9]+/(users|carts)/[^/]{1,64}$",
+            "^(.*?;)?(canary=always)(;.*)?$",
+            "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
+            "[A-Za-z0-9_.-]{1,128}",
+            r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*",
+            &format!("(?i){}", "a".repeat(252)),
+            &format!("({})", names.join("|")),
+            &".".repeat(256),
+        ];
+        for pattern in table {
+            assert!(pattern.len() <= 256);
+            assert_eq!(Pattern::whole(pattern).err(), None, "{pattern}");
+        }
+    }
+
+    #[test]
+    fn a_text_of_more_than_8_kib_matches_nothing() {
+        let any = Pattern::whole(".*").unwrap();
+        assert!(any.is_match(&[b'a'; 8192]));
+        assert!(!any.is_match(&[b'a'; 8193]));
+    }
+
+    #[test]
+    fn all_places_in_a_text_are_found_or_it_is_said_that_there_are_too_many() {
+        let pattern = Pattern::part("a+").unwrap();
+        let found = |text: &[u8]| {
+            let mut count = 0;
+            pattern.each(text, |_| count += 1).map(|()| count)
+        };
+        assert_eq!((found(b"-aa--a"), found(b"---")), (Some(2), Some(0)));
+        // Behind the places of so many pairs, all together, are as many bytes as the square of their number.
+        assert_eq!((found(&b"a-".repeat(181)), found(&b"a-".repeat(182))), (Some(181), None));
+        assert_eq!((found(&[b'a'; 8192]), found(&[b'a'; 8193])), (Some(1), None));
     }
 
     #[test]
@@ -101,7 +163,11 @@ mod tests {
             ("a(", "it is not a regular expression: unclosed group"),
             ("a)|(b", "it is not a regular expression: unopened group"),
             (r"(a)\1", "it is not a regular expression: backreferences are not supported"),
-            ("(a{1000}){1000}", "it is larger than 65536 bytes when compiled"),
+            (r"\p{Greek}", "it is not a regular expression: Unicode not allowed here"),
+            ("(a{1000}){1000}", TOO_LARGE),
+            ("[^/]{1,256}", TOO_LARGE),
+            // Of a text of a and b, each set of these states may be the next one.
+            ("[ab]*a[ab]{400}", TOO_LARGE),
         ];
         for (pattern, reason) in table {
             assert_eq!(Pattern::whole(pattern).unwrap_err().to_string(), reason, "{pattern}");

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, io, net::SocketAddr, num::NonZeroUsize, path::P
 
 use sluice_xds::SpiffeId;
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::watch,
     task::JoinSet,
 };
@@ -128,13 +128,32 @@ pub enum ProcessError {
     Task(String),
 }
 
-/// Runs a proxy until SIGTERM or SIGINT, drains it, and returns.
+/// What asks the process to end.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn watch() -> io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    /// Waits for the next one. Cancellation-safe, as [`Signal::recv`] is.
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Runs a proxy until SIGTERM or SIGINT, drains it until it is done or is asked again, and returns.
 ///
 /// # Errors
 /// When it cannot start, or a part that must run for ever has ended.
 pub async fn run(role: Role, settings: Settings) -> Result<(), ProcessError> {
-    let mut terminate = signal(SignalKind::terminate()).map_err(ProcessError::Signals)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(ProcessError::Signals)?;
+    let mut signals = Signals::watch().map_err(ProcessError::Signals)?;
 
     let threads = worker_count(role, settings.workers);
     let metrics = Metrics::new(settings.pod_name.clone(), threads.get());
@@ -215,8 +234,7 @@ pub async fn run(role: Role, settings: Settings) -> Result<(), ProcessError> {
     tracing::info!(?role, workers = threads, pod = settings.pod_name, "started");
 
     tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+        () = signals.next() => {}
         Some(ended) = tasks.join_next() => {
             // They never return, so this is a panic.
             let error = ended.err().map_or_else(String::new, |error| error.to_string());
@@ -229,10 +247,15 @@ pub async fn run(role: Role, settings: Settings) -> Result<(), ProcessError> {
     }));
     tracing::info!(?longest, "asked to end: not ready any more, draining");
     admin.draining.send_replace(true);
-    let drained = workers.drain(longest).await?;
-    tracing::info!(cut = drained.cut, "drained");
+    tokio::select! {
+        drained = workers.drain(longest) => {
+            let drained = drained?;
+            tracing::info!(cut = drained.cut, "drained");
+        }
+        () = signals.next() => tracing::warn!("asked again: the drain ends now, and what is still open is cut"),
+    }
 
-    // Joins the threads, which are idle by now. A stuck one must not hold the process.
+    // Joins the threads, which then close what they have. A stuck one must not hold the process.
     tasks.shutdown().await;
     drop(admin);
     let ending = tokio::task::spawn_blocking(move || drop(workers));

@@ -403,6 +403,9 @@ fn clusters(chain: &FilterChain) -> impl Iterator<Item = &snapshot::Cluster> {
     chain.protocol.splits().flat_map(snapshot::Split::clusters).map(|cluster| &**cluster)
 }
 
+/// Connections of a socket that wait to be accepted. The kernel takes `net.core.somaxconn` if that is less.
+pub(crate) const BACKLOG: i32 = 4096;
+
 /// A listening socket that shares its port with those of the other threads.
 fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
@@ -410,7 +413,7 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     socket.set_reuse_port(true)?;
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
-    socket.listen(4096)?; // The kernel takes net.core.somaxconn if that is less.
+    socket.listen(BACKLOG)?;
     Ok(socket.into())
 }
 

@@ -1,7 +1,8 @@
 """gRPC's own client and server (grpcio) with the proxy between them: in plaintext, and over mTLS.
 
-The cases are those of gRPC's interop suite (github.com/grpc/grpc/blob/master/doc/interop-test-descriptions.md), with bytes instead
-of protobuf messages, and some of what has gone wrong in other proxies.
+Cases after gRPC's interop suite (github.com/grpc/grpc/blob/master/doc/interop-test-descriptions.md), not all of it and with bytes instead
+of protobuf messages, and some of what has gone wrong in other proxies. `cancel_after_begin` cancels behind the first answer: that is the
+suite's cancel_after_first_response. The suite's own cancel_after_begin, before any message is sent, is not here.
 """
 
 import asyncio

@@ -331,12 +331,11 @@ impl Publisher {
                 tracing::warn!(stalled = ?awake.elapsed(), "this replica stood still: it catches up before it writes slices");
             }
             // One that does not lead may see what is wrong by a watch, and not yet by another one why it is right.
-            if stalled || (!self.leads(&terms) && writer.is_due(&self.handle.inputs())) {
-                if let Err(error) = self.catch_up().run().await {
-                    tracing::warn!(%error, "catching up failed; it is tried again");
-                    tokio::time::sleep(RETRY).await;
-                    continue;
-                }
+            let doubts = stalled || (!self.leads(&terms) && writer.is_due(&self.handle.inputs()));
+            if doubts && let Err(error) = self.catch_up().run().await {
+                tracing::warn!(%error, "catching up failed; it is tried again");
+                tokio::time::sleep(RETRY).await;
+                continue;
             }
             changes.mark_unchanged();
             snapshots.mark_unchanged();

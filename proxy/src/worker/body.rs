@@ -557,19 +557,17 @@ impl Body for ResponseBody {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
-        let body = match &mut this.content {
+        let (frame, last, late) = match &mut this.content {
             Content::Upstream { body, limit, .. } => {
-                if limit.as_mut().is_some_and(|limit| limit.as_mut().poll(cx).is_ready()) {
-                    this.content = Content::Ended;
-                    this.tally.fail(&Failure::UpstreamTimeout, Instant::now());
-                    return Poll::Ready(Some(Err(BodyError::TimedOut)));
-                }
-                if let Some(by) = this.tally.progress().take_idle() {
-                    this.content = Content::Ended;
-                    this.tally.broken_off(by);
-                    return Poll::Ready(Some(Err(BodyError::TimedOut)));
-                }
-                body
+                let frame = Pin::new(&mut *body).poll_frame(cx);
+                let last = match &frame {
+                    Poll::Ready(Some(Ok(frame))) => frame.is_trailers() || body.is_end_stream(),
+                    Poll::Ready(Some(Err(_)) | None) => true,
+                    Poll::Pending => false,
+                };
+                // An answer that has come is not late, however long nobody looked.
+                let late = !last && limit.as_mut().is_some_and(|limit| limit.as_mut().poll(cx).is_ready());
+                (frame, last, late)
             }
             Content::Local(content) => {
                 let content = std::mem::take(content);
@@ -578,20 +576,25 @@ impl Body for ResponseBody {
             }
             Content::Tunnel(_) | Content::Ended => return Poll::Ready(None),
         };
-        let frame = Pin::new(&mut *body).poll_frame(cx);
         this.tally.progress().asked_upstream(&frame);
+        if late {
+            this.content = Content::Ended;
+            this.tally.fail(&Failure::UpstreamTimeout, Instant::now());
+            return Poll::Ready(Some(Err(BodyError::TimedOut)));
+        }
+        if !last && let Some(by) = this.tally.progress().take_idle() {
+            this.content = Content::Ended;
+            this.tally.broken_off(by);
+            return Poll::Ready(Some(Err(BodyError::TimedOut)));
+        }
         match ready!(frame) {
             Some(Ok(frame)) => {
-                let mut ended = body.is_end_stream();
                 if let Some(data) = frame.data_ref() {
                     this.tally.add_bytes(data.len());
-                } else if let Some(trailers) = frame.trailers_ref() {
-                    ended = true;
-                    if let Some(status) = trailers.get("grpc-status") {
-                        this.tally.set_grpc_status(GrpcStatus::parse(status.as_bytes()));
-                    }
+                } else if let Some(status) = frame.trailers_ref().and_then(|trailers| trailers.get("grpc-status")) {
+                    this.tally.set_grpc_status(GrpcStatus::parse(status.as_bytes()));
                 }
-                if ended {
+                if last {
                     this.end();
                 }
                 Poll::Ready(Some(Ok(frame)))

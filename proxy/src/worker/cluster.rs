@@ -100,7 +100,7 @@ impl Cluster {
         }
     }
 
-    /// A request was drawn for this cluster, which it may be one too many for.
+    /// A request was drawn for this cluster, or may be yet. It may be one too many.
     pub(super) fn admit(&self) -> Result<Option<Admitted>, Failure> {
         self.load.request()
     }

@@ -138,9 +138,11 @@ impl Connection {
         self.chain.borrow().as_ref().and_then(|chain| chain.idle)
     }
 
-    /// Ends the streams on which nothing has passed for too long.
-    pub(super) fn look_at_streams(&self, now: Instant) {
-        if self.streams.look(now) {
+    /// Ends the streams on which nothing has passed for too long. After a look that came late, what has come meanwhile has not been read.
+    pub(super) fn look_at_streams(&self, now: Instant, late: bool) {
+        if late {
+            self.streams.look_anew();
+        } else if self.streams.look(now) {
             self.wake();
         }
     }
@@ -462,7 +464,7 @@ impl Patience {
 async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
     let metrics = &connection.slot.metrics;
     // In a box, as it is large, and soon over.
-    let preface = Box::pin(http2::server::Connection::new(stream, metrics.clone()));
+    let preface = Box::pin(http2::server::Connection::new(stream, metrics.clone(), connection.slot.worker.role));
     let mut client = match timeout(connection.slot.worker.timing.header, preface).await {
         Ok(Ok(client)) => client,
         Ok(Err(error)) => return http2_failed(connection, &error),
@@ -495,10 +497,11 @@ async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
                 told = Some(now);
             }
             let ends = told.map(|told| told + connection.slot.worker.timing.farewell);
-            if ends.is_some_and(|ends| ends <= now) {
+            let over = ends.is_some_and(|ends| ends <= now);
+            if over {
                 client.end();
             }
-            if !idle {
+            if !(over && idle) {
                 unread = None;
             } else if let Some(limit) = connection.stream_idle()
                 && now.duration_since(*unread.get_or_insert(now)) >= limit
@@ -508,7 +511,7 @@ async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
                 return Poll::Ready(Ok(()));
             }
             let look_again = now + connection.look_every();
-            timer.as_mut().reset(ends.filter(|ends| *ends > now).map_or(look_again, |ends| ends.min(look_again)));
+            timer.as_mut().reset(ends.filter(|_| !over).map_or(look_again, |ends| ends.min(look_again)));
         }
     });
     if let Err(error) = result.await {

@@ -42,7 +42,7 @@ pub(super) fn matches(rule: &StringMatch, value: &[u8]) -> bool {
             memmem::find(&value.to_ascii_lowercase(), text.as_bytes()).is_some()
         }
         StringRule::Contains(text) => memmem::find(value, text.as_bytes()).is_some(),
-        StringRule::Regex(pattern) => pattern.regex().is_match(value),
+        StringRule::Regex(pattern) => pattern.is_match(value),
     }
 }
 

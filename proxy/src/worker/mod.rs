@@ -43,7 +43,7 @@ use std::{
 use tokio::{
     net::TcpStream,
     sync::{mpsc, oneshot},
-    time::{Instant, interval, sleep},
+    time::{Instant, MissedTickBehavior, interval, sleep},
 };
 
 use self::{
@@ -215,6 +215,8 @@ impl Worker {
 
 async fn sweep(worker: Rc<Worker>) {
     let mut ticks = interval(SWEEP);
+    // After a standstill they would come all at once.
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
         let now = Instant::now();

@@ -40,7 +40,7 @@ use crate::{
 /// Idle HTTP/1 connections kept per endpoint and thread; more are closed.
 const MAX_IDLE: usize = 1024;
 /// Requests on one HTTP/2 connection before another is opened, if the server takes as many (RFC 9113, 6.5.2).
-const MAX_STREAMS: u32 = 100;
+pub(super) const MAX_STREAMS: u32 = 100;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ConnectError {
@@ -401,6 +401,11 @@ impl Endpoint {
             connection.is_usable(policy, now)
                 && (in_use || now.duration_since(connection.since.get()) < connector.http2_idle)
         });
+        // What another endpoint of the cluster has given back nobody here was told of.
+        if !self.connections.are_full() {
+            self.connections.queue.free();
+            self.connections.streams.free();
+        }
     }
 
     fn keep(&self, connection: client::Connection, now: Instant) {

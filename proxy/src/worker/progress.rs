@@ -41,6 +41,8 @@ pub(super) struct Progress {
     awaits_upstream: Cell<bool>,
     /// The answer has begun.
     answered: Cell<bool>,
+    /// A fault holds the request up, and nobody reads it meanwhile.
+    held_up: Cell<bool>,
     /// Nothing may rest for so long. `None` is for ever.
     limit: Cell<Option<Duration>>,
     /// What the last look saw, and since when it has been so.
@@ -78,6 +80,7 @@ impl Progress {
         self.awaits_client.set(false);
         self.awaits_upstream.set(false);
         self.answered.set(false);
+        self.held_up.set(false);
         self.idle.set(None);
         self.limit.set(limit);
     }
@@ -120,6 +123,16 @@ impl Progress {
     /// Whether there is somebody who waits for more of the request.
     pub(super) fn awaits_client(&self) -> bool {
         self.awaits_client.get()
+    }
+
+    /// A fault holds the request up, or does so no more.
+    pub(super) fn hold_up(&self, held: bool) {
+        self.held_up.set(held);
+    }
+
+    /// Whether nobody reads the request because a fault holds it up.
+    pub(super) fn is_held_up(&self) -> bool {
+        self.held_up.get()
     }
 
     /// The upstream was asked for more of its answer.
@@ -183,6 +196,13 @@ pub(super) struct Streams {
 }
 
 impl Streams {
+    /// All have their time from the next look on.
+    pub(super) fn look_anew(&self) {
+        for stream in self.open.borrow().iter().chain([&self.only]) {
+            stream.seen.set(None);
+        }
+    }
+
     /// Returns whether the connection's own task has to be told.
     pub(super) fn look(&self, now: Instant) -> bool {
         for stream in &*self.open.borrow() {

@@ -179,7 +179,7 @@ async fn forward(
 
     let mut action = Route::first(&chain, &parts)?;
     let after_delay;
-    if let Action::Forward { policy, .. } = action {
+    if let Action::Forward { split, policy } = action {
         if let Some(policy) = &policy.cors {
             match cors::judge(policy, &parts) {
                 Verdict::Nothing => {}
@@ -189,7 +189,7 @@ async fn forward(
         }
         if let Some(fault) = &policy.fault
             && matching::headers(&fault.headers, &parts, chain.tls.is_some())
-            && fault::inject(fault, tally).await?
+            && fault::inject(fault, split, tally).await?
         {
             after_delay = current(&connection)?;
             action = Route::first(&after_delay, &parts)?;
@@ -389,6 +389,10 @@ async fn send(
             }
             Err(SendError::Stale { request }) => {
                 fresh = true;
+                if wire == Wire::Http2 {
+                    // It is known now that this connection takes no more requests. An endpoint may have several such.
+                    certain -= 1;
+                }
                 outgoing.next = Some(*request);
                 Some(Retry::Stale)
             }

@@ -75,7 +75,7 @@ fn target(rewrite: &PathRewrite, uri: &Uri) -> Option<PathAndQuery> {
         }
         PathRewrite::Regex { pattern, with } => {
             let mut end = 0;
-            for found in pattern.regex().captures_iter(path) {
+            pattern.each(path, |found| {
                 let whole = found.get_match();
                 after.extend_from_slice(&path[end..whole.start()]);
                 for piece in with {
@@ -87,7 +87,7 @@ fn target(rewrite: &PathRewrite, uri: &Uri) -> Option<PathAndQuery> {
                     }
                 }
                 end = whole.end();
-            }
+            })?;
             after.extend_from_slice(&path[end..]);
             // Nothing is no rewrite, as in Envoy.
             if after.is_empty() { 0 } else { path.len() }

@@ -10,7 +10,7 @@ use std::{
 use http::{StatusCode, request};
 use rustls::ServerConfig;
 
-use super::{Shared, cluster::Cluster, matching, mirror::Mirror, progress::look_every};
+use super::{Shared, cluster::Cluster, load::Admitted, matching, mirror::Mirror, progress::look_every};
 use crate::{
     failure::Failure,
     snapshot::{self, FilterChain, Listener, Policy, RouteMatch, ServerTls},
@@ -281,6 +281,15 @@ impl Split {
     pub(super) fn drawn_by(&self, hash: u64) -> Option<&Rc<Cluster>> {
         let point = hash.checked_rem(self.total.into())?;
         self.at(u32::try_from(point).ok()?)
+    }
+
+    /// For a request that waits before it is drawn: a place at each cluster that has one, since it may be any of theirs.
+    ///
+    /// # Errors
+    /// When none has one.
+    pub(super) fn places(&self) -> Result<Vec<Option<Admitted>>, Failure> {
+        let places: Vec<_> = self.targets.iter().filter_map(|(_, cluster)| cluster.admit().ok()).collect();
+        if places.is_empty() { Err(Failure::Overflow) } else { Ok(places) }
     }
 
     fn at(&self, point: u32) -> Option<&Rc<Cluster>> {

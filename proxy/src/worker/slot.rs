@@ -9,7 +9,6 @@ use std::{
     time::Duration,
 };
 
-use futures::FutureExt;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::watch,
@@ -23,7 +22,7 @@ use super::{
     connection::{self, Connection},
     serving::Serving,
 };
-use crate::{metrics::ListenerMetrics, refused::Refused};
+use crate::{metrics::ListenerMetrics, refused::Refused, workers::BACKLOG};
 
 /// Under pressure, a connection without a request for so long is idle, and so many of a listener are asked to end at once,
 /// by each thread with each sweep.
@@ -80,12 +79,14 @@ impl Slot {
         *looking = every.map(|every| {
             let slot = Rc::downgrade(self);
             let looks = async move {
+                let mut looked = Instant::now();
                 loop {
                     sleep(every).await;
                     let Some(slot) = slot.upgrade() else { return };
                     let now = Instant::now();
+                    let late = now.duration_since(std::mem::replace(&mut looked, now)) > 2 * every;
                     for connection in slot.connections.borrow().values() {
-                        connection.look_at_streams(now);
+                        connection.look_at_streams(now, late);
                     }
                 }
             };
@@ -248,7 +249,14 @@ async fn accept(slot: Rc<Slot>, socket: TcpListener, stop: CancellationToken) {
             Err(error) => {
                 // Out of file descriptors or memory: more attempts at once would only burn the CPU that must free some.
                 let pause = pause.next();
-                tracing::error!(listener = slot.name, %error, ?pause, "cannot accept connections");
+                if slot.worker.overload.tells_of_accepting(Instant::now()) {
+                    tracing::error!(
+                        listener = slot.name, %error, ?pause,
+                        "cannot accept connections; this is said once a second, whichever listeners it is"
+                    );
+                } else {
+                    tracing::debug!(listener = slot.name, %error, ?pause, "cannot accept connections");
+                }
                 tokio::select! {
                     () = stop.cancelled() => break,
                     () = sleep(pause) => {}
@@ -256,9 +264,14 @@ async fn accept(slot: Rc<Slot>, socket: TcpListener, stop: CancellationToken) {
             }
         }
     }
-    // Connections that the kernel has completed are ours: closing the socket would reset them.
-    while let Some(Ok((stream, peer))) = socket.accept().now_or_never() {
-        start(&slot, stream, peer);
+    // Connections that the kernel has completed are ours: closing the socket would reset them. The kernel itself is asked; what tokio
+    // knows may be old. There are no more than wait at once: who comes meanwhile may come to another socket.
+    let Ok(socket) = socket.into_std() else { return };
+    for _ in 0..BACKLOG {
+        let Ok((stream, peer)) = socket.accept() else { break };
+        if let Ok(stream) = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream)) {
+            start(&slot, stream, peer);
+        }
     }
 }
 

@@ -8,8 +8,9 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
+use futures::FutureExt;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, Interest, ReadBuf, Ready},
     net::TcpStream,
 };
 use tokio_rustls::{client, server};
@@ -131,6 +132,13 @@ impl Stream {
             return Poll::Ready(Ok(()));
         }
         self.tcp().poll_read_ready(cx)
+    }
+
+    /// Whether the other side has ended it, even if there is something to be read before the end. Costs no system call: it is what
+    /// the runtime has noted when it last looked.
+    pub(super) fn has_ended(&self) -> bool {
+        let noted = self.tcp().ready(Interest::READABLE).now_or_never();
+        noted.is_some_and(|noted| noted.is_ok_and(Ready::is_read_closed))
     }
 
     /// The protocol agreed in the TLS handshake.

@@ -136,11 +136,13 @@ impl Tally {
         self.connection.slot.metrics.delay_injected();
         // A limit holds again when the request is sent on.
         self.progress.limit(None);
+        self.progress.hold_up(true);
         self.flag = Some(Flag::DelayInjected);
     }
 
     /// What is measured begins now.
     pub(super) fn delay_ends(&mut self) {
+        self.progress.hold_up(false);
         let before = std::mem::replace(&mut self.started, Instant::now());
         if let Some(head) = &mut self.head {
             head.delayed = self.started.duration_since(before);

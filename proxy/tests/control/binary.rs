@@ -493,6 +493,93 @@ async fn a_proxy_refuses_connections_before_it_is_out_of_files_and_answers_the_k
 }
 
 #[tokio::test]
+async fn a_proxy_that_is_out_of_files_says_so_once_a_second_for_all_listeners_and_threads() {
+    const OTHER: &str = "shop/web:81";
+    let ca = Ca::new();
+    let mut server = Server::start(&ca).await;
+    let log = std::env::temp_dir().join(format!("sluice-out-of-files-{}", std::process::id()));
+    let mut command = Command::new("/bin/sh");
+    let script = "ulimit -n 96 && exec \"$@\" 2>\"$TO\"";
+    command.args(["-c", script, "sh", env!("CARGO_BIN_EXE_sluice-proxy")]);
+    let fleet = Proxy::launch(command, &[("TO", log.to_str().unwrap())], "fleet", &ca, server.address);
+    sign(&mut server, &ca, 1).await;
+    let mut stream = server.stream().await;
+    stream.request_of(TypeUrl::Cluster).await;
+    stream.request_of(TypeUrl::Listener).await;
+    let ports = [(WEB, free_port()), (OTHER, free_port())];
+    stream.acked(TypeUrl::Cluster, Vec::new(), &[]).await;
+    let listeners = ports.map(|(name, port)| resource(name, "1", &listener(name, port)));
+    stream.acked(TypeUrl::Listener, listeners.to_vec(), &[]).await;
+    let routes = ports.map(|(name, _)| resource(name, "1", &unavailable(name)));
+    stream.acked(TypeUrl::Route, routes.to_vec(), &[]).await;
+    fleet.wait_for("/healthz/ready", StatusCode::OK).await;
+
+    let lines = |text: &str| std::fs::read_to_string(&log).unwrap().lines().filter(|line| line.contains(text)).count();
+    let said = async |text: &str| {
+        soon(text, async {
+            while lines(text) == 0 {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+    };
+    // Of these there may be 128, more than there may be files.
+    let mut idle = Vec::new();
+    for to in [fleet.health, fleet.admin].repeat(64) {
+        idle.push(TcpStream::connect(to).await.unwrap());
+    }
+    said("the admin server cannot accept a connection").await;
+    let begun = Instant::now();
+    let mut waiting = Vec::new();
+    for (_, port) in ports.repeat(16) {
+        waiting.push(TcpStream::connect(("127.0.0.1", port)).await.unwrap());
+    }
+    said("cannot accept connections").await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let found = lines("cannot accept connections");
+    // As many seconds as may have begun. A single socket tries eight times in that time.
+    assert!(u64::try_from(found).unwrap() <= begun.elapsed().as_secs() + 2, "{found} lines");
+    drop((idle, waiting));
+    std::fs::remove_file(&log).unwrap();
+}
+
+#[tokio::test]
+async fn a_second_signal_ends_the_drain_at_once() {
+    let ca = Ca::new();
+    let mut server = Server::start(&ca).await;
+    let application = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = application.local_addr().unwrap();
+    let accepting = tokio::spawn(async move {
+        while let Ok((stream, _)) = application.accept().await {
+            tokio::spawn(half_closing(stream));
+        }
+    });
+    let command = Command::new(env!("CARGO_BIN_EXE_sluice-proxy"));
+    let mut fleet = Proxy::launch(command, &[("SLUICE_DRAIN_SECONDS", "600")], "fleet", &ca, server.address);
+    sign(&mut server, &ca, 1).await;
+    let mut stream = server.stream().await;
+    stream.request_of(TypeUrl::Cluster).await;
+    stream.request_of(TypeUrl::Listener).await;
+    let port = free_port();
+    stream.acked(TypeUrl::Cluster, vec![resource(REVISION, "1", &plain_cluster(REVISION))], &[]).await;
+    let pods = endpoints(REVISION, &[("127.0.0.1", address.port())]);
+    stream.acked(TypeUrl::Endpoints, vec![resource(REVISION, "1", &pods)], &[]).await;
+    let opaque = tcp_listener(WEB, port, &[(REVISION, 100)]);
+    stream.acked(TypeUrl::Listener, vec![resource(WEB, "1", &opaque)], &[]).await;
+    fleet.wait_for("/healthz/ready", StatusCode::OK).await;
+    let mut client = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+    client.write_all(b"hold").await.unwrap();
+    assert_eq!(soon("a byte of the answer", client.read_u8()).await.unwrap(), b'x');
+
+    fleet.terminate();
+    fleet.wait_for("/healthz/ready", StatusCode::SERVICE_UNAVAILABLE).await;
+    fleet.terminate();
+    assert_eq!(fleet.ended().await, Some(0));
+    assert!(client.read_u8().await.is_err(), "it is closed");
+    accepting.abort();
+}
+
+#[tokio::test]
 async fn a_proxy_that_is_short_of_memory_says_so_and_stays_alive() {
     let ca = Ca::new();
     let server = Server::start(&ca).await;

@@ -145,7 +145,7 @@ fn what_a_route_cannot_mean_is_refused_with_the_field_and_the_reason() {
         ),
         (
             &|it| path(it, PathSpecifier::SafeRegex(regex("(a{1000}){1000}"))),
-            "match.safe_regex.regex is '(a{1000}){1000}', but it is larger than 65536 bytes when compiled",
+            "match.safe_regex.regex is '(a{1000}){1000}', but it is larger than 24576 bytes when compiled",
         ),
         (&|it| path(it, PathSpecifier::SafeRegex(regex(""))), "match.safe_regex.regex is missing"),
         (&|it| path(it, PathSpecifier::PathSeparatedPrefix("/a/".to_owned())), "match.path_separated_prefix is '/a/'"),

@@ -7,23 +7,30 @@ use std::{
 
 use http::{Request, StatusCode};
 use sluice_proxy::{
-    metrics::GrpcStatus,
+    metrics::{GrpcStatus, Metrics},
     snapshot::{
-        Abort, Action, Fault, Field, HeaderMatch, HeaderRule, MetricLabels, Policy, Protocol, Share, StringMatch,
-        StringRule,
+        Abort, Action, Cluster, Fault, Field, HeaderMatch, HeaderRule, Limits, MetricLabels, Policy, Protocol, Share,
+        Split, StringMatch, StringRule, TrafficPolicy,
     },
     workers::Role,
 };
 use sluice_xds::sluice::guard::v1::Outcomes;
+use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 use crate::support::*;
 
 const INJECTED: &str = "sluice_local_errors_total{listener=\"shop/cart:80\",flag=\"FI\"}";
 const DELAYED: &str = "sluice_injected_delays_total{listener=\"shop/cart:80\"}";
+const ACTIVE: &str = "sluice_requests_active{listener=\"shop/cart:80\"}";
+const ABORTS: &str = "sluice_client_aborts_total{listener=\"shop/cart:80\"}";
 
 fn with(fault: Fault, app: &App) -> Protocol {
+    before(split([(cluster("a", &[app.address]), 100)]), fault)
+}
+
+fn before(split: Split, fault: Fault) -> Protocol {
     let policy = Policy { fault: Some(fault), ..Policy::default() };
-    Protocol::http(Action::Forward { split: split([(cluster("a", &[app.address]), 100)]), policy: Arc::new(policy) })
+    Protocol::http(Action::Forward { split, policy: Arc::new(policy) })
 }
 
 fn abort(abort: Abort, share: Share) -> Fault {
@@ -157,10 +164,103 @@ async fn a_client_that_does_not_wait_for_a_delay_is_held_against_nobody() {
     let app = App::named("a").await;
     let proxy = Proxy::start(Role::Fleet);
     proxy.serve(with(delay(Duration::from_secs(600)), &app)).await;
-    let mut client = Http1::connect(proxy.address).await;
-    let waiting = tokio::spawn(async move { client.start(get("/")).await.map(drop) });
-    eventually("the delay", || proxy.metric(DELAYED) == 1).await;
+    // With content as well, and with another request behind it, which nobody reads meanwhile.
+    let asked = [
+        "GET / HTTP/1.1\r\nhost: a\r\n\r\n",
+        "POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\n\r\nbody",
+        "PUT / HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\nhalf",
+        "GET / HTTP/1.1\r\nhost: a\r\n\r\nGET / HTTP/1.1\r\nhost: a\r\n\r\n",
+    ];
+    for (before, asked) in (0..).zip(asked) {
+        let mut client = TcpStream::connect(proxy.address).await.unwrap();
+        client.write_all(asked.as_bytes()).await.unwrap();
+        eventually("the delay", || proxy.metric(DELAYED) == before + 1).await;
+        drop(client);
+        eventually(asked, || proxy.metric(ABORTS) == before + 1).await;
+    }
+    let mut client = Http2::connect(proxy.address).await;
+    let waiting = tokio::spawn(async move { client.start(call("/")).await.map(drop) });
+    eventually("the delay", || proxy.metric(DELAYED) == 5).await;
     waiting.abort();
-    eventually("the abort", || proxy.metric("sluice_client_aborts_total{listener=\"shop/cart:80\"}") == 1).await;
+    eventually("the reset", || proxy.metric(ABORTS) == 5).await;
     assert_eq!((app.requests(), outcomes(&proxy)), (0, Outcomes::default()));
+}
+
+#[tokio::test]
+async fn requests_that_are_held_up_are_among_those_that_a_service_may_have_open() {
+    let app = App::named("a").await;
+    let proxy = Proxy::with(Role::Fleet, Default::default(), |options| options.metrics = Metrics::new("test", 1));
+    // One that is held up may go to either, as long as that one has room.
+    let version = |revision: &str, most: u32| {
+        let limits = Limits { requests: Some(most), ..Limits::default() };
+        let traffic = TrafficPolicy { limits, ..TrafficPolicy::default() };
+        (Cluster { traffic, ..cluster(revision, &[app.address]) }, 50)
+    };
+    let rehearsed = HeaderMatch {
+        of: Field::Header(http::HeaderName::from_static("x-rehearse")),
+        rule: HeaderRule::Present(true),
+        invert: false,
+        missing_is_empty: false,
+    };
+    let fault = Fault { headers: vec![rehearsed], ..delay(Duration::from_secs(600)) };
+    proxy.serve(before(split([version("a", 1), version("b", 2)]), fault)).await;
+    let rehearse = || {
+        let mut request = get("/");
+        request.headers_mut().insert("x-rehearse", http::HeaderValue::from_static("yes"));
+        request
+    };
+    let mut held = Vec::new();
+    for number in 1..=2 {
+        let mut client = Http1::connect(proxy.address).await;
+        held.push(tokio::spawn(async move { client.start(rehearse()).await.map(drop) }));
+        eventually("the delay", || proxy.metric(DELAYED) == number).await;
+    }
+    let mut client = Http1::connect(proxy.address).await;
+    let refused = |answer: &Answer| (answer.status.as_u16(), answer.header("x-sluice-response-flag").to_owned());
+    let overflow = (503, "UO".to_owned());
+    // One more is refused, and no version is blamed, for none was drawn.
+    assert_eq!(refused(&client.send(rehearse()).await.unwrap()), overflow);
+    eventually("its end", || proxy.metric(ACTIVE) == 2).await;
+    assert_eq!(proxy.metric(DELAYED), 2);
+    assert_eq!((proxy.counted("a", "5xx", ""), proxy.counted("b", "5xx", "")), (0, 0));
+    // The others have what is left, which is nothing.
+    assert_eq!(refused(&client.get("/").await), overflow);
+    assert_eq!((proxy.counted("a", "5xx", "") + proxy.counted("b", "5xx", ""), app.requests()), (1, 0));
+    for held in held {
+        held.abort();
+    }
+    eventually("they are gone", || proxy.metric(ABORTS) == 2).await;
+    assert_eq!(client.get("/").await.body, "a");
+}
+
+#[tokio::test]
+async fn what_was_held_up_finds_the_room_that_it_had() {
+    let app = App::named("a").await;
+    let proxy = Proxy::with(Role::Fleet, Default::default(), |options| options.metrics = Metrics::new("test", 1));
+    let limits = Limits { requests: Some(1), ..Limits::default() };
+    let traffic = TrafficPolicy { limits, ..TrafficPolicy::default() };
+    let version = |revision: &str| Cluster { traffic: traffic.clone(), ..cluster(revision, &[app.address]) };
+    let by = Duration::from_millis(10);
+    proxy.serve(before(split([(version("a"), 50), (version("b"), 50)]), delay(by))).await;
+    let mut client = Http1::connect(proxy.address).await;
+    for _ in 0..20 {
+        assert_eq!(client.get("/").await.body, "a");
+    }
+}
+
+#[tokio::test]
+async fn a_proxy_that_drains_serves_what_is_held_up() {
+    let app = App::named("a").await;
+    let proxy = Proxy::with(Role::Fleet, Default::default(), |options| {
+        options.timing.farewell = Duration::from_millis(50);
+    });
+    proxy.serve(with(delay(Duration::from_secs(600)), &app)).await;
+    let (mut http1, mut http2) = (Http1::connect(proxy.address).await, Http2::connect(proxy.address).await);
+    let request = Request::get("http://cart.shop/").body(full("")).unwrap();
+    let drain = async {
+        eventually("the delays", || proxy.metric(DELAYED) == 2).await;
+        proxy.workers.drain(PATIENCE).await.unwrap()
+    };
+    let (one, other, drained) = tokio::join!(http1.get("/"), http2.send(request), drain);
+    assert_eq!((one.body.as_str(), other.unwrap().body.as_str(), drained.cut), ("a", "a", 0));
 }

@@ -3,6 +3,7 @@
 
 use std::{
     future::poll_fn,
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::SeqCst},
@@ -87,7 +88,9 @@ async fn proxy_to(cluster: Cluster) -> Proxy {
 /// A client that reads of its answers what the test reads.
 async fn client(proxy: &Proxy) -> SendRequest<Bytes> {
     let stream = TcpStream::connect(proxy.address).await.unwrap();
-    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+    // What it does not read is no attack on it.
+    let mut builder = h2::client::Builder::new();
+    let (sender, connection) = builder.data_frame_budget(1 << 30).handshake(stream).await.unwrap();
     tokio::spawn(async move {
         let _ = connection.await;
     });
@@ -202,6 +205,146 @@ async fn an_answer_that_its_client_does_not_read_waits_upstream_and_a_reset_free
     tokio::spawn(pump(content, 2 * CONNECTION, Arc::default()));
     let answer = soon("the head", answer).await.unwrap();
     assert_eq!(read_all(answer.into_body()).await.len(), 2 * CONNECTION);
+}
+
+/// A client that reads nothing of its answer.
+type Stalled = (SendRequest<Bytes>, Response<RecvStream>, Request<RecvStream>);
+
+async fn stalled(
+    proxy: &Proxy,
+    requests: &mut mpsc::Receiver<Taken>,
+    send: impl AsyncFnOnce(SendStream<Bytes>),
+) -> Stalled {
+    let mut client = client(proxy).await;
+    let (answer, _) = client.send_request(to(Method::GET), true).unwrap();
+    let (request, mut respond) = soon("the request", requests.recv()).await.unwrap();
+    let content = respond.send_response(Response::new(()), false).unwrap();
+    let answer = soon("the head", answer).await.unwrap();
+    send(content).await;
+    (client, answer, request)
+}
+
+/// RFC 9113, 5.2: the windows of a connection are shared, and here by the requests of many clients.
+#[tokio::test]
+async fn clients_that_read_nothing_hold_up_no_other_on_the_connection_to_the_upstream_that_they_share() {
+    let (cluster, mut requests) = upstream().await;
+    let proxy = proxy_to(cluster).await;
+    let mut held = Vec::new();
+    for _ in 0..24 {
+        let sent = Arc::new(AtomicUsize::new(0));
+        let sending = async |content| {
+            tokio::spawn(pump(content, usize::MAX, sent.clone()));
+        };
+        held.push(stalled(&proxy, &mut requests, sending).await);
+        standstill(&sent, WINDOW).await;
+    }
+    let mut reads = client(&proxy).await;
+    let (answer, _) = reads.send_request(to(Method::GET), true).unwrap();
+    let (_request, mut respond) = soon("the request", requests.recv()).await.unwrap();
+    tokio::spawn(pump(respond.send_response(Response::new(()), false).unwrap(), CONNECTION, Arc::default()));
+    let answer = soon("the head", answer).await.unwrap();
+    assert_eq!(read_all(answer.into_body()).await.len(), CONNECTION);
+    drop(held);
+}
+
+/// h2 counts what small frames take, and takes too much of it for an attack.
+#[tokio::test]
+async fn clients_that_read_no_small_messages_end_no_other_on_the_connection_to_the_upstream_that_they_share() {
+    const MESSAGE: &[u8] = b"a message of 25 bytes ...";
+    let (cluster, mut requests) = upstream().await;
+    let proxy = proxy_to(cluster).await;
+    let mut first = client(&proxy).await;
+    let (unanswered, _) = first.send_request(to(Method::GET), true).unwrap();
+    let (_request, mut waits) = soon("the request", requests.recv()).await.unwrap();
+    let sending = async |mut content: SendStream<Bytes>| {
+        // A window full of them, each in a frame of its own.
+        for _ in 0..WINDOW / MESSAGE.len() {
+            content.reserve_capacity(MESSAGE.len());
+            while content.capacity() < MESSAGE.len() {
+                soon("room", poll_fn(|cx| content.poll_capacity(cx))).await.unwrap().unwrap();
+            }
+            content.send_data(Bytes::from_static(MESSAGE), false).unwrap();
+        }
+        tokio::spawn(async move { poll_fn(|cx| content.poll_reset(cx)).await });
+    };
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        held.push(stalled(&proxy, &mut requests, sending).await);
+    }
+    let mut content = waits.send_response(Response::new(()), false).unwrap();
+    content.send_data("whole".into(), true).unwrap();
+    let answer = soon("the other's answer", unanswered).await.unwrap();
+    assert_eq!(read_all(answer.into_body()).await, "whole");
+    drop(held);
+}
+
+/// An endpoint may have several connections that have been told to end, and still serve what they had.
+#[tokio::test]
+async fn connections_that_end_cost_a_request_none_of_its_tries() {
+    const CONNECTIONS: usize = 4;
+    let listener = TcpListener::bind((own_ip(), 8080)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (taken, mut requests) = mpsc::channel::<(usize, Taken)>(64);
+    let (ends, _) = tokio::sync::watch::channel(false);
+    let end = ends.clone();
+    tokio::spawn(async move {
+        for number in 0.. {
+            let (stream, _) = listener.accept().await.unwrap();
+            let (taken, mut end) = (taken.clone(), end.subscribe());
+            tokio::spawn(async move {
+                let mut connection = server::Builder::new().max_concurrent_streams(2).handshake(stream).await.unwrap();
+                let mut told = number >= CONNECTIONS;
+                loop {
+                    tokio::select! {
+                        request = connection.accept() => match request {
+                            Some(Ok(request)) => taken.send((number, request)).await.unwrap(),
+                            _ => return,
+                        },
+                        () = async { let _ = end.wait_for(|end| *end).await; }, if !told => {
+                            told = true;
+                            connection.graceful_shutdown();
+                        }
+                    }
+                }
+            });
+        }
+    });
+    let proxy = proxy_to(Cluster { protocol: UpstreamProtocol::Http2, ..cluster("a", &[address]) }).await;
+    let mut client = client(&proxy).await;
+    let (mut answers, mut open) = (Vec::new(), Vec::new());
+    for _ in 0..2 * CONNECTIONS {
+        client = client.ready().await.unwrap();
+        answers.push(client.send_request(to(Method::GET), true).unwrap().0);
+        open.push(soon("the request", requests.recv()).await.unwrap());
+    }
+    assert!(open.iter().all(|(number, _)| *number < CONNECTIONS));
+    // One of the two of each connection is answered, so that it seems to have room.
+    let mut seen = [false; CONNECTIONS];
+    let mut rest = Vec::new();
+    for (number, (request, mut respond)) in open {
+        if std::mem::replace(&mut seen[number], true) {
+            rest.push((request, respond));
+        } else {
+            respond.send_response(Response::new(()), true).unwrap();
+        }
+    }
+    eventually("the answers", || proxy.metric(ACTIVE) == CONNECTIONS as u64).await;
+    ends.send_replace(true);
+    // Those that come before the proxy has heard of it are served on the old ones.
+    loop {
+        client = client.ready().await.unwrap();
+        let (answer, _) = client.send_request(to(Method::GET), true).unwrap();
+        let mut answer = pin!(answer);
+        let (number, (_request, mut respond)) = tokio::select! {
+            request = soon("the request", requests.recv()) => request.unwrap(),
+            answer = &mut answer => panic!("it reached nobody: {answer:?}"),
+        };
+        respond.send_response(Response::new(()), true).unwrap();
+        assert_eq!(soon("the answer", answer).await.unwrap().status(), 200);
+        if number >= CONNECTIONS {
+            return drop(rest);
+        }
+    }
 }
 
 #[tokio::test]
@@ -322,9 +465,9 @@ fn in_the_kernel(unread: u32) -> usize {
 
 const UNREAD: u32 = 64 << 10;
 
-/// All that may be on its way on one connection whose reader grants any window and reads nothing.
-fn unread_on_one_connection() -> usize {
-    CONNECTION + STREAMS * (UNSENT + IN_HAND) + in_the_kernel(UNREAD)
+/// All that may be on its way on one connection whose reader grants any window and reads nothing: what the windows before it hold as well.
+fn unread_on_one_connection(windows: usize) -> usize {
+    windows + STREAMS * (UNSENT + IN_HAND) + in_the_kernel(UNREAD)
 }
 
 #[tokio::test]
@@ -346,7 +489,8 @@ async fn an_upstream_that_grants_any_window_and_reads_nothing_gets_no_more_than_
     let (mut unread, _) = soon("the connection", listener.accept()).await.unwrap();
     unread.write_all(&any_window()).await.unwrap();
     let passed = standstill(&sent, CONNECTION).await;
-    assert!(passed <= unread_on_one_connection(), "{passed} of at most {}", unread_on_one_connection());
+    let most = unread_on_one_connection(CONNECTION);
+    assert!(passed <= most, "{passed} of at most {most}");
 }
 
 #[tokio::test]
@@ -368,7 +512,9 @@ async fn a_client_that_grants_any_window_and_reads_nothing_gets_no_more_than_the
         tokio::spawn(pump(content, usize::MAX, sent.clone()));
     }
     let passed = standstill(&sent, CONNECTION).await;
-    assert!(passed <= unread_on_one_connection(), "{passed} of at most {}", unread_on_one_connection());
+    // A connection to an upstream has a window for each of the streams that share it.
+    let most = unread_on_one_connection(STREAMS * WINDOW);
+    assert!(passed <= most, "{passed} of at most {most}");
 }
 
 /// SETTINGS_INITIAL_WINDOW_SIZE, and the connection's window, as large as they may be.

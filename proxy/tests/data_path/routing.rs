@@ -191,6 +191,30 @@ async fn a_path_that_becomes_none_is_404_and_counts_against_nobody() {
     assert_eq!((app.requests(), proxy.counted("a", "2xx", ""), proxy.counted("a", "4xx", "")), (2, 2, 0));
 }
 
+#[tokio::test]
+async fn what_is_too_long_for_an_expression_matches_none_and_is_not_rewritten() {
+    let (known, rest) = (App::named("known").await, echo().await);
+    let proxy = Proxy::start(Role::Fleet);
+    let user = StringRule::Regex(Pattern::whole("a+").unwrap());
+    let user = with(Field::Header(HeaderName::from_static("x-user")), HeaderRule::Text(text(user)));
+    let path = PathRewrite::Regex { pattern: Pattern::part("_").unwrap(), with: vec![Piece::Text("-".to_owned())] };
+    let policy = Policy { rewrite: Some(Rewrite { host: None, path: Some(path) }), ..Policy::default() };
+    let routes = vec![to(&known, "a", user, Policy::default()), to(&rest, "b", RouteMatch::default(), policy)];
+    proxy.serve(Protocol::Http(routes)).await;
+    for (length, body) in [(8192, "known"), (8193, "GET / host=cart.shop by=-")] {
+        let request = Request::get("/").header("host", "cart.shop").header("x-user", "a".repeat(length));
+        let answer = Http1::connect(proxy.address).await.send(request.body(full("")).unwrap()).await.unwrap();
+        assert_eq!(answer.body, body, "{length}");
+    }
+    let answer = Http1::connect(proxy.address).await.get(&format!("/{}", "_".repeat(100))).await;
+    assert_eq!(answer.body, format!("GET /{} host=cart.shop by=-", "-".repeat(100)));
+    for path in [format!("/{}", "x".repeat(8192)), format!("/{}", "_".repeat(8000))] {
+        let answer = Http1::connect(proxy.address).await.get(&path).await;
+        assert_eq!((answer.status, answer.header("x-sluice-response-flag")), (StatusCode::NOT_FOUND, "NR"));
+    }
+    assert_eq!((known.requests(), rest.requests()), (1, 2));
+}
+
 fn cors() -> CorsPolicy {
     CorsPolicy {
         origins: vec![exact(SHOP)],

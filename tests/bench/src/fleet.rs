@@ -60,8 +60,8 @@ impl Fleet {
             release_namespace: "sluice-system".to_owned(),
             watched_namespace: None,
             limits: Limits {
-                connections: Some(4096),
-                requests: Some(2048),
+                connections: Some(job::CONNECTIONS),
+                requests: Some(job::REQUESTS),
                 stream_idle: Some(job::STREAM_IDLE_SECONDS),
             },
         };

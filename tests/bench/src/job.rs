@@ -21,6 +21,10 @@ pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 pub(crate) const RETRIES: u32 = 2;
 /// As the chart has it. Envoy has its default of five minutes.
 pub(crate) const STREAM_IDLE_SECONDS: u32 = 3600;
+/// As the chart has it (`fleet.limits`): of clients, for each port of a Service. All loads stay below.
+pub(crate) const CONNECTIONS: u32 = 4096;
+/// The same: open ones, for each revision behind a port.
+pub(crate) const REQUESTS: u32 = 2048;
 /// Routes of a service where a row asks for many: all but the last match other paths.
 const ROUTES: usize = 10;
 

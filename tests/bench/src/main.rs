@@ -2,10 +2,10 @@
 //!
 //! The proxy is pinned to core 0; load generator and upstreams share core 1. All proxies of a row are started once and
 //! measured in turn, each round in the reverse order of the one before, so that a drift of the machine meets all. Within a
-//! round Envoy's CPU time per request is divided by the other's; the table gives their median and the interval in which it is
-//! likely to be, and says `unresolved` where a limit lies within. CPU time is what the kernel says that the proxy's threads ran
-//! (`/proc/<pid>/task/*/schedstat`), so the ratio stays meaningful when something else had the core for a while; steal
-//! and the run queue are printed beside it.
+//! round Envoy's CPU time per request is divided by the other's, and HAProxy's by ours; the table gives the ratios' median and
+//! the interval in which it is likely to be, and says `unresolved` where a limit lies within. CPU time is what the kernel says
+//! that the proxy's threads ran (`/proc/<pid>/task/*/schedstat`), so the ratio stays meaningful when something else had the
+//! core for a while; steal and the run queue are printed beside it.
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "the table is the product")]
 

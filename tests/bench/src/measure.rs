@@ -91,6 +91,7 @@ impl Plan {
     }
 
     fn all(&self, folder: &Path) -> anyhow::Result<Option<Report>> {
+        let begin = Instant::now();
         crate::certificates::write(folder)?;
         let mut observations = Vec::new();
         let wanted = |row: &&Row| self.only.as_deref().is_none_or(|part| row.name.contains(part));
@@ -104,7 +105,7 @@ impl Plan {
             eprintln!("{}", row.name);
             self.row(row, folder, &mut observations).with_context(|| row.name.to_owned())?;
         }
-        Ok(Some(Report::new(observations)))
+        Ok(Some(Report::new(observations, begin.elapsed())))
     }
 
     fn upstream(&self, row: &Row, folder: &Path) -> anyhow::Result<(Running, Addresses)> {

@@ -1,6 +1,6 @@
 //! The table: what was seen, and what follows from it.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use serde::Serialize;
 
@@ -17,6 +17,8 @@ const SATURATED_PERCENT: f64 = 90.0;
 pub(crate) struct Report {
     figures: Vec<Outcome>,
     load_average: String,
+    /// Of the whole run, without the build.
+    seconds: f64,
     observations: Vec<Observation>,
 }
 
@@ -70,9 +72,9 @@ impl Observation {
 }
 
 impl Report {
-    pub(crate) fn new(observations: Vec<Observation>) -> Self {
+    pub(crate) fn new(observations: Vec<Observation>, took: Duration) -> Self {
         let load_average = std::fs::read_to_string("/proc/loadavg").unwrap_or_default().trim().to_owned();
-        let mut report = Self { figures: Vec::new(), load_average, observations };
+        let mut report = Self { figures: Vec::new(), load_average, seconds: took.as_secs_f64(), observations };
         for row in ROWS {
             for figure in row.figures {
                 for peer in row.peers {
@@ -94,18 +96,24 @@ impl Report {
     }
 
     fn outcome(&self, row: &Row, figure: &Figure, peer: &Peer) -> Option<Outcome> {
-        let first = &row.peers[0];
-        if peer.proxy == Proxy::Direct || (peer == first && figure.compare != Compare::Itself) {
+        let (other, applies) = match figure.compare {
+            Compare::Gain | Compare::Share => (&row.peers[0], *peer != row.peers[0]),
+            Compare::GainOnHaproxy => {
+                (row.peers.iter().find(|other| other.proxy == Proxy::Haproxy)?, peer.proxy.is_ours())
+            }
+            Compare::Itself => (peer, true),
+        };
+        if peer.proxy == Proxy::Direct || !applies {
             return None;
         }
-        let value = |seen: &Observation| match figure.compare {
-            Compare::Gain => {
-                Some(self.value(row, figure, first, seen.round)? / self.value(row, figure, peer, seen.round)?)
-            }
-            Compare::Share => {
-                Some(self.value(row, figure, peer, seen.round)? / self.value(row, figure, first, seen.round)?)
-            }
-            Compare::Itself => self.value(row, figure, peer, seen.round),
+        let value = |seen: &Observation| {
+            let own = self.value(row, figure, peer, seen.round)?;
+            let others = self.value(row, figure, other, seen.round)?;
+            Some(match figure.compare {
+                Compare::Gain | Compare::GainOnHaproxy => others / own,
+                Compare::Share => own / others,
+                Compare::Itself => own,
+            })
         };
         let values: Vec<f64> = self.of(row, peer).filter_map(value).collect();
         if values.is_empty() {
@@ -113,9 +121,9 @@ impl Report {
         }
         let judge = |limit: Option<f64>| {
             let good = |value: &f64| match (figure.compare, limit) {
-                (Compare::Gain, Some(limit)) => *value >= limit,
+                (Compare::Gain | Compare::GainOnHaproxy, Some(limit)) => *value >= limit,
                 (Compare::Share | Compare::Itself, Some(limit)) => *value <= limit,
-                (Compare::Gain | Compare::Share | Compare::Itself, None) => true,
+                (Compare::Gain | Compare::GainOnHaproxy | Compare::Share | Compare::Itself, None) => true,
             };
             let likely = interval(&values);
             let verdict = match (likely.iter().all(good), likely.iter().any(good)) {
@@ -244,7 +252,7 @@ impl fmt::Display for Report {
                 judged(figure.aim)
             )?;
         }
-        write!(f, "\nload average {}", self.load_average)
+        write!(f, "\nload average {}; the run took {:.1} minutes", self.load_average, self.seconds / 60.0)
     }
 }
 
@@ -287,6 +295,31 @@ fn spread(values: &[f64], digits: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rows::AHEAD;
+
+    #[test]
+    fn ours_is_held_against_haproxy_of_the_same_round_and_need_not_be_ahead() {
+        let ahead = |costs: [(f64, f64); 3]| {
+            let mut observations = Vec::new();
+            for (round, (haproxy, ours)) in (0..).zip(costs) {
+                for (peer, cost) in [("envoy", 200.0), ("haproxy", haproxy), ("sluice", ours)] {
+                    let window = Window { requests: 1000, proxy_cpu_seconds: cost, seconds: 1.0, ..Window::default() };
+                    observations.push(Observation { row: ROWS[0].name, round, peer, window, rss_idle_kib: 0.0 });
+                }
+            }
+            let report = Report::new(observations, Duration::ZERO);
+            assert!(report.missed().is_empty(), "{:?}", report.missed());
+            let of = |figure: &Outcome| (figure.peer, figure.values.clone(), figure.aim);
+            report.figures.iter().filter(|figure| figure.what == AHEAD.what).map(of).collect::<Vec<_>>()
+        };
+        for (costs, values, verdict) in [
+            ([(10.0, 8.0), (20.0, 16.0), (30.0, 24.0)], [1.25, 1.25, 1.25], Verdict::Met),
+            ([(10.0, 8.0), (20.0, 16.0), (20.0, 25.0)], [1.25, 1.25, 0.8], Verdict::Unresolved),
+            ([(10.0, 12.5), (20.0, 25.0), (20.0, 25.0)], [0.8, 0.8, 0.8], Verdict::Missed),
+        ] {
+            assert_eq!(ahead(costs), [("sluice", values.to_vec(), Some((1.0, verdict)))]);
+        }
+    }
 
     #[test]
     fn of_more_rounds_the_outermost_say_nothing_of_the_median() {

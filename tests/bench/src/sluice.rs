@@ -7,8 +7,9 @@ use sluice_proxy::{
     overload::Overload,
     process,
     snapshot::{
-        Action, ClientTls, Cluster, FilterChain, Listener, MetricLabels, Policy, Protocol, RetryOn, RetryPolicy, Route,
-        RouteMatch, ServerTls, Snapshot, Split, StringMatch, StringRule, TrafficPolicy, Upstream, UpstreamProtocol,
+        Action, ClientTls, Cluster, FilterChain, Limits, Listener, MetricLabels, Policy, Protocol, RetryOn,
+        RetryPolicy, Route, RouteMatch, ServerTls, Snapshot, Split, StringMatch, StringRule, TrafficPolicy, Upstream,
+        UpstreamProtocol,
     },
     tls::IdentityHandle,
     workers::{self, Options, Timing, Workers},
@@ -97,12 +98,26 @@ fn snapshot(job: &Job) -> Snapshot {
             idle: Some(Duration::from_secs(job::STREAM_IDLE_SECONDS.into())),
         };
         let name = format!("bench/{}/{}", service.host, service.listen);
-        (name.clone(), Arc::new(Listener { name, address: service.listen, chains: vec![chain], max_connections: None }))
+        let max_connections = match job.role {
+            Role::Fleet => Some(u64::from(job::CONNECTIONS)),
+            Role::Sidecar => None,
+        };
+        (name.clone(), Arc::new(Listener { name, address: service.listen, chains: vec![chain], max_connections }))
     };
     Snapshot { listeners: job.services.iter().map(listener).collect::<BTreeMap<_, _>>() }
 }
 
 fn cluster(job: &Job, service: &str, revision: usize, endpoints: &[SocketAddr]) -> Cluster {
+    let limits = match job.role {
+        // As the controller says it for a Canary that says nothing.
+        Role::Fleet => Limits {
+            connections: Some(u32::MAX),
+            pending: Some(job::REQUESTS),
+            requests: Some(job::REQUESTS),
+            retries: None,
+        },
+        Role::Sidecar => Limits::default(),
+    };
     Cluster {
         name: format!("bench/{service}:80/{revision}"),
         labels: match job.role {
@@ -121,7 +136,7 @@ fn cluster(job: &Job, service: &str, revision: usize, endpoints: &[SocketAddr]) 
             .then(|| ClientTls { sni: SERVER_NAME.to_owned(), server_id: UPSTREAM.to_owned() }),
         protocol: if job.to_http1 { UpstreamProtocol::Http1 } else { UpstreamProtocol::Downstream },
         connect_timeout: job::CONNECT_TIMEOUT,
-        traffic: TrafficPolicy::default(),
+        traffic: TrafficPolicy { limits, ..TrafficPolicy::default() },
         near: Vec::new(),
     }
 }

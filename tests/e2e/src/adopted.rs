@@ -7,14 +7,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use k8s_openapi::api::core::v1::{Namespace, Pod};
+use k8s_openapi::api::{
+    apps::v1::Deployment,
+    core::v1::{Namespace, Service},
+};
 use kube::{
     Api, Resource, ResourceExt,
-    api::{ApiResource, DynamicObject, ListParams},
+    api::{ApiResource, DeleteParams, DynamicObject, ListParams},
     core::{GroupVersionKind, NamespaceResourceScope},
 };
 use serde_json::json;
-use sluice_crds::{CanaryStatus, Stage};
+use sluice_crds::{Canary, CanaryStatus, Stage};
 use tokio::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::{
@@ -22,7 +25,7 @@ use crate::{
     audit,
     cluster::{Cluster, SYSTEM},
     load::Load,
-    node,
+    memory,
     problems::{self, Expected},
     watch::unix_ms,
 };
@@ -47,7 +50,7 @@ pub enum Use {
 /// The installation, as long as a test uses it.
 pub struct Held {
     _shared: Option<RwLockReadGuard<'static, ()>>,
-    _alone: Option<RwLockWriteGuard<'static, ()>>,
+    alone: Option<RwLockWriteGuard<'static, ()>>,
 }
 
 /// An application that is taken over and under load.
@@ -56,7 +59,7 @@ pub struct Adopted {
     pub load: Load,
     /// From when on no request may fail: before the Canary was applied.
     pub from_ms: u64,
-    _held: Held,
+    held: Held,
 }
 
 /// The cluster that `KUBECONFIG` names, with Sluice in it; `None`, after saying so, where it names none.
@@ -76,8 +79,8 @@ pub async fn cluster(usage: Use) -> Option<(Cluster, Held)> {
     }
     drop(installed);
     let held = match usage {
-        Use::Shared => Held { _shared: Some(SHARED.read().await), _alone: None },
-        Use::Alone => Held { _shared: None, _alone: Some(SHARED.write().await) },
+        Use::Shared => Held { _shared: Some(SHARED.read().await), alone: None },
+        Use::Alone => Held { _shared: None, alone: Some(SHARED.write().await) },
     };
     Some((cluster, held))
 }
@@ -115,6 +118,14 @@ pub async fn adopted_in(
     arguments: &[&str],
     spec: serde_json::Value,
 ) -> Adopted {
+    let stage = under_load(cluster, held, name, arguments).await;
+    stage.app.canary(spec).await.unwrap();
+    stage.app.adopted().await.unwrap();
+    stage
+}
+
+/// What [`adopted_in`] takes over: there is no Canary yet.
+pub async fn under_load(cluster: Cluster, held: Held, name: &str, arguments: &[&str]) -> Adopted {
     let app = App::deploy(&cluster, &unique(name), 2).await.unwrap();
     let mut all = vec!["--target", "hello:80"];
     if !arguments.contains(&"--rate") {
@@ -123,9 +134,7 @@ pub async fn adopted_in(
     all.extend_from_slice(arguments);
     let load = Load::start(&cluster, &app.namespace, "load", &all).await.unwrap();
     let from_ms = load.steady().await.unwrap();
-    app.canary(spec).await.unwrap();
-    app.adopted().await.unwrap();
-    Adopted { app, load, from_ms, _held: held }
+    Adopted { app, load, from_ms, held }
 }
 
 /// A name that no earlier run has used.
@@ -195,19 +204,79 @@ impl Adopted {
     }
 
     /// Nothing failed; nothing is written where the Canary is settled; nothing is left when the namespace is gone; nothing
-    /// went wrong in Sluice.
+    /// went wrong in Sluice. A test that is alone waits until the Canary is settled, and deletes it before the namespace: nothing of
+    /// ours is left.
     pub async fn end(self) {
         self.nothing_failed().await;
-        if let Some(canary) = self.app.canaries().get_opt("hello").await.unwrap() {
-            let status = canary.status.unwrap_or_default();
-            if status.stage == Stage::Settled && status.retiring.is_empty() {
+        memory::of_sidecars_is_small(&self.app.cluster, &self.app.namespace).await;
+        let canary = self.app.canaries().get_opt("hello").await.unwrap();
+        if let Some(canary) = canary.filter(|canary| canary.metadata.deletion_timestamp.is_none()) {
+            let alone = self.held.alone.is_some();
+            if alone {
+                Box::pin(self.comes_to_rest()).await;
+            }
+            if alone || is_settled(&canary) {
                 quiet(&self.app.cluster, &self.app.namespace).await;
             }
+            if alone {
+                self.app.canaries().delete("hello", &DeleteParams::default()).await.unwrap();
+                Box::pin(self.handed_back()).await;
+                self.nothing_failed().await;
+            }
         }
-        let Self { app, load, _held, .. } = self;
+        let Self { app, load, held: _held, .. } = self;
         drop(load);
         ended(app).await;
     }
+
+    /// Waits until nobody has anything to do: the Canary is settled, and Kubernetes' own controllers have said of every
+    /// Deployment that it is as it should be.
+    async fn comes_to_rest(&self) {
+        let deployments = self.api::<Deployment>();
+        eventually("a settled Canary and Deployments that are complete", MINUTE, || async {
+            let canary = self.app.canaries().get("hello").await.ok()?;
+            let all = deployments.list(&ListParams::default()).await.ok()?;
+            (is_settled(&canary) && all.iter().all(is_complete)).then_some(())
+        })
+        .await;
+    }
+
+    /// Waits until the Canary, which was deleted, is gone with all that is ours. The Deployment serves alone again.
+    pub async fn handed_back(&self) {
+        let App { cluster, namespace, .. } = &self.app;
+        eventually("the end of the Canary", 2 * MINUTE, || async {
+            self.app.canaries().get_opt("hello").await.unwrap().is_none().then_some(())
+        })
+        .await;
+        eventually("the end of all that is ours", 2 * MINUTE, || async {
+            let left = of_ours(cluster, namespace).await;
+            left.is_empty().then_some(()).or_else(|| {
+                println!("left: {left:?}");
+                None
+            })
+        })
+        .await;
+        let target = self.api::<Deployment>().get("hello").await.unwrap();
+        assert_eq!(target.spec.unwrap().replicas, Some(2));
+        let selector = self.api::<Service>().get("hello").await.unwrap().spec.unwrap().selector.unwrap();
+        assert!(!selector.contains_key("sluice.dev/fleet"), "{selector:?}");
+    }
+}
+
+fn is_settled(canary: &Canary) -> bool {
+    canary.status.as_ref().is_some_and(|status| status.stage == Stage::Settled && status.retiring.is_empty())
+}
+
+/// Its status will not change by itself any more.
+fn is_complete(deployment: &Deployment) -> bool {
+    let wanted = deployment.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1);
+    deployment.status.as_ref().is_some_and(|status| {
+        status.observed_generation == deployment.metadata.generation
+            && status.terminating_replicas.unwrap_or_default() == 0
+            && [status.replicas, status.ready_replicas, status.available_replicas]
+                .iter()
+                .all(|replicas| replicas.unwrap_or_default() == wanted)
+    })
 }
 
 /// Requests that failed because of a fault.
@@ -238,19 +307,12 @@ pub async fn gone(cluster: &Cluster, namespace: &str) {
     .await;
 }
 
-/// No warning, error, panic, restart or 403 of ours that no test declared. Prints what the controllers hold in memory.
+/// No warning, error, panic, restart or 403 of ours that no test declared; controllers and fleet do not grow.
 pub async fn nothing_went_wrong(cluster: &Cluster) {
     let found = problems::unexpected();
     let lines: Vec<_> = found.iter().map(ToString::to_string).collect();
     assert!(found.is_empty(), "unexpected:\n{}", lines.join("\n"));
-    let pods: Api<Pod> = Api::namespaced(cluster.client.clone(), SYSTEM);
-    let controllers = pods.list(&ListParams::default().labels("app.kubernetes.io/component=controller")).await.unwrap();
-    for pod in controllers {
-        if let Some(kib) = node::resident_kib(&pod, "controller") {
-            println!("memory of {}: {} MiB", pod.name_any(), kib / 1024);
-            assert!(kib < 300 * 1024, "{} holds {} MiB", pod.name_any(), kib / 1024);
-        }
-    }
+    memory::is_flat(cluster).await;
 }
 
 /// Nothing of a namespace is written for some seconds: every object that is ours, or that we write to, keeps its

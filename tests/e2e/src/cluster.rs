@@ -70,6 +70,24 @@ impl Cluster {
         std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
     }
 
+    /// The same of one that names images of the tag `dev`: it names those of this cluster.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn tagged(&self, path: &str) -> anyhow::Result<String> {
+        let tag = &self.tag;
+        Ok(self.file(path)?.replace(":dev", &format!(":{tag}")).replace("tag: dev", &format!("tag: {tag}")))
+    }
+
+    /// Whether the API server's own policies can protect what Sluice adds. Where they cannot, the webhook does.
+    ///
+    /// # Errors
+    /// If it cannot be asked.
+    pub async fn serves_policies(&self) -> anyhow::Result<bool> {
+        let group = ["api-resources", "--api-group=admissionregistration.k8s.io", "-o", "name"];
+        Ok(self.kubectl(&group, None).await?.contains("mutatingadmissionpolicies"))
+    }
+
     /// kubectl or helm, to be run in the repository.
     #[must_use]
     pub fn command(&self, program: &str) -> std::process::Command {
@@ -115,7 +133,7 @@ impl Cluster {
     /// If anything is not ready in time.
     pub async fn install_version(&self, chart: &str, tag: &str, values: &[&str]) -> anyhow::Result<()> {
         self.namespace(SYSTEM).await?;
-        self.apply(SYSTEM, &self.file("tests/e2e/manifests/prometheus.yaml")?).await?;
+        self.apply(SYSTEM, &self.tagged("tests/e2e/manifests/prometheus.yaml")?).await?;
         let tag = format!("image.tag={tag}");
         let metrics = format!("metricsServer=http://prometheus.{SYSTEM}:9090");
         let mut arguments = vec!["upgrade", "--install", "sluice", chart, "-n", SYSTEM];

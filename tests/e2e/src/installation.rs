@@ -14,7 +14,8 @@ use crate::{
 
 /// What proxies and controllers say while controllers, or the API server, are away.
 pub const CONTROLLERS_AWAY: &[&str] = &[
-    "the container was restarted",
+    // Theirs: no proxy and no sidecar ends for that.
+    "/controller: the container was restarted",
     "no stream to the control plane",
     "no certificate was signed",
     "watch failed; it is started again",

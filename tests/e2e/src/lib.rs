@@ -8,6 +8,7 @@ pub mod cluster;
 pub mod installation;
 pub mod load;
 pub mod logs;
+pub mod memory;
 pub mod node;
 pub mod problems;
 pub mod rights;

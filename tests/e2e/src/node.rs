@@ -105,7 +105,7 @@ impl Drop for CutOff {
     }
 }
 
-/// Resident memory of a container's processes, in KiB; `None` where they are on another machine.
+/// Resident memory of a container's processes, in KiB; `None` where they have ended, or are on another machine.
 #[must_use]
 pub fn resident_kib(pod: &Pod, container: &str) -> Option<u64> {
     let of_process = |process: &String| {
@@ -114,16 +114,23 @@ pub fn resident_kib(pod: &Pod, container: &str) -> Option<u64> {
         line.strip_suffix("kB")?.trim().parse::<u64>().ok()
     };
     let processes = processes(pod, container).ok()?;
-    processes.iter().map(of_process).sum()
+    processes.iter().map(of_process).sum::<Option<u64>>().filter(|kib| *kib > 0)
+}
+
+/// Names a container as it was started last: after a restart it has another one. `None` before it has started.
+#[must_use]
+pub fn container_id(pod: &Pod, container: &str) -> Option<String> {
+    let status = pod.status.clone()?;
+    let mut all = status.init_container_statuses.into_iter().chain(status.container_statuses).flatten();
+    let id = all.find(|status| status.name == container)?.container_id?;
+    // After the runtime's name, as in `containerd://`.
+    id.rsplit('/').next().filter(|id| !id.is_empty()).map(str::to_owned)
 }
 
 /// The processes whose cgroup is the container's.
 fn processes(pod: &Pod, container: &str) -> anyhow::Result<Vec<String>> {
-    let status = pod.status.clone().unwrap_or_default();
-    let containers = status.init_container_statuses.into_iter().chain(status.container_statuses).flatten();
-    let id = containers.into_iter().find(|status| status.name == container).and_then(|status| status.container_id);
-    let id = id.with_context(|| format!("container {container} of Pod {} has not started", pod.name_any()))?;
-    let id = id.rsplit('/').next().unwrap_or_default().to_owned();
+    let id = container_id(pod, container)
+        .with_context(|| format!("container {container} of Pod {} has not started", pod.name_any()))?;
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc")? {
         let Ok(process) = entry?.file_name().into_string() else { continue };

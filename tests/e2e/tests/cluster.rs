@@ -1,11 +1,14 @@
 //! The cluster itself changes: a node is drained, a node is lost.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
+use std::collections::BTreeSet;
+
 use k8s_openapi::api::core::v1::{Node as KubeNode, Pod};
 use kube::{Api, ResourceExt, api::ListParams};
 use sluice_crds::{CanaryStatus, Phase, Stage};
 use sluice_e2e::{
     adopted::{Adopted, MINUTE, Use, adopted_in, at_weight_20, cluster, eventually, expect, slow},
+    cluster::Cluster,
     installation::{self, API_SERVER_AWAY, CONTROLLERS_AWAY},
     node::Node,
     watch::unix_ms,
@@ -36,10 +39,30 @@ async fn on_two_nodes(name: &str) -> Option<(Adopted, String)> {
     .await;
     let stage = adopted_in(cluster.clone(), held, name, &[], slow(8)).await;
     cluster.kubectl(&["uncordon", &spared], None).await.unwrap();
+    spread(&cluster).await;
     // Its next Pods are on both.
     let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
     stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
     Some((stage, spared))
+}
+
+/// The controllers come anew, and each of the two nodes gets one.
+async fn spread(cluster: &Cluster) {
+    let _expected = expect(CONTROLLERS_AWAY);
+    for arguments in [
+        &["rollout", "restart", "deployment/sluice-controller"][..],
+        &["rollout", "status", "deployment/sluice-controller", "--timeout=120s"],
+    ] {
+        cluster.kubectl(&[&["-n", "sluice-system"], arguments].concat(), None).await.unwrap();
+    }
+    let pods: Api<Pod> = Api::namespaced(cluster.client.clone(), "sluice-system");
+    let controllers = ListParams::default().labels("app.kubernetes.io/component=controller");
+    eventually("a controller on each node", MINUTE, || async {
+        let pods = pods.list(&controllers).await.ok()?.items;
+        let nodes: BTreeSet<_> = pods.iter().filter_map(|pod| pod.spec.as_ref()?.node_name.clone()).collect();
+        (pods.len() == 2 && nodes.len() == 2).then_some(())
+    })
+    .await;
 }
 
 /// At most so many new connections have, within two minutes, a port of one that was lost: some 900 of 28,000 ports, half of 60 a second.

@@ -6,22 +6,23 @@
 
 use std::time::{Duration, Instant};
 
+use futures::future::join_all;
 use k8s_openapi::api::{apps::v1::Deployment, core::v1::Service};
 use kube::{
     ResourceExt,
     api::{DeleteParams, PostParams},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use sluice_crds::{CanaryStatus, Phase, Stage};
 use sluice_e2e::{
     adopted::{
-        Adopted, MINUTE, Use, adopted, at_weight_20, cluster, condition, ended, eventually, expect, gone,
-        nothing_went_wrong, of_ours, quick, unique,
+        Adopted, MINUTE, Use, adopted, at_weight_20, cluster, condition, eventually, expect, gone, nothing_went_wrong,
+        quick, under_load,
     },
-    app::App,
-    load::Load,
+    load::TIMEOUT,
     watch::unix_ms,
 };
+use tokio::sync::Semaphore;
 
 #[tokio::test]
 #[ignore = "full"]
@@ -65,92 +66,143 @@ async fn a_service_that_is_deleted_and_made_again_is_taken_over_again() {
         (taken_over && service.uid() != before.uid()).then_some(())
     })
     .await;
-    // Clients look the name up again: CoreDNS's and their own answers live for some seconds.
+    let back = unix_ms();
+    // Clients look the name up again, and kube-proxy takes a second or two. CoreDNS keeps names for 30 s, but on clusters of ours.
+    let found = Duration::from_secs(if std::env::var_os("SLUICE_CLUSTER").is_some() { 10 } else { 40 });
     stage.load.steady().await.unwrap();
-    stage.counted_apart("its Service deleted and made again", at).await;
+    let apart = stage.counted_apart("its Service deleted and made again", at).await;
+    let after = (at + apart.window_ms).saturating_sub(back);
+    println!("the last of them {after} ms after the new Service was taken over");
+    // A connection that was opened before, to an address that nobody had, still waits for its answer.
+    assert!(u128::from(after) <= (found + TIMEOUT).as_millis(), "{apart:?}");
     let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
     stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
     stage.end().await;
 }
 
-/// Deletes the Canary when it has come so far. Afterwards the Deployment serves alone, and nothing of ours is left.
-async fn deleted(name: &str, propagation: &DeleteParams, wanted: impl Fn(&CanaryStatus) -> bool, env: &[(&str, &str)]) {
-    let Some(stage) = adopted(name, Use::Shared, &[], quick()).await else { return };
-    if !env.is_empty() {
-        let applied = stage.app.release(env).await.unwrap();
-        stage.wait("the moment", applied, wanted).await;
+/// A moment of a Canary's life.
+#[derive(Clone, Copy)]
+struct Moment {
+    /// Names the namespaces.
+    name: &'static str,
+    spec: fn() -> Value,
+    /// What is released once the application is taken over; the moment comes without a release where there is none.
+    release: &'static [(&'static str, &'static str)],
+    come: fn(&CanaryStatus) -> bool,
+}
+
+const V2: &[(&str, &str)] = &[("VERSION", "v2")];
+
+/// Deletes Canaries at this moment in the background, in the foreground, and with their dependents orphaned, beside each other.
+/// Afterwards their Deployments serve alone, no request has failed, and nothing of ours is left.
+async fn deleted_in_every_way(moment: Moment) {
+    let ways = [
+        ("back", DeleteParams::background()),
+        ("fore", DeleteParams::foreground()),
+        ("orphan", DeleteParams::orphan()),
+    ];
+    join_all(ways.map(|(way, propagation)| Box::pin(deleted(moment, way, propagation)))).await;
+}
+
+async fn deleted(moment: Moment, way: &str, propagation: DeleteParams) {
+    // Of all that this file deletes so. More of them at once would take the cores from those that are judged.
+    static ROOM: Semaphore = Semaphore::const_new(3);
+    let _room = ROOM.acquire().await.unwrap();
+    let Some((cluster, held)) = cluster(Use::Shared).await else { return };
+    let stage = under_load(cluster, held, &format!("{way}-{}", moment.name), &[]).await;
+    stage.app.canary((moment.spec)()).await.unwrap();
+    let mut from = 0;
+    if !moment.release.is_empty() {
+        stage.app.adopted().await.unwrap();
+        from = stage.app.release(moment.release).await.unwrap();
     }
-    stage.app.canaries().delete("hello", propagation).await.unwrap();
-    handed_back(&stage).await;
+    stage.wait(moment.name, from, moment.come).await;
+    stage.app.canaries().delete("hello", &propagation).await.unwrap();
+    stage.handed_back().await;
     stage.end().await;
 }
 
-async fn nothing_is_left(app: &App) {
-    eventually("the end of the Canary", 2 * MINUTE, || async {
-        app.canaries().get_opt("hello").await.unwrap().is_none().then_some(())
-    })
-    .await;
-    eventually("the end of all that is ours", 2 * MINUTE, || async {
-        let left = of_ours(&app.cluster, &app.namespace).await;
-        left.is_empty().then_some(()).or_else(|| {
-            println!("left: {left:?}");
-            None
-        })
-    })
-    .await;
-}
-
-async fn handed_back(stage: &Adopted) {
-    nothing_is_left(&stage.app).await;
-    let target = stage.api::<Deployment>().get("hello").await.unwrap();
-    assert_eq!(target.spec.unwrap().replicas, Some(2));
-    let selector = stage.api::<Service>().get("hello").await.unwrap().spec.unwrap().selector.unwrap();
-    assert!(!selector.contains_key("sluice.dev/fleet"), "{selector:?}");
+#[tokio::test]
+#[ignore = "full"]
+async fn a_canary_is_deleted_in_every_way_while_its_takeover_waits_for_kube_proxy() {
+    let come = |status: &CanaryStatus| status.stage == Stage::AdoptSettle;
+    deleted_in_every_way(Moment { name: "adopt-settle", spec: quick, release: &[], come }).await;
 }
 
 #[tokio::test]
 #[ignore = "full"]
-async fn a_settled_canary_is_deleted_in_the_background() {
-    deleted("back-settled", &DeleteParams::background(), |_| true, &[]).await;
+async fn a_canary_is_deleted_in_every_way_while_its_first_revision_starts() {
+    let come = |status: &CanaryStatus| status.stage == Stage::AdoptRevision;
+    deleted_in_every_way(Moment { name: "adopt-revision", spec: quick, release: &[], come }).await;
 }
 
 #[tokio::test]
 #[ignore = "full"]
-async fn a_settled_canary_is_deleted_in_the_foreground() {
-    deleted("fore-settled", &DeleteParams::foreground(), |_| true, &[]).await;
+async fn a_canary_that_is_settled_is_deleted_in_every_way() {
+    let come = |status: &CanaryStatus| status.phase == Phase::Initialized;
+    deleted_in_every_way(Moment { name: "settled", spec: quick, release: &[], come }).await;
 }
 
 #[tokio::test]
 #[ignore = "full"]
-async fn a_settled_canary_is_deleted_and_its_dependents_orphaned() {
-    deleted("orphan-settled", &DeleteParams::orphan(), |_| true, &[]).await;
+async fn a_canary_is_deleted_in_every_way_while_it_is_suspended() {
+    let spec = || {
+        let mut spec = quick();
+        spec["suspend"] = json!(true);
+        spec
+    };
+    let come = |status: &CanaryStatus| status.waiting.as_ref().is_some_and(|waiting| waiting.reason == "Suspended");
+    deleted_in_every_way(Moment { name: "suspended", spec, release: V2, come }).await;
 }
 
 #[tokio::test]
 #[ignore = "full"]
-async fn a_canary_is_deleted_in_the_foreground_in_mid_release() {
-    deleted("fore-judge", &DeleteParams::foreground(), at_weight_20, &[("VERSION", "v2")]).await;
+async fn a_canary_is_deleted_in_every_way_while_its_canary_starts() {
+    let come = |status: &CanaryStatus| status.stage == Stage::Scale;
+    deleted_in_every_way(Moment { name: "scale", spec: quick, release: V2, come }).await;
 }
 
 #[tokio::test]
 #[ignore = "full"]
-async fn a_canary_is_deleted_and_its_dependents_orphaned_in_mid_release() {
-    deleted("orphan-judge", &DeleteParams::orphan(), at_weight_20, &[("VERSION", "v2")]).await;
+async fn a_canary_is_deleted_in_every_way_in_mid_release() {
+    deleted_in_every_way(Moment { name: "judge", spec: quick, release: V2, come: at_weight_20 }).await;
 }
 
 #[tokio::test]
 #[ignore = "full"]
-async fn a_canary_is_deleted_in_the_foreground_while_it_is_promoted() {
-    let promoting =
+async fn a_canary_is_deleted_in_every_way_while_its_release_is_paused() {
+    let spec = || {
+        let mut spec = quick();
+        spec["analysis"]["metrics"] = json!([
+            {"name": "nan", "interval": "4s", "thresholdRange": {"min": 1}, "query": "vector(0) / vector(0)"},
+        ]);
+        spec["analysis"]["inconclusive"] = json!({"after": "2s", "then": "Pause"});
+        spec
+    };
+    let come = |status: &CanaryStatus| status.stage == Stage::Paused;
+    deleted_in_every_way(Moment { name: "paused", spec, release: V2, come }).await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_canary_is_deleted_in_every_way_while_it_is_promoted() {
+    let spec = || {
+        let mut spec = quick();
+        // Steps pass by time: what is tried here comes after them.
+        spec["analysis"]["metrics"] = json!([]);
+        spec
+    };
+    let come =
         |status: &CanaryStatus| matches!(status.stage, Stage::PromoteScale | Stage::PromoteShift | Stage::Finalise);
-    deleted("fore-promote", &DeleteParams::foreground(), promoting, &[("VERSION", "v2")]).await;
+    deleted_in_every_way(Moment { name: "promote", spec, release: V2, come }).await;
 }
 
 #[tokio::test]
 #[ignore = "full"]
-async fn a_canary_is_deleted_while_it_starts_its_canary() {
-    let scaling = |status: &CanaryStatus| status.stage == Stage::Scale;
-    deleted("back-scale", &DeleteParams::background(), scaling, &[("VERSION", "v2")]).await;
+async fn a_canary_is_deleted_in_every_way_after_a_rollback() {
+    let release = &[("VERSION", "v2"), ("ERROR_RATE", "0.5")];
+    let come = |status: &CanaryStatus| status.phase == Phase::Failed && status.stage == Stage::Settled;
+    deleted_in_every_way(Moment { name: "failed", spec: quick, release, come }).await;
 }
 
 #[tokio::test]
@@ -171,30 +223,6 @@ async fn a_canary_that_is_deleted_and_applied_all_the_time_takes_over_again() {
     let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
     stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
     stage.end().await;
-}
-
-#[tokio::test]
-#[ignore = "full"]
-async fn a_canary_is_deleted_while_it_takes_over() {
-    let Some((cluster, _held)) = cluster(Use::Shared).await else { return };
-    for (propagation, stage_wanted) in [
-        (DeleteParams::background(), Stage::AdoptSettle),
-        (DeleteParams::foreground(), Stage::AdoptRevision),
-        (DeleteParams::orphan(), Stage::AdoptRevision),
-    ] {
-        let app = App::deploy(&cluster, &unique("adopting"), 2).await.unwrap();
-        let arguments = ["--target", "hello:80", "--rate", "60"];
-        let load = Load::start(&cluster, &app.namespace, "load", &arguments).await.unwrap();
-        let from_ms = load.steady().await.unwrap();
-        app.canary(quick()).await.unwrap();
-        app.history.wait("the moment", 0, 2 * MINUTE, |status| status.stage == stage_wanted).await.unwrap();
-        app.canaries().delete("hello", &propagation).await.unwrap();
-        nothing_is_left(&app).await;
-        load.catch_up().await.unwrap();
-        let failed = load.failures_since(from_ms);
-        assert!(failed.is_empty(), "{stage_wanted:?}: {failed:#?}");
-        ended(app).await;
-    }
 }
 
 #[tokio::test]

@@ -272,8 +272,9 @@ async fn revisions(app: &App) -> usize {
     records.list(&ListParams::default().labels("sluice.dev/canary=hello")).await.unwrap().items.len()
 }
 
-/// It is one or the other, never both.
-async fn protected_by(cluster: &Cluster, policies: bool) {
+/// By the API server's policies where it serves them, by the webhook where it does not; never by both.
+async fn protected_once(cluster: &Cluster) {
+    let policies = cluster.serves_policies().await.unwrap();
     for (kind, here) in [("mutatingadmissionpolicies", policies), ("mutatingwebhookconfigurations", !policies)] {
         // Where the API server does not know the kind, there is none of ours.
         let ours = cluster.kubectl(&["get", kind, "-o", "name"], None).await.unwrap_or_default();
@@ -298,7 +299,7 @@ async fn releases_under(tool: Tool) {
     });
     let load = Load::start(&cluster, &name, "load", &["--target", "hello:80", "--rate", "60"]).await.unwrap();
     let from_ms = load.steady().await.unwrap();
-    protected_by(&cluster, std::env::var_os("POLICIES").is_some()).await;
+    protected_once(&cluster).await;
     let tooling = Tooling::start(&cluster, &name, tool, objects.collect());
     let own_pods = OwnPods::watch(&cluster, &name);
 

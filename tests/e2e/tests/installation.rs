@@ -2,8 +2,8 @@
 //! Pod of a user is restarted.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
-use k8s_openapi::api::core::v1::ConfigMap;
-use kube::{Api, ResourceExt as _};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use kube::{Api, ResourceExt as _, api::ListParams};
 use sluice_crds::{Phase, Stage, labels};
 use sluice_e2e::{
     adopted::{Adopted, MINUTE, Use, adopted, expect, of_ours, quick, slow},
@@ -12,15 +12,24 @@ use sluice_e2e::{
     watch::unix_ms,
 };
 
-/// Names of all Pods of the application.
-async fn application_pods(stage: &Adopted) -> Vec<String> {
+/// Names of all Pods of the application, and how often containers of them were restarted.
+async fn application_pods(stage: &Adopted) -> Vec<(String, i32)> {
     let status = stage.app.history.last().unwrap().status;
-    let mut names = Vec::new();
+    let pods = stage.api::<Pod>();
+    let mut found = Vec::new();
     for revision in [status.primary_revision, status.canary_revision].into_iter().flatten() {
-        names.extend(stage.app.pods_of(&revision).await.unwrap());
+        let of_it = ListParams::default().labels(&format!("sluice.dev/canary=hello,sluice.dev/revision={revision}"));
+        found.extend(pods.list(&of_it).await.unwrap().iter().map(|pod| (pod.name_any(), restarts(pod))));
     }
-    names.sort();
-    names
+    found.sort();
+    found
+}
+
+fn restarts(pod: &Pod) -> i32 {
+    let Some(status) = &pod.status else { return 0 };
+    // Sidecars are init containers.
+    let all = status.init_container_statuses.iter().chain(&status.container_statuses).flatten();
+    all.map(|container| container.restart_count).sum()
 }
 
 #[tokio::test]

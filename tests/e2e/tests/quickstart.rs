@@ -31,7 +31,7 @@ fn blocks(page: &str) -> Vec<(String, String)> {
 }
 
 /// Runs a block as `bash` does, at the root of the repository, and returns what it printed.
-async fn run(heading: &str, block: &str) -> String {
+async fn run(heading: &str, block: &str, values: &Path) -> String {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let path = std::env::var("PATH").unwrap_or_default();
     let path = std::env::var("SLUICE_K8S_BIN").map_or(path.clone(), |bin| format!("{bin}:{path}"));
@@ -39,7 +39,7 @@ async fn run(heading: &str, block: &str) -> String {
         .args(["-euxo", "pipefail", "-c", block])
         .current_dir(&root)
         .env("PATH", path)
-        .env("SLUICE_VALUES", "tests/e2e/manifests/quickstart-values.yaml")
+        .env("SLUICE_VALUES", values)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit())
@@ -63,14 +63,16 @@ async fn the_commands_of_the_quickstart_do_what_the_page_says() {
     let cluster = Cluster::connect().await.unwrap();
     // What the chart's own Prometheus is on a cluster that can pull it.
     cluster.namespace(SYSTEM).await.unwrap();
-    cluster.apply(SYSTEM, &cluster.file("tests/e2e/manifests/prometheus.yaml").unwrap()).await.unwrap();
+    cluster.apply(SYSTEM, &cluster.tagged("tests/e2e/manifests/prometheus.yaml").unwrap()).await.unwrap();
+    let values = Path::new(env!("CARGO_TARGET_TMPDIR")).join("quickstart-values.yaml");
+    std::fs::write(&values, cluster.tagged("tests/e2e/manifests/quickstart-values.yaml").unwrap()).unwrap();
 
     let blocks = blocks(&cluster.file("docs/quickstart.md").unwrap());
     assert!(blocks.first().is_some_and(|(_, block)| block.starts_with("helm install")), "{blocks:?}");
     let mut seen = Vec::new();
     for (heading, block) in &blocks {
         println!("\n== {heading}");
-        let printed = run(heading, block).await;
+        let printed = run(heading, block, &values).await;
         match heading.as_str() {
             "Release a good version" => {
                 assert!(printed.contains(r#""version":"v2""#), "the load does not see v2");

@@ -146,9 +146,7 @@ async fn every_right_is_used_by_the_suite_or_named_with_its_reason() {
     rights.extend(hooks);
 
     let mut spared = [FAULTS, IMPLIED].concat();
-    let group = ["api-resources", "--api-group=admissionregistration.k8s.io", "-o", "name"];
-    let policies = cluster.kubectl(&group, None).await.unwrap().contains("mutatingadmissionpolicies");
-    spared.extend_from_slice(if policies { POLICIES } else { NO_POLICIES });
+    spared.extend_from_slice(if cluster.serves_policies().await.unwrap() { POLICIES } else { NO_POLICIES });
     if std::env::var("METRICS_SERVER").unwrap_or_default().is_empty() {
         spared.extend_from_slice(NO_AUTOSCALING);
     }

@@ -283,7 +283,8 @@ impl Connection {
 }
 
 impl Io {
-    /// Waits until the client has gone, where that can be seen: not behind what it has sent already.
+    /// Waits until the client has gone, where that can be seen: not behind what it has sent already, unless a fault keeps everybody
+    /// from reading that.
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         while self.body.is_ended() && self.input.is_empty() {
             match ready!(self.input.poll_read(cx, &mut self.stream)) {
@@ -293,6 +294,10 @@ impl Io {
                     return Poll::Ready(());
                 }
             }
+        }
+        if self.progress.is_held_up() && self.stream.has_ended() {
+            self.broken = Some(Broken::Gone);
+            return Poll::Ready(());
         }
         self.wait_for_body(cx);
         Poll::Pending

@@ -19,7 +19,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     super::{body::RequestBody, stream::Stream},
-    CONNECTION_WINDOW, Error, Incoming, MAX_HEADERS, SEND_BUFFER, STREAM_WINDOW,
+    Error, Incoming, MAX_HEADERS, REMEMBERED, REMEMBERED_FOR, SEND_BUFFER, SHARED_FRAMES, SHARED_WINDOW, STREAM_WINDOW,
     batch::Batch,
     body::{Outgoing, Unsent},
 };
@@ -45,7 +45,11 @@ impl Connection {
         builder
             .enable_push(false)
             .initial_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
+            .initial_connection_window_size(SHARED_WINDOW)
+            .data_frame_budget(SHARED_FRAMES)
+            .max_concurrent_reset_streams(REMEMBERED)
+            .reset_stream_duration(REMEMBERED_FOR)
+            .max_local_error_reset_streams(None)
             .max_header_list_size(MAX_HEADERS)
             .max_send_buffer_size(SEND_BUFFER)
             // Until the server has said how many it takes.

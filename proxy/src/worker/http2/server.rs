@@ -21,15 +21,18 @@ use super::{
         stream::Stream,
         thread,
     },
-    CONNECTION_WINDOW, Incoming, MAX_HEADERS, SEND_BUFFER, STREAM_WINDOW,
+    CLIENT_WINDOW, Incoming, MAX_HEADERS, REMEMBERED, REMEMBERED_FOR, SEND_BUFFER, SHARED_FRAMES, SHARED_WINDOW,
+    STREAM_WINDOW,
     batch::{Batch, Farewell},
     body::Outgoing,
     written::Written,
 };
-use crate::metrics::ListenerMetrics;
+use crate::{metrics::ListenerMetrics, workers::Role};
 
 /// Requests that one client may have open on one connection.
 const MAX_STREAMS: u32 = 256;
+/// Streams that the fleet may reset before a sidecar comes to them. h2 takes more than 20 for an attack ("Rapid Reset").
+const GIVEN_UP: usize = 4096;
 
 /// A connection from a client.
 pub(in super::super) struct Connection {
@@ -38,15 +41,26 @@ pub(in super::super) struct Connection {
 }
 
 impl Connection {
-    /// Waits for the client's preface (RFC 9113, 3.4). Streams that are reset are counted in `metrics`.
-    pub(in super::super) async fn new(stream: Stream, metrics: ListenerMetrics) -> Result<Self, h2::Error> {
+    /// Waits for the client's preface (RFC 9113, 3.4). Streams that are reset are counted in `metrics`. A sidecar's client is the fleet,
+    /// which passes on what many clients do.
+    pub(in super::super) async fn new(stream: Stream, metrics: ListenerMetrics, role: Role) -> Result<Self, h2::Error> {
         let mut builder = Builder::new();
         builder
             .initial_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
             .max_concurrent_streams(MAX_STREAMS)
             .max_header_list_size(MAX_HEADERS)
             .max_send_buffer_size(SEND_BUFFER);
+        match role {
+            Role::Fleet => builder.initial_connection_window_size(CLIENT_WINDOW),
+            Role::Sidecar => builder
+                .initial_connection_window_size(SHARED_WINDOW)
+                .data_frame_budget(SHARED_FRAMES)
+                // Requests that were given up before we came to them, because this process stood still.
+                .max_pending_accept_reset_streams(GIVEN_UP)
+                .max_concurrent_reset_streams(REMEMBERED)
+                .reset_stream_duration(REMEMBERED_FOR)
+                .max_local_error_reset_streams(None),
+        };
         let batch = Batch::new(stream, Some(Written::of(metrics)));
         let farewell = batch.farewell();
         Ok(Self { frames: builder.handshake(batch).await?, farewell })

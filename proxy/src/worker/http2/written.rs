@@ -11,6 +11,11 @@ use crate::{metrics::ListenerMetrics, refused::Refused};
 const HEAD: usize = 9;
 const RESET: usize = HEAD + 4;
 const RST_STREAM: u8 = 3;
+/// Those with a header block, and the flag of its last frame.
+const HEADERS: u8 = 1;
+const PUSH_PROMISE: u8 = 5;
+const CONTINUATION: u8 = 9;
+const END_HEADERS: u8 = 4;
 
 /// Follows the frames of a connection as they are written, and counts the resets among them.
 pub(super) struct Written {
@@ -36,9 +41,9 @@ impl Written {
         }
     }
 
-    /// Whether the last frame was written to its end.
+    /// Whether another frame may be written now.
     pub(super) fn ends_a_frame(&self) -> bool {
-        self.frames.known == 0 && self.frames.rest == 0
+        self.frames.end()
     }
 }
 
@@ -49,9 +54,16 @@ struct Frames {
     known: usize,
     /// Of the payload of the present frame.
     rest: usize,
+    /// Its header block goes on in the next frame, and nothing may come between (RFC 9113, 6.10).
+    continued: bool,
 }
 
 impl Frames {
+    /// Whether the last one is whole, and any may follow.
+    fn end(&self) -> bool {
+        self.known == 0 && self.rest == 0 && !self.continued
+    }
+
     fn read(&mut self, mut bytes: &[u8], mut reset: impl FnMut(u32)) {
         loop {
             let passed = self.rest.min(bytes.len());
@@ -65,7 +77,10 @@ impl Frames {
             self.head[self.known..self.known + taken].copy_from_slice(&bytes[..taken]);
             self.known += taken;
             bytes = &bytes[taken..];
-            let [high, middle, low, kind, ..] = self.head;
+            let [high, middle, low, kind, flags, ..] = self.head;
+            if self.known == HEAD && matches!(kind, HEADERS | PUSH_PROMISE | CONTINUATION) {
+                self.continued = flags & END_HEADERS == 0;
+            }
             let length = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
             match self.known {
                 HEAD if kind == RST_STREAM && length == RESET - HEAD => {}
@@ -100,6 +115,28 @@ mod tests {
                 state.read(piece, |code| found.push(code));
             }
             assert_eq!(found, [1, 5, 44], "in pieces of {size}");
+        }
+    }
+
+    #[test]
+    fn a_frame_of_ours_has_room_behind_a_whole_one_and_not_within_a_header_block() {
+        let frame = |kind: u8, flags: u8| [0, 0, 2, kind, flags, 0, 0, 0, 1, 7, 7];
+        for (frames, room) in [
+            (vec![], true),
+            (vec![frame(0, 0)], true),
+            (vec![frame(HEADERS, END_HEADERS)], true),
+            (vec![frame(HEADERS, 1)], false),
+            (vec![frame(HEADERS, 0), frame(CONTINUATION, 0)], false),
+            (vec![frame(HEADERS, 0), frame(CONTINUATION, END_HEADERS)], true),
+        ] {
+            let mut state = Frames::default();
+            state.read(&frames.concat(), |_| {});
+            assert_eq!(state.end(), room, "{frames:?}");
+            for cut in 1..11 {
+                let mut state = Frames::default();
+                state.read(&[frames.concat(), frame(0, 0)[..cut].to_vec()].concat(), |_| {});
+                assert!(!state.end(), "{cut} bytes of another one");
+            }
         }
     }
 }
