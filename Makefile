@@ -40,8 +40,8 @@ test-operations: ## End to end: the quickstart, Git tools that apply all the tim
 	tests/e2e/run --test gitops --test faults --test deletions
 
 .PHONY: test-cluster
-test-cluster: ## End to end, all of it: faults, upgrades, deletions in every phase (NODES=2: drains a node, too)
-	FULL=1 tests/e2e/run
+test-cluster: ## End to end, all of it, on two nodes: faults, upgrades, deletions, another version, autoscaling, a node drained and lost
+	FULL=1 NODES=2 tests/e2e/run
 	$(if $(KUBECONFIG),,POLICIES=1 tests/e2e/run --test gitops)
 
 .PHONY: bench

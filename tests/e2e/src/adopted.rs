@@ -18,6 +18,7 @@ use kube::{
 };
 use serde_json::json;
 use sluice_crds::{Canary, CanaryStatus, Stage};
+use sluice_load::RESENT;
 use tokio::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::{
@@ -170,6 +171,11 @@ impl Adopted {
         self.load.catch_up().await.unwrap();
         let failed = self.load.failures_since(self.from_ms);
         assert!(failed.is_empty(), "failed requests: {failed:#?}");
+        let resent =
+            self.load.since(self.from_ms).iter().filter(|bucket| bucket.kind == RESENT).map(|it| it.count).sum::<u64>();
+        if resent > 0 {
+            println!("{}: {resent} requests were sent again, on another connection", self.app.namespace);
+        }
     }
 
     /// Failures since `from_ms`, which the test has counted apart: `[kept, new]` connections, and the window in which they

@@ -1,4 +1,4 @@
-//! What somebody deletes: the Canary in each of its phases and in each way, its Deployment, its Service, its namespace. As in
+//! What somebody deletes: the Canary at nine moments of its life and in each way, its Deployment, its Service, its namespace. As in
 //! `releases.rs`, no request may fail, and nothing of ours is left.
 //!
 //! `cargo test` runs the core; the rest is ignored as "full" (README.md).

@@ -9,7 +9,7 @@ pub struct Bucket {
     /// When the first and the last of them ended, Unix milliseconds.
     pub first_ms: u64,
     pub last_ms: u64,
-    /// `new` connection for each request, `kept` connection, `grpc`, `stream` or `ws`.
+    /// `new` connection for each request, `kept` connection, `grpc`, `stream` or `ws`; [`RESENT`].
     pub kind: String,
     /// What the header `x-version` (or the reply) said; empty where nothing answered.
     pub version: String,
@@ -22,6 +22,10 @@ pub struct Bucket {
     pub slow: u64,
     pub max_ms: u64,
 }
+
+/// Kind of a request that was sent again on another connection, because a kept one was closed instead of an answer. It counts
+/// once more by what became of it.
+pub const RESENT: &str = "resent";
 
 /// Granularity of [`Bucket`]s.
 pub const BUCKET_MS: u64 = 50;
@@ -36,6 +40,6 @@ impl Bucket {
     /// Neither answered well nor by a version of the application.
     #[must_use]
     pub fn failed(&self) -> bool {
-        !self.answered_by_application() || (self.status >= 400 && self.status < 500)
+        self.kind != RESENT && (!self.answered_by_application() || (self.status >= 400 && self.status < 500))
     }
 }

@@ -24,7 +24,7 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use sluice_hello::v1::{GreetRequest, WatchRequest, hello_client::HelloClient};
-use sluice_load::{BUCKET_MS, Bucket};
+use sluice_load::{BUCKET_MS, Bucket, RESENT};
 use tokio::net::TcpStream;
 
 #[derive(Clone, Parser)]
@@ -161,7 +161,7 @@ async fn http(options: Options, recorder: Recorder) {
         flights.spawn(async move {
             let started = Instant::now();
             let pool = kept.then_some(pool);
-            let exchange = exchange(&options, pool);
+            let exchange = exchange(&options, &recorder, pool);
             let outcome = match tokio::time::timeout(Duration::from_secs(options.timeout_s), exchange).await {
                 Ok(Ok(outcome)) => outcome,
                 Ok(Err(error)) => Outcome { error: format!("{error:#}"), ..Outcome::default() },
@@ -172,7 +172,12 @@ async fn http(options: Options, recorder: Recorder) {
     }
 }
 
-async fn exchange(options: &Options, pool: Option<Arc<Mutex<Vec<Sender>>>>) -> anyhow::Result<Outcome> {
+async fn exchange(
+    options: &Options,
+    recorder: &Recorder,
+    pool: Option<Arc<Mutex<Vec<Sender>>>>,
+) -> anyhow::Result<Outcome> {
+    let started = Instant::now();
     let take = |pool: &Arc<Mutex<Vec<Sender>>>| pool.lock().unwrap_or_else(PoisonError::into_inner).pop();
     loop {
         let reused = loop {
@@ -199,8 +204,10 @@ async fn exchange(options: &Options, pool: Option<Arc<Mutex<Vec<Sender>>>>) -> a
         };
         let response = match sent.await {
             Ok(response) => response,
-            // The server closed an idle connection: no byte of an answer was received, so it is sent again.
+            // The server closed an idle connection: no byte of an answer was received, so it is sent again, as RFC 9110, 9.2.2 lets clients
+            // do for this method.
             Err(error) if was_reused && (error.is_canceled() || error.is_closed() || error.is_incomplete_message()) => {
+                recorder.record(RESENT, started, options.slow_ms, Outcome::default());
                 continue;
             }
             Err(error) => return Err(error).context("no answer"),

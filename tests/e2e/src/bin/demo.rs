@@ -15,7 +15,7 @@ use sluice_e2e::{
     load::Load,
     watch::{Seen, unix_ms},
 };
-use sluice_load::Bucket;
+use sluice_load::{Bucket, RESENT};
 
 #[derive(Parser)]
 struct Options {
@@ -276,7 +276,7 @@ async fn figures(
         bad_answers: buckets.iter().filter(is_bad).map(count_bad).sum(),
         acknowledged_ms: acknowledged,
         pods_started: app.pods_of(&revision).await?.len(),
-        requests: buckets.iter().map(|bucket| bucket.count).sum(),
+        requests: buckets.iter().filter(|bucket| bucket.kind != RESENT).map(|bucket| bucket.count).sum(),
     })
 }
 
