@@ -36,8 +36,6 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
-/// An API server that says nothing for so long is taken to be gone.
-const SILENT_WATCH: Duration = Duration::from_secs(90);
 /// For one call to the API server.
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -88,10 +86,7 @@ async fn run(settings: Settings, provider: Arc<CryptoProvider>) -> anyhow::Resul
 
     // Watches live long; everything else is done by a client without retries of its own: a replayed write may have taken
     // effect already, and each call here has a deadline and a caller that tries again.
-    let mut config = Config::infer().await.context("no API server: neither in a cluster nor a kubeconfig")?;
-    // A watch hears a bookmark about every minute. An API server that vanished without a word would otherwise be found out after five.
-    config.read_timeout = Some(SILENT_WATCH);
-    config.reset_reader_on_write = true;
+    let config = Config::infer().await.context("no API server: neither in a cluster nor a kubeconfig")?;
     let calls = Calls::default();
     let watches = calls.client(config.clone())?;
     let mut once = config;
