@@ -401,9 +401,16 @@ impl Endpoint {
             connection.is_usable(policy, now)
                 && (in_use || now.duration_since(connection.since.get()) < connector.http2_idle)
         });
-        // What another endpoint of the cluster has given back nobody here was told of.
+        // What another endpoint of the cluster has given back nobody here was told of, and who was told may have gone away.
         if !self.connections.are_full() {
             self.connections.queue.free();
+        }
+        self.free_streams(now);
+    }
+
+    /// Tells the first who waits for a stream, if there is one, or a connection more for it.
+    fn free_streams(&self, now: Instant) {
+        if !self.connections.streams.is_empty() && !matches!(self.share(now), Share::Full) {
             self.connections.streams.free();
         }
     }
@@ -524,6 +531,10 @@ impl Endpoint {
             }
         };
         let stream = StreamCount::on(&connection);
+        // Who came between the end of its wait and now waits behind it, and may have room as well.
+        if waited {
+            self.free_streams(now);
+        }
         match connection.connection.send(request).await {
             Ok(response) => {
                 let connection = Leased::Http2 { _stream: stream };
