@@ -34,13 +34,11 @@ use stream::State;
 
 use crate::{
     identity::{Peer, PeerIdentity},
-    mesh::{RevisionKey, Settings, Snapshot, View},
+    mesh::{RevisionKey, Settings, Snapshot, View, slices::STALL},
 };
 
 /// How often silent members are looked for.
 const LOOK: Duration = Duration::from_secs(1);
-/// Who did not look for so long stood still.
-const STALL: Duration = Duration::from_secs(5);
 /// Key of the highest epoch that a client has seen, in `node.metadata`.
 const EPOCH: &str = "sluice.dev/epoch";
 

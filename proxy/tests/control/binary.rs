@@ -373,12 +373,7 @@ async fn half_closing(mut stream: TcpStream) {
     std::future::pending::<()>().await;
 }
 
-/// hyperium/hyper#4085: one that is readable for ever, because its other side has ended, is not looked at for ever.
-#[tokio::test]
-async fn a_hundred_half_closed_connections_leave_the_workers_at_rest() {
-    const OPAQUE: &str = "shop/web:81";
-    let ca = Ca::new();
-    let mut server = Server::start(&ca).await;
+async fn half_closing_application() -> (SocketAddr, JoinHandle<()>) {
     let application = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = application.local_addr().unwrap();
     let accepting = tokio::spawn(async move {
@@ -386,6 +381,16 @@ async fn a_hundred_half_closed_connections_leave_the_workers_at_rest() {
             tokio::spawn(half_closing(stream));
         }
     });
+    (address, accepting)
+}
+
+/// hyperium/hyper#4085: one that is readable for ever, because its other side has ended, is not looked at for ever.
+#[tokio::test]
+async fn a_hundred_half_closed_connections_leave_the_workers_at_rest() {
+    const OPAQUE: &str = "shop/web:81";
+    let ca = Ca::new();
+    let mut server = Server::start(&ca).await;
+    let (address, accepting) = half_closing_application().await;
     let fleet = Proxy::start("fleet", &ca, server.address);
     sign(&mut server, &ca, 1).await;
     let mut stream = server.stream().await;
@@ -547,13 +552,7 @@ async fn a_proxy_that_is_out_of_files_says_so_once_a_second_for_all_listeners_an
 async fn a_second_signal_ends_the_drain_at_once() {
     let ca = Ca::new();
     let mut server = Server::start(&ca).await;
-    let application = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = application.local_addr().unwrap();
-    let accepting = tokio::spawn(async move {
-        while let Ok((stream, _)) = application.accept().await {
-            tokio::spawn(half_closing(stream));
-        }
-    });
+    let (address, accepting) = half_closing_application().await;
     let command = Command::new(env!("CARGO_BIN_EXE_sluice-proxy"));
     let mut fleet = Proxy::launch(command, &[("SLUICE_DRAIN_SECONDS", "600")], "fleet", &ca, server.address);
     sign(&mut server, &ca, 1).await;

@@ -23,7 +23,7 @@ use super::{
 /// What is collected at most before it is sent in any case. A TLS record takes as much (RFC 8446, 5.1).
 const MOST: usize = 16 * 1024;
 
-/// GOAWAY without an error, for the largest of all streams (RFC 9113, 6.8): "an endpoint that wants to shut down gracefully".
+/// The first GOAWAY of a graceful shutdown: without an error, and for the largest of all streams (RFC 9113, 6.8).
 const FAREWELL: [u8; 17] = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 0];
 
 /// The stream of a connection. Must be used within a `LocalSet`.
