@@ -20,6 +20,8 @@ pub const PROMOTED: &str = "sluice.dev/promoted";
 pub const ACTION: &str = "sluice.dev/action";
 /// Annotation on the pod template: `127.0.0.1` makes the sidecar dial loopback instead of the Pod's own IP.
 pub const LOCAL_ADDRESS: &str = "sluice.dev/local-address";
+/// Annotation on the pod template: for how many seconds a container that has no `preStop` hook goes on when its Pod ends; 0 for none.
+pub const PRE_STOP_SECONDS: &str = "sluice.dev/pre-stop-seconds";
 /// Finalizer of a Canary: traffic is handed back before it goes.
 pub const FINALIZER: &str = "sluice.dev/hand-back";
 /// Field manager of the controller's writes.

@@ -283,7 +283,7 @@ impl Effects {
         };
         let same = deployment.data.pointer("/spec/replicas").and_then(Value::as_u64) == Some(u64::from(replicas));
         let mut patch = json!({"spec": {"replicas": replicas}});
-        let adopted = has_owners(&*deployment, &owners);
+        let adopted = revisions::has_owners(&*deployment, &owners);
         if !adopted {
             patch["metadata"] = json!({"ownerReferences": owners});
         }
@@ -364,7 +364,7 @@ impl Effects {
     where
         K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug,
     {
-        if !has_owners(object, owners) {
+        if !revisions::has_owners(object, owners) {
             self.patch(api, object, "taking over", json!({"metadata": {"ownerReferences": owners}})).await?;
         }
         Ok(())
@@ -393,17 +393,15 @@ impl Effects {
             self.delete(&self.deployments(canary), &**deployment).await?;
         }
         let namespace = canary.namespace();
-        for copy in self.cache.config_maps.state_filter(|copy| {
-            copy.namespace() == namespace && revisions::owned(copy, canary) && revisions::ours(copy, canary, revision)
-        }) {
+        for copy in self
+            .cache
+            .config_maps
+            .state_filter(|copy| copy.namespace() == namespace && revisions::ours(copy, canary, revision))
+        {
             self.delete(&self.api::<ConfigMap>(canary), &*copy).await?;
         }
         let secrets = self.cache.secrets.as_ref().map(|secrets| {
-            secrets.state_filter(|copy| {
-                copy.namespace() == namespace
-                    && revisions::owned(copy, canary)
-                    && revisions::ours(copy, canary, revision)
-            })
+            secrets.state_filter(|copy| copy.namespace() == namespace && revisions::ours(copy, canary, revision))
         });
         for copy in secrets.into_iter().flatten() {
             self.delete(&self.api::<Secret>(canary), &*copy).await?;
@@ -566,11 +564,6 @@ impl Turn<'_> {
 
 fn create_params() -> PostParams {
     PostParams { field_manager: Some(labels::FIELD_MANAGER.to_owned()), ..PostParams::default() }
-}
-
-fn has_owners<K: Resource>(object: &K, owners: &[OwnerReference]) -> bool {
-    let has = object.owner_references();
-    owners.iter().all(|owner| has.iter().any(|present| present.uid == owner.uid))
 }
 
 fn is(error: &kube::Error, what: impl Fn(&kube::core::Status) -> bool) -> bool {

@@ -155,6 +155,8 @@ pub struct Revision {
     pub ready: u32,
     /// Available by the Deployment's own status (minReadySeconds), at its observed generation.
     pub available: u32,
+    /// Its Deployment lacks an owner that it was made with, and so would outlive the Canary.
+    pub disowned: bool,
     /// Why its Pods do not come up, for people: image pull, crash loop, unschedulable, quota.
     pub trouble: Option<String>,
 }

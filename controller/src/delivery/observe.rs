@@ -98,6 +98,12 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
     for service in apex.iter().chain(&additional) {
         problems.extend(services::refusals(service, canary, pod_template));
         warnings.extend(services::warnings(service, canary));
+        // The companion has the same families, and its slices before the Service is taken over.
+        let names = [service.name_any(), Role::Primary.name(&service.name_any())];
+        let ours = slices.iter().map(AsRef::as_ref).filter(|slice| {
+            is_ours(slice) && service_name(slice).is_some_and(|name| names.iter().any(|own| own == name))
+        });
+        problems.extend(services::without_fleet(service, ours));
     }
     let there = |name: &&str| additional.iter().any(|service| service.name_any() == **name);
     let missing = canary.spec.additional_services().filter(|name| !there(name)).map(services::missing);
@@ -368,6 +374,8 @@ fn revision_of(
         ready: count(own.clone().filter(|pod| is_ready(pod))),
         // Only replicas ever change, so an older status is right as far as it goes, but for what was scaled away since.
         available: reported.min(desired.unwrap_or(0)),
+        disowned: deployment
+            .is_some_and(|deployment| !revisions::has_owners(deployment, &revisions::owners(canary, record))),
         trouble: own
             .filter(|pod| !is_ready(pod))
             .find_map(|pod| pod_trouble(pod))

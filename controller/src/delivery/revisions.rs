@@ -187,6 +187,13 @@ fn record_owner(record: &ControllerRevision) -> OwnerReference {
     }
 }
 
+/// Whether an object has all of these owners.
+#[must_use]
+pub fn has_owners<K: Resource>(object: &K, owners: &[OwnerReference]) -> bool {
+    let has = object.owner_references();
+    owners.iter().all(|owner| has.iter().any(|present| present.uid == owner.uid))
+}
+
 /// Whether an object is this Canary's own.
 #[must_use]
 pub fn owned<K: Resource>(object: &K, canary: &Canary) -> bool {

@@ -4,7 +4,10 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::{
-    api::core::v1::{Service, ServicePort, ServiceSpec},
+    api::{
+        core::v1::{Service, ServicePort, ServiceSpec},
+        discovery::v1::EndpointSlice,
+    },
     apimachinery::pkg::{
         apis::meta::v1::{ObjectMeta, OwnerReference},
         util::intstr::IntOrString,
@@ -55,6 +58,24 @@ impl Role {
 #[must_use]
 pub fn has_key(apex: &Service, canary: &Canary) -> bool {
     selector(apex).and_then(|selector| selector.get(labels::FLEET)) == Some(&canary.name_any())
+}
+
+/// The refusal of a Service that has addresses of an IP family that no member of the fleet has: its clients there would meet nobody.
+/// `slices` are ours, one for each of its families.
+#[must_use]
+pub fn without_fleet<'a>(apex: &Service, slices: impl Iterator<Item = &'a EndpointSlice>) -> Option<Problem> {
+    let (some, none): (Vec<_>, Vec<_>) = slices.partition(|slice| !slice.endpoints.is_empty());
+    // Without any member it is not known.
+    let (slice, true) = (none.first()?, !some.is_empty()) else { return None };
+    Some(Problem {
+        reason: "ServiceUnsupported",
+        message: format!(
+            "Service {} cannot be taken over: it has an {} address, and no member of the fleet has one; take the family out of \
+             spec.ipFamilies (ipFamilyPolicy: SingleStack), or restart the fleet where Pods have both",
+            apex.name_any(),
+            slice.address_type
+        ),
+    })
 }
 
 /// What forbids to take a Service over.
@@ -431,6 +452,25 @@ mod tests {
         assert_eq!(refusals(&service(json!({})), &canary, Some(&pods())), []);
         let taken_over = json!({"selector": {"app": "podinfo", "sluice.dev/fleet": "podinfo"}});
         assert_eq!(refusals(&service(taken_over), &canary, Some(&pods())), []);
+    }
+
+    #[test]
+    fn an_ip_family_that_the_fleet_lacks_is_refused() {
+        let slice = |family: &str, members: usize| -> EndpointSlice {
+            let endpoints = vec![json!({"addresses": ["192.0.2.1"]}); members];
+            serde_json::from_value(json!({"addressType": family, "endpoints": endpoints})).unwrap()
+        };
+        let refusal = |slices: &[EndpointSlice]| without_fleet(&service(json!({})), slices.iter());
+        assert_eq!(refusal(&[]), None);
+        assert_eq!(refusal(&[slice("IPv4", 2), slice("IPv6", 2)]), None);
+        assert_eq!(refusal(&[slice("IPv4", 0), slice("IPv6", 0)]), None, "nobody is there yet");
+        let found = refusal(&[slice("IPv4", 2), slice("IPv6", 0)]).unwrap();
+        assert_eq!(found.reason, "ServiceUnsupported");
+        assert!(
+            found.message.contains("Service podinfo") && found.message.contains("an IPv6 address"),
+            "{}",
+            found.message
+        );
     }
 
     #[test]

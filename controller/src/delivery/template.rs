@@ -20,6 +20,9 @@ const PORTS: [i64; 3] = [20443, HEALTH_PORT, 20445];
 const HEALTH_PORT: i64 = 20444;
 /// What Kubernetes grants a Pod that does not say (core/v1 `terminationGracePeriodSeconds`).
 const DEFAULT_GRACE_SECONDS: i64 = 30;
+/// For how long the application goes on when its Pod ends. The fleet leaves the Pod within milliseconds; the rest is for the
+/// requests that it has begun.
+const PRE_STOP_SECONDS: i64 = 5;
 
 /// How sidecars are made; a setting of the controller. A change concerns later revisions only.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +62,11 @@ pub enum Refused {
         "it has a volume named {VOLUME:?} already; rename that volume, or remove it if it was copied from a revision of Sluice's"
     )]
     VolumeTaken,
+    #[error(
+        "its annotation {} says {value:?}; give a number of seconds from 0 to {grace}, the Pod's terminationGracePeriodSeconds",
+        labels::PRE_STOP_SECONDS
+    )]
+    PreStop { value: String, grace: i64 },
     #[error("spec.template has no spec with containers")]
     Empty,
 }
@@ -156,7 +164,28 @@ pub fn check(template: &Value) -> Result<(), Refused> {
     if volumes.any(|volume| volume.get("name").and_then(Value::as_str) == Some(VOLUME)) {
         return Err(Refused::VolumeTaken);
     }
-    Ok(())
+    pre_stop_seconds(template).map(drop)
+}
+
+/// For how many seconds containers go on when their Pod ends.
+fn pre_stop_seconds(template: &Value) -> Result<i64, Refused> {
+    let grace = template.get("spec").map_or(DEFAULT_GRACE_SECONDS, grace_seconds);
+    let Some(value) = template
+        .get("metadata")
+        .and_then(|metadata| metadata.get("annotations")?.get(labels::PRE_STOP_SECONDS)?.as_str())
+    else {
+        // Half of what there is, so that the application has the other half for its own end.
+        return Ok(PRE_STOP_SECONDS.min(grace / 2));
+    };
+    value
+        .parse()
+        .ok()
+        .filter(|seconds| (0..=grace).contains(seconds))
+        .ok_or_else(|| Refused::PreStop { value: value.to_owned(), grace })
+}
+
+fn grace_seconds(pod: &Value) -> i64 {
+    pod.get("terminationGracePeriodSeconds").and_then(Value::as_i64).unwrap_or(DEFAULT_GRACE_SECONDS)
 }
 
 /// The template as the Pods of a revision run it: the user's, with our two labels, our sidecar, and its references to
@@ -172,6 +201,7 @@ pub fn render(
     sidecar: &Sidecar,
 ) -> Result<Value, Refused> {
     check(template)?;
+    let pre_stop = pre_stop_seconds(template)?;
     let mut template = template.clone();
     config::pin(&mut template, pins);
     let root = template.as_object_mut().ok_or(Refused::Empty)?;
@@ -182,8 +212,18 @@ pub fn render(
     labels.insert(labels::CANARY.into(), canary.into());
     labels.insert(labels::REVISION.into(), revision.into());
 
+    let grace = root.get("spec").map_or(DEFAULT_GRACE_SECONDS, grace_seconds);
     let spec = object(root, "spec");
-    let container = sidecar_container(spec, sidecar);
+    if pre_stop > 0 {
+        for container in array(spec, "containers").iter_mut().filter_map(Value::as_object_mut) {
+            let lifecycle = object(container, "lifecycle");
+            if lifecycle.get("preStop").is_none_or(Value::is_null) {
+                // KEP-3960. Its SIGTERM comes afterwards, so that an application that ends at once has nothing left to lose.
+                lifecycle.insert("preStop".into(), json!({"sleep": {"seconds": pre_stop}}));
+            }
+        }
+    }
+    let container = sidecar_container(spec, grace, sidecar);
     // Last of the init containers: those of the user start as they did without it, and the kubelet stops it before
     // native sidecars of the user's, on which the application may depend to the end.
     array(spec, "initContainers").push(container);
@@ -197,8 +237,7 @@ pub fn render(
     Ok(template)
 }
 
-fn sidecar_container(pod: &Map<String, Value>, sidecar: &Sidecar) -> Value {
-    let grace = pod.get("terminationGracePeriodSeconds").and_then(Value::as_i64).unwrap_or(DEFAULT_GRACE_SECONDS);
+fn sidecar_container(pod: &Map<String, Value>, grace: i64, sidecar: &Sidecar) -> Value {
     // Done before the kubelet loses its patience with the whole Pod.
     let drain = (grace - 5).max(1);
     let field = |path: &str| json!({"fieldRef": {"apiVersion": "v1", "fieldPath": path}});
@@ -431,6 +470,39 @@ mod tests {
             let env = rendered["spec"]["initContainers"][0]["env"].as_array().unwrap().clone();
             let value = env.into_iter().find(|variable| variable["name"] == "SLUICE_DRAIN_SECONDS").unwrap();
             assert_eq!(value["value"], drain);
+        }
+    }
+
+    #[test]
+    fn a_container_without_a_pre_stop_hook_goes_on_for_some_seconds() {
+        let hook = |grace: Option<i64>, seconds: Option<&str>, lifecycle: Value| {
+            let mut template = pod_template();
+            if let Some(grace) = grace {
+                template["spec"]["terminationGracePeriodSeconds"] = json!(grace);
+            }
+            if let Some(seconds) = seconds {
+                template["metadata"]["annotations"][labels::PRE_STOP_SECONDS] = json!(seconds);
+            }
+            template["spec"]["containers"][0]["lifecycle"] = lifecycle;
+            let rendered = render(&template, "c", "r", &Pins::new(), &sidecar())?;
+            Ok(rendered["spec"]["containers"][0]["lifecycle"].clone())
+        };
+        let sleep = |seconds: i64| json!({"sleep": {"seconds": seconds}});
+        assert_eq!(hook(None, None, Value::Null), Ok(json!({"preStop": sleep(5)})));
+        let started = json!({"postStart": {"exec": {"command": ["/warm"]}}});
+        let both = json!({"postStart": {"exec": {"command": ["/warm"]}}, "preStop": sleep(5)});
+        assert_eq!(hook(None, None, started), Ok(both));
+        let own = json!({"preStop": {"exec": {"command": ["/quit"]}}});
+        assert_eq!(hook(None, Some("20"), own.clone()), Ok(own), "the user's own stays");
+        assert_eq!(hook(Some(6), None, Value::Null), Ok(json!({"preStop": sleep(3)})), "half of the Pod's grace");
+        assert_eq!(hook(Some(1), None, Value::Null), Ok(Value::Null), "Kubernetes wants at least a second");
+        assert_eq!(hook(None, Some("0"), Value::Null), Ok(Value::Null));
+        assert_eq!(hook(None, Some("30"), Value::Null), Ok(json!({"preStop": sleep(30)})));
+        for (grace, wrong) in [(30, "31"), (30, "-1"), (30, "5s"), (30, "")] {
+            let refused = Refused::PreStop { value: wrong.to_owned(), grace };
+            assert_eq!(hook(None, Some(wrong), Value::Null), Err(refused.clone()), "{wrong}");
+            let said = refused.to_string();
+            assert!(said.contains(labels::PRE_STOP_SECONDS) && said.contains("from 0 to 30"), "{said}");
         }
     }
 

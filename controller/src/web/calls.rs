@@ -1,19 +1,34 @@
-//! Requests to the API server, counted where they are sent, as client-go does.
+//! Requests to the API server: counted where they are sent, as client-go does, on connections that notice when nobody is there
+//! any more.
 
-use std::task::{Context, Poll};
+use std::{
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use futures::{FutureExt, future::BoxFuture};
 use http::{Request, Response};
+use hyper_util::{
+    client::legacy::{Client as Http, connect::HttpConnector},
+    rt::TokioExecutor,
+};
 use kube::{
     Client, Config,
-    client::{Body, ClientBuilder},
+    client::{Body, ClientBuilder, ConfigExt, retry::RetryPolicy},
 };
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family},
     registry::Registry,
 };
-use tower::Service;
+use tower::{BoxError, Layer, Service, ServiceBuilder, retry::RetryLayer};
+
+/// A connection that is silent for so long is asked whether anybody is there. A load balancer in front of the API server, or a
+/// node that is gone, ends no connection, and a watch waits for the next event as long as it likes (kube's own limit is five
+/// minutes). 30 s in all, as client-go has it for HTTP/2 (`HTTP2_READ_IDLE_TIMEOUT_SECONDS`).
+const KEEPALIVE: Duration = Duration::from_secs(15);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+const KEEPALIVE_RETRIES: u32 = 3;
 
 /// How many requests were sent. A watch is one, however long it lives.
 #[derive(Clone, Default)]
@@ -32,8 +47,26 @@ impl Calls {
     /// # Errors
     /// If the configuration cannot be used, such as a certificate that is none.
     pub fn client(&self, config: Config) -> kube::Result<Client> {
-        let layer = tower::layer::layer_fn(|service| Counted { service, calls: self.clone() });
-        Ok(ClientBuilder::try_from(config)?.with_layer(&layer).build())
+        if config.proxy_url.is_some() {
+            // Whether and how proxies are supported is kube's to say.
+            return Ok(ClientBuilder::try_from(config)?.with_layer(self).build());
+        }
+        let mut connector = HttpConnector::new();
+        connector.enforce_http(false);
+        connector.set_connect_timeout(config.connect_timeout);
+        connector.set_keepalive(Some(KEEPALIVE));
+        connector.set_keepalive_interval(Some(KEEPALIVE_INTERVAL));
+        connector.set_keepalive_retries(Some(KEEPALIVE_RETRIES));
+        let connector = config.rustls_https_connector_with_connector(connector)?;
+        let service = ServiceBuilder::new()
+            .layer(config.base_uri_layer())
+            .option_layer(config.default_retry.then(|| RetryLayer::new(RetryPolicy::server_retry())))
+            .option_layer(config.auth_layer()?)
+            .layer(config.extra_headers_layer()?)
+            .map_err(BoxError::from)
+            .layer(self)
+            .service(Http::builder(TokioExecutor::new()).build(connector));
+        Ok(Client::new(service, config.default_namespace))
     }
 
     pub(super) fn register(&self, registry: &mut Registry) {
@@ -45,8 +78,17 @@ impl Calls {
     }
 }
 
+impl<S> Layer<S> for Calls {
+    type Service = Counted<S>;
+
+    fn layer(&self, service: S) -> Counted<S> {
+        Counted { service, calls: self.clone() }
+    }
+}
+
+/// A client whose requests are counted.
 #[derive(Clone)]
-struct Counted<S> {
+pub struct Counted<S> {
     service: S,
     calls: Calls,
 }
@@ -83,6 +125,35 @@ mod tests {
     use prometheus_client::encoding::text;
 
     use super::*;
+
+    /// What the kernel says of the connection from this port: `proc_net_tcp.txt`, "tr" 2 is "another timer (e.g. delayed ack or
+    /// keepalive)".
+    #[cfg(target_os = "linux")]
+    fn has_keepalive(port: u16) -> bool {
+        let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+        let local = format!(":{port:04X}");
+        let of_it = |line: &&str| line.split_whitespace().nth(1).is_some_and(|address| address.ends_with(&local));
+        let line = table.lines().find(of_it).expect("the connection is there");
+        line.split_whitespace().nth(5).is_some_and(|timer| timer.starts_with("02:"))
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn a_watch_whose_server_is_gone_is_noticed() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let client = Calls::default().client(Config::new(format!("http://{address}").parse().unwrap())).unwrap();
+        let asks = tokio::spawn(async move { Api::<Pod>::namespaced(client, "shop").get("cart").await });
+        let (connection, peer) = listener.accept().await.unwrap();
+        connection.readable().await.unwrap();
+        // Once the request is acknowledged nothing else is left to wait for.
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+        while !has_keepalive(peer.port()) {
+            assert!(tokio::time::Instant::now() < deadline, "the kernel asks nobody whether they are there");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        asks.abort();
+    }
 
     #[tokio::test]
     async fn requests_are_counted_by_what_was_answered() {

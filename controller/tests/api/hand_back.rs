@@ -1,6 +1,6 @@
 //! Deletion hands everything back.
 
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Secret, Service};
 use kube::{
     Api, ResourceExt,
     api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
@@ -63,6 +63,35 @@ async fn services_that_lost_their_owner_on_the_way_go_too() {
     until_gone(&world).await;
     let left: Vec<_> = services.list(&ListParams::default()).await.unwrap().iter().map(ResourceExt::name_any).collect();
     assert_eq!(left, ["web"]);
+}
+
+#[tokio::test]
+async fn a_revision_that_lost_its_owners_gets_them_back_and_copies_that_lost_theirs_go_too() {
+    let Some(world) = World::new("disowned").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({})).await;
+    let name = format!("web-{}", world.until_settled("web").await.primary_revision.unwrap());
+    let orphan = Patch::Merge(json!({"metadata": {"ownerReferences": null}}));
+    world.api::<ConfigMap>().patch(&name, &PatchParams::default(), &orphan).await.unwrap();
+    world.api::<Secret>().patch(&name, &PatchParams::default(), &orphan).await.unwrap();
+    let before = world.deployments().get(&name).await.unwrap();
+    world.deployments().patch(&name, &PatchParams::default(), &orphan).await.unwrap();
+    let owned = || async {
+        let now = world.deployments().get(&name).await.unwrap();
+        (now.owner_references() == before.owner_references()).then_some(now)
+    };
+    let now = world.until("its owners are back", owned).await;
+    assert_eq!(now.data["spec"], before.data["spec"], "and nothing else was changed");
+    world.api::<Canary>().delete("web", &DeleteParams::default()).await.unwrap();
+    until_gone(&world).await;
+    world
+        .until("nothing of the revision is left", || async {
+            let config = world.api::<ConfigMap>().get_opt(&name).await.unwrap().is_some();
+            let secret = world.api::<Secret>().get_opt(&name).await.unwrap().is_some();
+            let runs = world.deployments().get_opt(&name).await.unwrap().is_some();
+            (!config && !secret && !runs).then_some(())
+        })
+        .await;
 }
 
 #[tokio::test]

@@ -339,6 +339,33 @@ async fn an_application_that_exits_at_once_loses_no_new_connection_at_takeover()
 }
 
 #[tokio::test]
+async fn an_application_that_exits_at_once_is_scaled_down_without_a_failed_request() {
+    let Some(stage) = adopted("shrinks", Use::Shared, &["--rate", "120"], quick()).await else { return };
+    // So slow that each of its Pods has requests open whenever it is told to end.
+    let abrupt = [("VERSION", "v2"), ("EXIT_AT_ONCE", "true"), ("LATENCY_MS", "100")];
+    let applied = stage.app.release(&abrupt).await.unwrap();
+    let revision =
+        stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap().status.primary_revision.unwrap();
+    for replicas in [5, 1] {
+        let count = format!("--replicas={replicas}");
+        let scale = ["-n", &stage.app.namespace, "scale", "canary/hello", &count];
+        stage.app.cluster.kubectl(&scale, None).await.unwrap();
+        let ready = ListParams::default().labels(&format!("sluice.dev/revision={revision}"));
+        eventually(&format!("{replicas} Pods, all ready"), MINUTE, || async {
+            let pods = stage.api::<Pod>().list(&ready).await.unwrap();
+            (pods.items.len() == replicas && pods.iter().all(is_ready)).then_some(())
+        })
+        .await;
+    }
+    stage.end().await;
+}
+
+fn is_ready(pod: &Pod) -> bool {
+    let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
+    conditions.into_iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
+}
+
+#[tokio::test]
 async fn plaintext_to_the_sidecars_port_is_refused() {
     let Some(stage) = adopted("plain", Use::Shared, &[], quick()).await else { return };
     let pods: Api<Pod> = stage.api();
@@ -502,7 +529,10 @@ async fn canaries_of_one_name_in_two_namespaces_have_nothing_to_do_with_each_oth
 async fn twenty_canaries_are_released_at_once() {
     let Some((cluster, _held)) = cluster(Use::Alone).await else { return };
     let mut spec = quick();
-    spec["analysis"]["metrics"] = json!([]);
+    // A window has some three requests of the canary. How long they take is the machine's affair while twenty applications start.
+    let successes =
+        json!({"name": "request-success-rate", "interval": "4s", "minSamples": 1, "thresholdRange": {"min": 99}});
+    spec["analysis"]["metrics"] = json!([successes]);
     spec["progressDeadlineSeconds"] = json!(300);
     let apps: Vec<(App, Load, u64)> = stream::iter(0..20)
         .map(|number| {

@@ -23,8 +23,8 @@ pub struct Bucket {
     pub max_ms: u64,
 }
 
-/// Kind of a request that was sent again on another connection, because a kept one was closed instead of an answer. It counts
-/// once more by what became of it.
+/// Kind of a request that was sent again on another connection, because a kept one was closed before it left, or, for a GET, instead
+/// of an answer. It counts once more by what became of it.
 pub const RESENT: &str = "resent";
 
 /// Granularity of [`Bucket`]s.

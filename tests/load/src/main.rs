@@ -1,9 +1,10 @@
 //! Open-loop load on a Service from inside the cluster: half of the requests on kept connections, half on a new connection
-//! each; beside them, if asked, gRPC calls, a gRPC stream and a WebSocket. Prints [`Bucket`]s as JSON lines.
+//! each, half of either a GET and half a POST; beside them, if asked, gRPC calls, a gRPC stream and a WebSocket. Prints
+//! [`Bucket`]s as JSON lines.
 //!
-//! Kept connections do not retry: a request that finds its connection closed between two requests is sent on a new one,
-//! as HTTP clients do (RFC 9110, 9.2.2 allows it only while nothing was received, and every method here is idempotent). A gRPC call
-//! that has not left the client is sent again, as gRPC clients do.
+//! It sends again what HTTP clients do, and nothing else: what has not left it because its kept connection was closed by then, and a
+//! GET whose kept connection ended instead of an answer (RFC 9110, 9.2.2). A gRPC call that has not left the client is sent
+//! again, as gRPC clients do.
 #![forbid(unsafe_code)]
 
 use std::{
@@ -16,9 +17,9 @@ use std::{
 use anyhow::Context;
 use clap::Parser;
 use futures::{SinkExt, StreamExt};
-use http_body_util::{BodyExt, Empty};
+use http_body_util::{BodyExt, Full};
 use hyper::{
-    Request,
+    Method, Request,
     client::conn::http1,
     header::{HeaderName, HeaderValue},
 };
@@ -146,7 +147,10 @@ async fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-type Sender = http1::SendRequest<Empty<bytes::Bytes>>;
+type Sender = http1::SendRequest<Full<bytes::Bytes>>;
+
+/// What a POST sends, and the application sends back.
+const POSTED: &[u8] = &[b'x'; 256];
 
 /// Sends each request at its time, whether or not earlier ones were answered.
 async fn http(options: Options, recorder: Recorder) {
@@ -158,14 +162,15 @@ async fn http(options: Options, recorder: Recorder) {
         while flights.try_join_next().is_some() {}
         let (options, recorder, pool) = (options.clone(), recorder.clone(), pool.clone());
         let kept = count % 2 == 0;
+        let method = if count % 4 < 2 { Method::GET } else { Method::POST };
         flights.spawn(async move {
             let started = Instant::now();
             let pool = kept.then_some(pool);
-            let exchange = exchange(&options, &recorder, pool);
+            let exchange = exchange(&options, &recorder, pool, &method);
             let outcome = match tokio::time::timeout(Duration::from_secs(options.timeout_s), exchange).await {
                 Ok(Ok(outcome)) => outcome,
-                Ok(Err(error)) => Outcome { error: format!("{error:#}"), ..Outcome::default() },
-                Err(_) => Outcome { error: "timed out".to_owned(), ..Outcome::default() },
+                Ok(Err(error)) => Outcome { error: format!("{method}: {error:#}"), ..Outcome::default() },
+                Err(_) => Outcome { error: format!("{method}: timed out"), ..Outcome::default() },
             };
             recorder.record(if kept { "kept" } else { "new" }, started, options.slow_ms, outcome);
         });
@@ -176,6 +181,7 @@ async fn exchange(
     options: &Options,
     recorder: &Recorder,
     pool: Option<Arc<Mutex<Vec<Sender>>>>,
+    method: &Method,
 ) -> anyhow::Result<Outcome> {
     let started = Instant::now();
     let take = |pool: &Arc<Mutex<Vec<Sender>>>| pool.lock().unwrap_or_else(PoisonError::into_inner).pop();
@@ -191,7 +197,12 @@ async fn exchange(
             Some(sender) => sender,
             None => connect(&options.target).await?,
         };
-        let mut request = Request::get("/").header("host", &options.target).header("user-agent", "sluice-load");
+        let body = if *method == Method::POST { POSTED } else { &[] };
+        let mut request = Request::builder()
+            .method(method)
+            .uri("/")
+            .header("host", &options.target)
+            .header("user-agent", "sluice-load");
         if pool.is_none() {
             request = request.header("connection", "close");
         }
@@ -200,13 +211,18 @@ async fn exchange(
         }
         let sent = async {
             sender.ready().await?;
-            sender.send_request(request.body(Empty::new()).unwrap_or_default()).await
+            sender.send_request(request.body(Full::from(body)).unwrap_or_default()).await
         };
         let response = match sent.await {
             Ok(response) => response,
-            // The server closed an idle connection: no byte of an answer was received, so it is sent again, as RFC 9110, 9.2.2 lets clients
-            // do for this method.
-            Err(error) if was_reused && (error.is_canceled() || error.is_closed() || error.is_incomplete_message()) => {
+            // The server closed an idle connection. What was not sent is sent now; what was, and may have been processed, only where
+            // that does no harm.
+            Err(error)
+                if was_reused
+                    && (error.is_canceled()
+                        || error.is_closed()
+                        || (error.is_incomplete_message() && *method == Method::GET)) =>
+            {
                 recorder.record(RESENT, started, options.slow_ms, Outcome::default());
                 continue;
             }
@@ -220,7 +236,13 @@ async fn exchange(
             status: response.status().as_u16(),
             error: header("x-sluice-response-flag"),
         };
-        response.into_body().collect().await.context("answer broken off")?;
+        let answer = response.into_body().collect().await.context("answer broken off")?.to_bytes();
+        anyhow::ensure!(
+            *method == Method::GET || outcome.version.is_empty() || answer == POSTED,
+            "sent {} bytes and got {} others back",
+            POSTED.len(),
+            answer.len()
+        );
         if let Some(pool) = pool {
             let mut pool = pool.lock().unwrap_or_else(PoisonError::into_inner);
             if pool.len() < options.connections {

@@ -38,6 +38,7 @@ pub(super) fn keep(run: &mut Run<'_>) {
         strays(run);
         history(run);
     }
+    owners(run);
 }
 
 /// A canary that is being taken back has no request more than can be helped, nor a copy of one.
@@ -203,6 +204,23 @@ fn strays(run: &mut Run<'_>) {
         .collect();
     for revision in strays {
         run.act(Action::ScaleRevision { revision, replicas: 0 });
+    }
+}
+
+/// A revision whose owners somebody took off (a restored backup, an edit) would outlive the Canary: setting its replicas gives
+/// them back.
+fn owners(run: &mut Run<'_>) {
+    for (hash, revision) in &run.seen.revisions {
+        let (true, Some(replicas)) = (revision.disowned, revision.desired) else { continue };
+        let touched = |action: &Action| match action {
+            Action::CreateRevision { revision, .. }
+            | Action::ScaleRevision { revision, .. }
+            | Action::DeleteRevision { revision } => revision == hash,
+            _ => false,
+        };
+        if !run.actions.iter().any(touched) {
+            run.act(Action::ScaleRevision { revision: hash.clone(), replicas });
+        }
     }
 }
 

@@ -51,6 +51,8 @@ pub(super) struct Running {
     pub(super) promoted: bool,
     pub(super) desired: Option<u32>,
     pub(super) ready: u32,
+    /// Somebody took its owners off.
+    pub(super) disowned: bool,
     /// Its Pods have died and do not come back.
     pub(super) dead: bool,
 }
@@ -310,6 +312,7 @@ impl World {
                     desired: running.desired,
                     ready: running.ready,
                     available: running.ready,
+                    disowned: running.disowned,
                     trouble: (self.quality(hash) == Quality::NeverReady).then(|| "ImagePullBackOff".to_owned()),
                 };
                 (hash.clone(), revision)
@@ -547,6 +550,7 @@ impl World {
                 if let Some(running) = self.revisions.get_mut(revision) {
                     running.desired = Some(*replicas);
                     running.ready = running.ready.min(*replicas);
+                    running.disowned = false;
                 }
             }
             Action::MarkPromoted { revision } => {

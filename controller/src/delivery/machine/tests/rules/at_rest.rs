@@ -103,6 +103,23 @@ fn a_primary_whose_deployment_was_deleted_is_made_again_from_its_record() {
 }
 
 #[test]
+fn owners_that_somebody_took_off_come_back_and_nothing_else_changes() {
+    let mut world = World::adopted();
+    let rests = Running { number: -1, promoted: true, desired: Some(0), disowned: true, ..Running::default() };
+    world.revisions.insert("rests".into(), rests);
+    world.revisions.get_mut(FIRST).unwrap().disowned = true;
+    world.reconcile();
+    assert_eq!(actions(&world), [scale("rests", 0), scale(FIRST, 3)]);
+    world.settle();
+    assert_eq!(actions(&world), []);
+    // What is scaled anyway is not written twice.
+    world.revisions.get_mut(FIRST).unwrap().disowned = true;
+    world.spec.replicas = Some(4);
+    world.reconcile();
+    assert_eq!(actions(&world), [scale(FIRST, 4)]);
+}
+
+#[test]
 fn only_the_last_few_unused_revisions_are_kept_and_those_once_promoted_rather_than_others() {
     let mut world = World::adopted();
     for (number, hash, promoted) in
