@@ -57,7 +57,8 @@ pub struct Timing {
     pub own_hop_idle: Duration,
     /// Idle HTTP/1.1 connections to applications are kept for it; common servers close theirs after 2 to 5 s.
     pub application_idle: Duration,
-    /// While draining, an idle HTTP/1.1 connection is closed after it, else at the deadline.
+    /// While draining, an idle HTTP/1.1 connection is closed after it, else at the deadline. The longer, the more clients are told with
+    /// an answer, and the fewer requests meet the close: what is no longer used after it is hardly used at all.
     pub drain_idle: Option<Duration>,
     /// An HTTP/2 client that is told that its connection will end may begin requests on it for so long still.
     pub farewell: Duration,
@@ -73,7 +74,7 @@ impl Timing {
     #[must_use]
     pub fn of(role: Role) -> Self {
         let (downstream_idle, drain_idle) = match role {
-            Role::Fleet => (Some(Duration::from_secs(3600)), Some(Duration::from_secs(5))),
+            Role::Fleet => (Some(Duration::from_secs(3600)), Some(Duration::from_secs(20))),
             Role::Sidecar => (None, None),
         };
         Self {

@@ -401,7 +401,7 @@ impl Effects {
             self.delete(&self.api::<ConfigMap>(canary), &*copy).await?;
         }
         let secrets = self.cache.secrets.as_ref().map(|secrets| {
-            secrets.state_filter(|copy| copy.namespace() == namespace && revisions::ours(copy, canary, revision))
+            secrets.state_filter(|copy| copy.namespace() == namespace && revisions::is_copy(copy, canary, revision))
         });
         for copy in secrets.into_iter().flatten() {
             self.delete(&self.api::<Secret>(canary), &*copy).await?;

@@ -76,6 +76,8 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
     let pods = cache
         .pods
         .state_filter(|pod| pod.metadata.namespace.as_deref() == Some(key.namespace.as_str()) && !is_gone(pod));
+    // Only the fleet's own Pods have this label: no Service may select any.
+    let fleet = cache.pods.state_filter(|pod| pod.labels().contains_key(labels::FLEET) && !is_gone(pod));
     let slices = cache.slices.state_filter(|slice| slice.metadata.namespace.as_deref() == Some(key.namespace.as_str()));
 
     let mut problems = reports.problems;
@@ -98,12 +100,7 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
     for service in apex.iter().chain(&additional) {
         problems.extend(services::refusals(service, canary, pod_template));
         warnings.extend(services::warnings(service, canary));
-        // The companion has the same families, and its slices before the Service is taken over.
-        let names = [service.name_any(), Role::Primary.name(&service.name_any())];
-        let ours = slices.iter().map(AsRef::as_ref).filter(|slice| {
-            is_ours(slice) && service_name(slice).is_some_and(|name| names.iter().any(|own| own == name))
-        });
-        problems.extend(services::without_fleet(service, ours));
+        problems.extend(services::without_fleet(service, fleet.iter().map(AsRef::as_ref)));
     }
     let there = |name: &&str| additional.iter().any(|service| service.name_any() == **name);
     let missing = canary.spec.additional_services().filter(|name| !there(name)).map(services::missing);

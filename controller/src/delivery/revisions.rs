@@ -208,6 +208,14 @@ pub fn ours<K: Resource>(object: &K, canary: &Canary, revision: &str) -> bool {
     object.labels().get(labels::REVISION).is_some_and(|value| value == revision) && ours_by_label(object, canary)
 }
 
+/// Whether an object is a copy of configuration that was made for this revision: ours, and named as we name them. Not what
+/// somebody has saved of one under another name.
+#[must_use]
+pub fn is_copy<K: Resource>(object: &K, canary: &Canary, revision: &str) -> bool {
+    let named = object.meta().name.as_ref().is_some_and(|name| name.ends_with(&format!("-{revision}")));
+    named && ours(object, canary, revision)
+}
+
 /// As [`ours`], for an object of no revision.
 #[must_use]
 pub fn ours_by_label<K: Resource>(object: &K, canary: &Canary) -> bool {

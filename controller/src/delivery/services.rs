@@ -1,13 +1,10 @@
 //! The Services of a Canary: what forbids to take the apex Service over, and its companions `-primary`, `-canary` and
 //! `-pods`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::{
-    api::{
-        core::v1::{Service, ServicePort, ServiceSpec},
-        discovery::v1::EndpointSlice,
-    },
+    api::core::v1::{Pod, Service, ServicePort, ServiceSpec},
     apimachinery::pkg::{
         apis::meta::v1::{ObjectMeta, OwnerReference},
         util::intstr::IntOrString,
@@ -18,7 +15,7 @@ use serde_json::Value;
 use sluice_crds::{Canary, PortRef, labels};
 
 use super::{machine::Problem, revisions, template};
-use crate::mesh::Limits;
+use crate::mesh::{self, Limits};
 
 /// Longest name of an apex Service: `-primary` has to fit in 63.
 const MAX_APEX_NAME: usize = 55;
@@ -61,19 +58,19 @@ pub fn has_key(apex: &Service, canary: &Canary) -> bool {
 }
 
 /// The refusal of a Service that has addresses of an IP family that no member of the fleet has: its clients there would meet nobody.
-/// `slices` are ours, one for each of its families.
+/// `members` are those that have an address; without any it is not known.
 #[must_use]
-pub fn without_fleet<'a>(apex: &Service, slices: impl Iterator<Item = &'a EndpointSlice>) -> Option<Problem> {
-    let (some, none): (Vec<_>, Vec<_>) = slices.partition(|slice| !slice.endpoints.is_empty());
-    // Without any member it is not known.
-    let (slice, true) = (none.first()?, !some.is_empty()) else { return None };
+pub fn without_fleet<'a>(apex: &Service, members: impl Iterator<Item = &'a Pod>) -> Option<Problem> {
+    let has: BTreeSet<&str> =
+        members.flat_map(mesh::ips).map(|ip| if ip.is_ipv6() { "IPv6" } else { "IPv4" }).collect();
+    let families = apex.spec.as_ref()?.ip_families.iter().flatten();
+    let lacks = families.map(String::as_str).find(|family| !has.contains(family)).filter(|_| !has.is_empty())?;
     Some(Problem {
         reason: "ServiceUnsupported",
         message: format!(
-            "Service {} cannot be taken over: it has an {} address, and no member of the fleet has one; take the family out of \
+            "Service {} cannot be taken over: it has an {lacks} address, and no member of the fleet has one; take {lacks} out of \
              spec.ipFamilies (ipFamilyPolicy: SingleStack), or restart the fleet where Pods have both",
             apex.name_any(),
-            slice.address_type
         ),
     })
 }
@@ -456,21 +453,20 @@ mod tests {
 
     #[test]
     fn an_ip_family_that_the_fleet_lacks_is_refused() {
-        let slice = |family: &str, members: usize| -> EndpointSlice {
-            let endpoints = vec![json!({"addresses": ["192.0.2.1"]}); members];
-            serde_json::from_value(json!({"addressType": family, "endpoints": endpoints})).unwrap()
+        let member = |ips: &[&str]| -> Pod {
+            let all: Vec<_> = ips.iter().map(|ip| json!({"ip": ip})).collect();
+            serde_json::from_value(json!({"status": {"podIP": ips.first(), "podIPs": all}})).unwrap()
         };
-        let refusal = |slices: &[EndpointSlice]| without_fleet(&service(json!({})), slices.iter());
-        assert_eq!(refusal(&[]), None);
-        assert_eq!(refusal(&[slice("IPv4", 2), slice("IPv6", 2)]), None);
-        assert_eq!(refusal(&[slice("IPv4", 0), slice("IPv6", 0)]), None, "nobody is there yet");
-        let found = refusal(&[slice("IPv4", 2), slice("IPv6", 0)]).unwrap();
-        assert_eq!(found.reason, "ServiceUnsupported");
-        assert!(
-            found.message.contains("Service podinfo") && found.message.contains("an IPv6 address"),
-            "{}",
-            found.message
-        );
+        let refusal = |families: Value, members: &[Pod]| {
+            without_fleet(&service(json!({"ipFamilies": families})), members.iter()).map(|problem| problem.message)
+        };
+        let (v4, both) = (member(&["192.0.2.1"]), member(&["192.0.2.2", "2001:db8::2"]));
+        assert_eq!(refusal(json!(["IPv4"]), &[v4.clone()]), None);
+        assert_eq!(refusal(json!(null), &[v4.clone()]), None, "an API server of before 1.20 does not say it");
+        assert_eq!(refusal(json!(["IPv4", "IPv6"]), &[v4.clone(), both]), None, "somebody is there");
+        assert_eq!(refusal(json!(["IPv4", "IPv6"]), &[]), None, "nobody is there yet");
+        let found = refusal(json!(["IPv4", "IPv6"]), &[v4]).unwrap();
+        assert!(found.contains("Service podinfo") && found.contains("it has an IPv6 address"), "{found}");
     }
 
     #[test]

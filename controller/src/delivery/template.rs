@@ -223,7 +223,7 @@ pub fn render(
             }
         }
     }
-    let container = sidecar_container(spec, grace, sidecar);
+    let container = sidecar_container(spec, grace - pre_stop, sidecar);
     // Last of the init containers: those of the user start as they did without it, and the kubelet stops it before
     // native sidecars of the user's, on which the application may depend to the end.
     array(spec, "initContainers").push(container);
@@ -237,9 +237,10 @@ pub fn render(
     Ok(template)
 }
 
-fn sidecar_container(pod: &Map<String, Value>, grace: i64, sidecar: &Sidecar) -> Value {
-    // Done before the kubelet loses its patience with the whole Pod.
-    let drain = (grace - 5).max(1);
+/// `left`: seconds of the Pod's grace when its application is told to end.
+fn sidecar_container(pod: &Map<String, Value>, left: i64, sidecar: &Sidecar) -> Value {
+    // It is told to end after the application. Done before the kubelet loses its patience with the whole Pod.
+    let drain = (left - 5).max(1);
     let field = |path: &str| json!({"fieldRef": {"apiVersion": "v1", "fieldPath": path}});
     let probe = |path: &str, period: i64, timeout: i64, failures: i64| {
         json!({
@@ -461,7 +462,7 @@ mod tests {
 
     #[test]
     fn the_sidecar_is_done_draining_before_the_pods_grace_ends() {
-        for (grace, drain) in [(None, "25"), (Some(300), "295"), (Some(3), "1")] {
+        for (grace, drain) in [(None, "20"), (Some(300), "290"), (Some(3), "1")] {
             let mut template = pod_template();
             if let Some(grace) = grace {
                 template["spec"]["terminationGracePeriodSeconds"] = json!(grace);

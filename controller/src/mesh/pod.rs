@@ -58,7 +58,7 @@ pub(super) fn ip(pod: &Pod) -> Option<IpAddr> {
 }
 
 /// All addresses of a Pod, the primary one first.
-pub(super) fn ips(pod: &Pod) -> Vec<IpAddr> {
+pub(crate) fn ips(pod: &Pod) -> Vec<IpAddr> {
     let Some(status) = &pod.status else {
         return Vec::new();
     };

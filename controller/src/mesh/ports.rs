@@ -23,8 +23,6 @@ pub const FIRST: u16 = 20_000;
 pub const LAST: u16 = 29_999;
 /// Ports in between that the proxies use themselves (docs/xds.md, "Ports").
 pub const RESERVED: [u16; 3] = [20_443, 20_444, 20_445];
-/// Most ports that one namespace has, those that rest among them: whoever fills them leaves as many to the others.
-pub const MOST_OF_NAMESPACE: usize = 5_000;
 /// How long a freed port is given to nobody else.
 pub const REST: SignedDuration = SignedDuration::from_mins(15);
 
@@ -134,7 +132,8 @@ impl Allocation {
         used.map(|(key, entry)| (key.clone(), entry.port)).collect()
     }
 
-    /// Gives a port to everybody who is wanted, and takes it from those who are not. Who has one keeps it.
+    /// Gives a port to everybody who is wanted, and takes it from those who are not. Who has one keeps it. A namespace that has as
+    /// many as are left, those that rest among them, gets no more: each leaves to the next as much as it takes.
     #[must_use]
     pub fn settle(&self, wanted: &BTreeSet<PortKey>, now: Timestamp) -> Settled {
         let mut entries = self.entries.clone();
@@ -160,8 +159,10 @@ impl Allocation {
             let candidate = key.candidate();
             let mut probes = (candidate..=LAST).chain(FIRST..candidate);
             let of_namespace = of_namespaces.entry(key.namespace.clone()).or_default();
-            let port = probes.find(|port| !taken.contains(port)).filter(|_| *of_namespace < MOST_OF_NAMESPACE);
-            if let Some(port) = port {
+            let left = usize::from(LAST - FIRST) + 1 - taken.len();
+            if *of_namespace < left
+                && let Some(port) = probes.find(|port| !taken.contains(port))
+            {
                 *of_namespace += 1;
                 taken.insert(port);
                 entries.insert(key.clone(), Entry { port, freed: None });
@@ -291,9 +292,19 @@ mod tests {
     }
 
     #[test]
-    fn when_all_ports_are_taken_the_rest_goes_without() {
-        let of = |namespace: &str, port| PortKey { namespace: namespace.into(), ..key("web", port) };
-        let wanted: BTreeSet<PortKey> = (1..=5_000).flat_map(|port| [of("shop", port), of("stock", port)]).collect();
+    fn those_who_take_all_they_can_leave_some_to_the_next() {
+        let of = |namespace: u32, port| PortKey { namespace: format!("n{namespace}"), ..key("web", port) };
+        let mut allocation = Allocation::default();
+        let mut had = Vec::new();
+        for namespace in 0..6 {
+            let before = allocation.ports();
+            let wanted = before.keys().cloned().chain((1..=6_000).map(|port| of(namespace, port))).collect();
+            allocation = allocation.settle(&wanted, Timestamp::UNIX_EPOCH).allocation;
+            had.push(allocation.ports().len() - before.len());
+        }
+        assert_eq!(had, [4_999, 2_499, 1_250, 625, 312, 156]);
+        // As many as there are, for as many as there can be.
+        let wanted = (0..10_000).map(|namespace| of(namespace, 80)).collect();
         let settled = Allocation::default().settle(&wanted, Timestamp::UNIX_EPOCH);
         assert_eq!((settled.allocation.ports().len(), settled.without.len()), (9_997, 3));
     }
@@ -302,7 +313,7 @@ mod tests {
     fn one_namespace_leaves_ports_to_the_others_whatever_comes_and_goes_in_it() {
         let greedy = |service: &str| (1..=6_000).map(|port| key(service, port)).collect::<BTreeSet<_>>();
         let first = Allocation::default().settle(&greedy("web"), Timestamp::UNIX_EPOCH);
-        assert_eq!((first.allocation.ports().len(), first.without.len()), (MOST_OF_NAMESPACE, 1_000));
+        assert_eq!((first.allocation.ports().len(), first.without.len()), (4_999, 1_001));
         // Those that rest are its own as well.
         let mut wanted = greedy("api");
         let modest = PortKey { namespace: "stock".into(), ..key("web", 80) };

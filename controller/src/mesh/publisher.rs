@@ -273,7 +273,8 @@ impl Publisher {
                 let settled = allocation.settle(&wanted_ports(&self.handle.inputs()), now);
                 for key in &settled.without {
                     tracing::error!(
-                        "the fleet has no port left for {key}: it cannot be taken over (docs/limits.md, the fleet's ports)"
+                        "the fleet has no port left for {key}, or its namespace has as many as are left: it cannot be taken over (docs/limits.md, \
+                         the fleet's ports)"
                     );
                 }
                 if settled.allocation != allocation {

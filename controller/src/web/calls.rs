@@ -8,6 +8,7 @@ use std::{
 
 use futures::{FutureExt, future::BoxFuture};
 use http::{Request, Response};
+use hyper_timeout::TimeoutConnector;
 use hyper_util::{
     client::legacy::{Client as Http, connect::HttpConnector},
     rt::TokioExecutor,
@@ -53,11 +54,17 @@ impl Calls {
         }
         let mut connector = HttpConnector::new();
         connector.enforce_http(false);
-        connector.set_connect_timeout(config.connect_timeout);
         connector.set_keepalive(Some(KEEPALIVE));
         connector.set_keepalive_interval(Some(KEEPALIVE_INTERVAL));
         connector.set_keepalive_retries(Some(KEEPALIVE_RETRIES));
-        let connector = config.rustls_https_connector_with_connector(connector)?;
+        #[cfg(target_os = "linux")]
+        // While something is on its way nobody is asked; elsewhere that may last as long as the system lets it.
+        connector.set_tcp_user_timeout(Some(KEEPALIVE + KEEPALIVE_INTERVAL * KEEPALIVE_RETRIES));
+        let mut connector = TimeoutConnector::new(config.rustls_https_connector_with_connector(connector)?);
+        connector.set_connect_timeout(config.connect_timeout);
+        connector.set_read_timeout(config.read_timeout);
+        connector.set_write_timeout(config.write_timeout);
+        connector.set_reset_reader_on_write(config.reset_reader_on_write);
         let service = ServiceBuilder::new()
             .layer(config.base_uri_layer())
             .option_layer(config.default_retry.then(|| RetryLayer::new(RetryPolicy::server_retry())))

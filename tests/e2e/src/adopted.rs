@@ -36,6 +36,8 @@ static SHARED: LazyLock<RwLock<()>> = LazyLock::new(RwLock::default);
 static INSTALLED: LazyLock<Mutex<bool>> = LazyLock::new(Mutex::default);
 
 pub const MINUTE: Duration = Duration::from_secs(60);
+/// Connections that the load keeps.
+const KEPT: u64 = 16;
 /// Nothing may be written for so long when all is settled.
 const QUIET: Duration = Duration::from_secs(3);
 
@@ -60,6 +62,8 @@ pub struct Adopted {
     pub load: Load,
     /// From when on no request may fail: before the Canary was applied.
     pub from_ms: u64,
+    /// From when on nobody has a connection to a Pod of the Deployment itself; those end with the Pod, as in any rollout.
+    pub through_fleet_ms: u64,
     held: Held,
 }
 
@@ -84,6 +88,11 @@ pub async fn cluster(usage: Use) -> Option<(Cluster, Held)> {
         Use::Alone => Held { _shared: None, alone: Some(SHARED.write().await) },
     };
     Some((cluster, held))
+}
+
+/// Says that a test has uninstalled Sluice: whoever comes next installs it, if the test does not come to that.
+pub async fn uninstalled() {
+    *INSTALLED.lock().await = false;
 }
 
 /// A spec whose releases take some ten seconds.
@@ -119,15 +128,20 @@ pub async fn adopted_in(
     arguments: &[&str],
     spec: serde_json::Value,
 ) -> Adopted {
-    let stage = under_load(cluster, held, name, arguments).await;
+    let mut stage = under_load(cluster, held, name, arguments).await;
     stage.app.canary(spec).await.unwrap();
-    stage.app.adopted().await.unwrap();
+    stage.taken_over().await;
     stage
 }
 
 /// What [`adopted_in`] takes over: there is no Canary yet.
 pub async fn under_load(cluster: Cluster, held: Held, name: &str, arguments: &[&str]) -> Adopted {
-    let app = App::deploy(&cluster, &unique(name), 2).await.unwrap();
+    under_load_in(cluster, held, &unique(name), arguments).await
+}
+
+/// [`under_load`] in this very namespace.
+pub async fn under_load_in(cluster: Cluster, held: Held, namespace: &str, arguments: &[&str]) -> Adopted {
+    let app = App::deploy(&cluster, namespace, 2).await.unwrap();
     let mut all = vec!["--target", "hello:80"];
     if !arguments.contains(&"--rate") {
         all.extend_from_slice(&["--rate", "60"]);
@@ -135,7 +149,7 @@ pub async fn under_load(cluster: Cluster, held: Held, name: &str, arguments: &[&
     all.extend_from_slice(arguments);
     let load = Load::start(&cluster, &app.namespace, "load", &all).await.unwrap();
     let from_ms = load.steady().await.unwrap();
-    Adopted { app, load, from_ms, held }
+    Adopted { app, load, from_ms, through_fleet_ms: u64::MAX, held }
 }
 
 /// A name that no earlier run has used.
@@ -166,11 +180,25 @@ impl Adopted {
         self.wait("weight 20", applied, at_weight_20).await
     }
 
+    /// Waits until the application is taken over, and the Deployment's own Pods have ended.
+    pub async fn taken_over(&mut self) {
+        self.app.adopted().await.unwrap();
+        self.app.own_pods_ended().await.unwrap();
+        self.through_fleet_ms = unix_ms();
+    }
+
     /// No request failed that a version of the application did not answer.
     pub async fn nothing_failed(&self) {
         self.load.catch_up().await.unwrap();
         let failed = self.load.failures_since(self.from_ms);
         assert!(failed.is_empty(), "failed requests: {failed:#?}");
+        let before = self.load.cut_between(self.from_ms, self.through_fleet_ms);
+        assert!(before <= KEPT, "{before} POSTs ended with the Pods of the Deployment itself");
+        if before > 0 {
+            println!("{}: {before} POSTs ended with the Pods of the Deployment itself", self.app.namespace);
+        }
+        let cut = self.load.cut_between(self.from_ms.max(self.through_fleet_ms), u64::MAX);
+        assert_eq!(cut, 0, "POSTs whose connection the fleet closed instead of an answer");
         let resent =
             self.load.since(self.from_ms).iter().filter(|bucket| bucket.kind == RESENT).map(|it| it.count).sum::<u64>();
         if resent > 0 {
@@ -190,7 +218,8 @@ impl Adopted {
         let failed = self.load.failures_since(from_ms);
         let of = |kind: &str| failed.iter().filter(|bucket| bucket.kind == kind).map(|bucket| bucket.count).sum();
         let last_ms = failed.iter().map(|bucket| bucket.last_ms).max().unwrap_or(from_ms);
-        let apart = Apart { kept: of("kept"), new: of("new"), window_ms: last_ms - from_ms };
+        let cut = self.load.cut_between(from_ms, u64::MAX);
+        let apart = Apart { kept: of("kept") + cut, new: of("new"), window_ms: last_ms - from_ms };
         println!(
             "{what}: {} requests on kept connections and {} on new ones failed, the last {} ms after it",
             apart.kept, apart.new, apart.window_ms
@@ -237,7 +266,7 @@ impl Adopted {
 
     /// Waits until nobody has anything to do: the Canary is settled, and Kubernetes' own controllers have said of every
     /// Deployment that it is as it should be.
-    async fn comes_to_rest(&self) {
+    pub async fn comes_to_rest(&self) {
         let deployments = self.api::<Deployment>();
         eventually("a settled Canary and Deployments that are complete", MINUTE, || async {
             let canary = self.app.canaries().get("hello").await.ok()?;

@@ -72,6 +72,24 @@ impl App {
             .await
     }
 
+    /// Waits until the Deployment's own Pods have ended, as they do in the takeover.
+    ///
+    /// # Errors
+    /// At the deadline.
+    pub async fn own_pods_ended(&self) -> anyhow::Result<()> {
+        let pods: Api<Pod> = Api::namespaced(self.cluster.client.clone(), &self.namespace);
+        let own = ListParams::default().labels("app=hello,!sluice.dev/revision");
+        let ended = async {
+            while !pods.list(&own).await?.items.is_empty() {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            anyhow::Ok(())
+        };
+        tokio::time::timeout(Duration::from_secs(60), ended)
+            .await
+            .context("the Deployment's own Pods did not end within a minute")?
+    }
+
     /// Releases: sets environment variables of the container. Returns when the API server had answered.
     ///
     /// # Errors

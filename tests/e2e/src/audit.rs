@@ -9,14 +9,13 @@ use std::{
 
 use serde_json::Value;
 
-use crate::cluster::SYSTEM;
-
 /// A request of one of Sluice's service accounts.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// When it was answered. A watch is there twice, when its answer began and when it ended.
     pub at_ms: u64,
-    /// Who asked: the name of a service account, and of a Pod.
+    /// Who asked: the namespace and the name of a service account, and the name of a Pod.
+    pub home: String,
     pub account: String,
     pub pod: String,
     pub verb: String,
@@ -73,8 +72,7 @@ pub fn requests(from_ms: u64) -> Vec<Request> {
 
 fn request(line: &str) -> Option<Request> {
     // Most lines are of others; parsing them all would take the processor from what is tested.
-    let ours = format!("system:serviceaccount:{SYSTEM}:sluice-");
-    if !line.contains(&ours) {
+    if !line.contains(":sluice-") {
         return None;
     }
     let event: Value = serde_json::from_str(line).ok()?;
@@ -83,12 +81,17 @@ fn request(line: &str) -> Option<Request> {
     if !matches!(&*text("/stage"), "ResponseComplete" | "ResponseStarted") {
         return None;
     }
-    let account = format!("sluice-{}", text("/user/username").strip_prefix(&ours)?);
+    let user = text("/user/username");
+    let (home, account) = user.strip_prefix("system:serviceaccount:")?.split_once(':')?;
+    if !account.starts_with("sluice-") {
+        return None;
+    }
     let at: jiff::Timestamp = text("/stageTimestamp").parse().ok()?;
     let resource = [text("/objectRef/resource"), text("/objectRef/subresource")];
     Some(Request {
         at_ms: u64::try_from(at.as_millisecond()).ok()?,
-        account,
+        home: home.to_owned(),
+        account: account.to_owned(),
         pod: text("/user/extra/authentication.kubernetes.io~1pod-name/0"),
         verb: text("/verb"),
         group: text("/objectRef/apiGroup"),
@@ -122,14 +125,21 @@ mod tests {
         let ours = "system:serviceaccount:sluice-system:sluice-controller";
         for stage in ["ResponseStarted", "ResponseComplete"] {
             let request = request(&line(ours, stage, "allow")).unwrap();
-            assert_eq!((&*request.account, &*request.pod), ("sluice-controller", "sluice-controller-0"));
+            assert_eq!((&*request.home, &*request.account), ("sluice-system", "sluice-controller"));
+            assert_eq!(request.pod, "sluice-controller-0");
             assert_eq!((&*request.verb, &*request.group, &*request.resource), ("watch", "apps", "deployments/scale"));
             assert_eq!((&*request.namespace, &*request.name), ("shop", "web"));
             assert_eq!((request.at_ms, request.code, request.forbidden), (1_767_225_600_000, 200, false));
         }
         assert!(request(&line(ours, "ResponseComplete", "forbid")).unwrap().forbidden);
         assert!(request(&line(ours, "RequestReceived", "allow")).is_none());
-        assert!(request(&line("system:serviceaccount:shop:sluice-controller", "ResponseComplete", "allow")).is_none());
+        assert!(request(&line("system:serviceaccount:shop:default", "ResponseComplete", "allow")).is_none());
+        let another = "system:serviceaccount:shop:sluice-controller";
+        assert_eq!(
+            request(&line(another, "ResponseComplete", "allow")).unwrap().home,
+            "shop",
+            "an installation of its own"
+        );
         // Said of us by somebody else.
         let about = line("kubernetes-admin", "ResponseComplete", ours);
         assert!(about.contains(ours) && request(&about).is_none());

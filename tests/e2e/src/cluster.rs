@@ -132,11 +132,20 @@ impl Cluster {
     /// # Errors
     /// If anything is not ready in time.
     pub async fn install_version(&self, chart: &str, tag: &str, values: &[&str]) -> anyhow::Result<()> {
-        self.namespace(SYSTEM).await?;
-        self.apply(SYSTEM, &self.tagged("tests/e2e/manifests/prometheus.yaml")?).await?;
+        self.install_in(SYSTEM, chart, tag, values).await
+    }
+
+    /// The same in another namespace.
+    ///
+    /// # Errors
+    /// If anything is not ready in time.
+    pub async fn install_in(&self, namespace: &str, chart: &str, tag: &str, values: &[&str]) -> anyhow::Result<()> {
+        self.namespace(namespace).await?;
+        let prometheus = self.tagged("tests/e2e/manifests/prometheus.yaml")?.replace(SYSTEM, namespace);
+        self.apply(namespace, &prometheus).await?;
         let tag = format!("image.tag={tag}");
-        let metrics = format!("metricsServer=http://prometheus.{SYSTEM}:9090");
-        let mut arguments = vec!["upgrade", "--install", "sluice", chart, "-n", SYSTEM];
+        let metrics = format!("metricsServer=http://prometheus.{namespace}:9090");
+        let mut arguments = vec!["upgrade", "--install", "sluice", chart, "-n", namespace];
         for value in ["image.registry=localhost", "image.pullPolicy=IfNotPresent", &tag, &metrics]
             .into_iter()
             .chain(values.iter().copied())
@@ -145,7 +154,7 @@ impl Cluster {
         }
         arguments.extend(["--wait", "--timeout", "180s"]);
         self.run("helm", &arguments, None).await?;
-        let prometheus = ["-n", SYSTEM, "rollout", "status", "deployment/prometheus", "--timeout=120s"];
+        let prometheus = ["-n", namespace, "rollout", "status", "deployment/prometheus", "--timeout=120s"];
         self.kubectl(&prometheus, None).await?;
         Ok(())
     }

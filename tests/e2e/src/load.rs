@@ -12,7 +12,7 @@ use kube::{
     api::{DeleteParams, PostParams},
     runtime::wait::{await_condition, conditions::is_pod_running},
 };
-use sluice_load::Bucket;
+use sluice_load::{Bucket, CUT};
 use tokio::task::JoinHandle;
 
 use crate::{cluster::Cluster, logs, watch::unix_ms};
@@ -80,6 +80,13 @@ impl Load {
     #[must_use]
     pub fn failures_since(&self, from_ms: u64) -> Vec<Bucket> {
         self.since(from_ms).into_iter().filter(Bucket::failed).collect()
+    }
+
+    /// POSTs whose kept connection was closed instead of an answer, between these times: see [`CUT`].
+    #[must_use]
+    pub fn cut_between(&self, from_ms: u64, to_ms: u64) -> u64 {
+        let cut = self.since(from_ms).into_iter().filter(|bucket| bucket.kind == CUT && bucket.first_ms < to_ms);
+        cut.map(|bucket| bucket.count).sum()
     }
 
     /// Waits until everything that ended before now has been reported.

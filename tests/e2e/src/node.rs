@@ -70,6 +70,14 @@ impl Node {
         etcd("kv/compaction", format!(r#"{{"revision":"{revision}","physical":true}}"#)).await.map(drop)
     }
 
+    /// `save`s etcd's data, or `restore`s what was saved last, as from a snapshot.
+    ///
+    /// # Errors
+    /// What the script says when it fails.
+    pub async fn etcd(&self, verb: &str) -> anyhow::Result<()> {
+        run(self.scripts.join("etcd"), &[&self.cluster, verb]).await.map(drop)
+    }
+
     /// Signals (`KILL`, `STOP`, `CONT`) every process of a container.
     ///
     /// # Errors

@@ -325,6 +325,7 @@ subjects:
 
     fn request(verb: &str, group: &str, resource: &str, namespace: &str, name: &str) -> Request {
         Request {
+            home: SYSTEM.into(),
             at_ms: 0,
             account: "sluice-controller".into(),
             pod: String::new(),

@@ -4,7 +4,10 @@
 use k8s_openapi::api::{apps::v1::Deployment, autoscaling::v2::HorizontalPodAutoscaler};
 use serde_json::{Value, json};
 use sluice_crds::Phase;
-use sluice_e2e::adopted::{Adopted, MINUTE, Use, adopted, eventually, quick};
+use sluice_e2e::{
+    adopted::{Adopted, MINUTE, Use, adopted, at_weight_20, eventually, expect, quick},
+    installation::{self, CONTROLLERS_AWAY},
+};
 
 /// By the CPU of the application's container, without the sidecar's.
 fn autoscaler(name: &str, target: &Value, least: u32, most: u32) -> String {
@@ -41,7 +44,7 @@ async fn an_autoscaler_scales_the_canary_by_the_use_of_its_containers() {
         println!("SKIPPED: needs metrics-server, which is in clusters of tests/cluster only");
         return;
     }
-    let Some(stage) = adopted("autoscaling", Use::Shared, &["--rate", "200"], quick()).await else { return };
+    let Some(stage) = adopted("autoscaling", Use::Alone, &["--rate", "200"], quick()).await else { return };
     let (cluster, namespace) = (stage.app.cluster.clone(), stage.app.namespace.clone());
     let file = |name: &str| cluster.file(&format!("tests/e2e/manifests/{name}")).unwrap();
     cluster.apply("kube-system", &file("metrics-server.yaml")).await.unwrap();
@@ -81,6 +84,27 @@ async fn an_autoscaler_scales_the_canary_by_the_use_of_its_containers() {
     cluster.apply(&namespace, &autoscaler("direct", &canary, 1, 3)).await.unwrap();
     scaled(&stage, 3).await;
     cluster.kubectl(&["-n", &namespace, "delete", "hpa", "direct", "hello"], None).await.unwrap();
+    cluster.kubectl(&["-n", &namespace, "scale", "canary/hello", "--replicas=2"], None).await.unwrap();
+    scaled(&stage, 2).await;
+
+    // The fleet has one of its own. Members that join and leave in a release cost nobody a request.
+    let _expected = expect(CONTROLLERS_AWAY);
+    let applied = stage.app.release(&[("VERSION", "v3")]).await.unwrap();
+    stage.wait("weight 20", applied, at_weight_20).await;
+    let low = ["enabled=true", "maxReplicas=3", "targetCPUUtilizationPercentage=1"];
+    let low = low.map(|value| format!("fleet.autoscaling.{value}"));
+    installation::upgrade(&cluster, &low.each_ref().map(String::as_str)).await;
+    installation::fleet_is_ready(&cluster, 3).await;
+    stage
+        .app
+        .history
+        .wait("phase Succeeded", applied, 3 * MINUTE, |status| status.phase == Phase::Succeeded)
+        .await
+        .unwrap();
+    installation::upgrade(&cluster, &[]).await;
+    // It may have looked once more before it was gone.
+    installation::upgrade(&cluster, &[]).await;
+    installation::fleet_is_ready(&cluster, 2).await;
     cluster.kubectl(&["delete", "apiservice", "v1beta1.metrics.k8s.io"], None).await.unwrap();
     cluster.kubectl(&["-n", "kube-system", "delete", "deployment", "metrics-server"], None).await.unwrap();
     stage.end().await;

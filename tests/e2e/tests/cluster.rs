@@ -154,5 +154,7 @@ async fn a_node_that_is_lost_takes_what_it_had_and_new_connections_until_its_mem
     let done = stage.app.history.wait("the end of the release", applied, 5 * MINUTE, ended).await.unwrap().status;
     println!("the release ended as {:?}", done.phase);
     println!("{} ms after the node was back", unix_ms() - back);
+    let apart = stage.counted_apart("the same once the node was back", back).await;
+    assert!(apart.kept == 0 && apart.new <= REMEMBERED, "{apart:?}");
     stage.end().await;
 }

@@ -109,11 +109,11 @@ async fn deleted(moment: Moment, way: &str, propagation: DeleteParams) {
     static ROOM: Semaphore = Semaphore::const_new(3);
     let _room = ROOM.acquire().await.unwrap();
     let Some((cluster, held)) = cluster(Use::Shared).await else { return };
-    let stage = under_load(cluster, held, &format!("{way}-{}", moment.name), &[]).await;
+    let mut stage = under_load(cluster, held, &format!("{way}-{}", moment.name), &[]).await;
     stage.app.canary((moment.spec)()).await.unwrap();
     let mut from = 0;
     if !moment.release.is_empty() {
-        stage.app.adopted().await.unwrap();
+        stage.taken_over().await;
         from = stage.app.release(moment.release).await.unwrap();
     }
     stage.wait(moment.name, from, moment.come).await;

@@ -184,7 +184,7 @@ async fn a_controller_that_is_killed_in_any_phase_loses_nothing() {
         ("Finalise", |status| status.stage == Stage::Finalise || status.phase == Phase::Succeeded),
         ("retiring", |status| status.phase == Phase::Succeeded && !status.retiring.is_empty()),
     ];
-    let stage = under_load(cluster.clone(), held, "anyphase", &[]).await;
+    let mut stage = under_load(cluster.clone(), held, "anyphase", &[]).await;
     // The token of a Pod that is gone counts no more, while its container may still be stopping.
     let _expected = expect(&[CONTROLLERS_AWAY, &["Unauthorized"]].concat());
 
@@ -193,6 +193,7 @@ async fn a_controller_that_is_killed_in_any_phase_loses_nothing() {
     let at = kill_leader_in(&stage, node, "AdoptRevision", 0, taking_over).await;
     let taken_over = stage.wait("the takeover", at, |status| status.phase == Phase::Initialized).await;
     println!("killed in AdoptRevision: taken over {} ms later", unix_ms() - at);
+    stage.taken_over().await;
     installation::complete(&cluster, "sluice-controller").await;
 
     // A bad version.
@@ -393,6 +394,52 @@ async fn without_api_server_for_a_minute_a_release_only_waits() {
     let done = stage.app.history.wait("phase Succeeded", back, 4 * MINUTE, succeeded).await.unwrap().status;
     println!("promoted {} ms after the API server was back", unix_ms() - back);
     assert_eq!(done.failed_checks, 0);
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn after_a_restore_of_etcd_what_the_snapshot_says_is_so_and_releases_go_on() {
+    let Some(node) = Node::of_ours("to restore etcd") else { return };
+    let mut spec = quick();
+    spec["progressDeadlineSeconds"] = json!(120);
+    let Some(mut stage) = adopted("restore", Use::Alone, &[], spec).await else { return };
+    let cluster = stage.app.cluster.clone();
+    let _expected = expect(&[CONTROLLERS_AWAY, API_SERVER_AWAY, &["taken back in time"]].concat());
+    let first = stage.app.history.last().unwrap().status.primary_revision;
+    node.etcd("save").await.unwrap();
+
+    // What is forgotten: a promotion, and the end of the Pods from before.
+    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
+    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
+    stage.wait("the first revision's end", applied, |status| succeeded(status) && status.retiring.is_empty()).await;
+    let at = unix_ms();
+    node.etcd("restore").await.unwrap();
+    println!("restored within {} ms", unix_ms() - at);
+    let serves = |status: &CanaryStatus| {
+        status.primary_revision == first && status.stage == Stage::Settled && condition(status, "Ready").0 == "True"
+    };
+    stage.app.history.wait("the first revision", at, 4 * MINUTE, serves).await.unwrap();
+    eventually("answers of the first version alone", 4 * MINUTE, || async {
+        let from = unix_ms();
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        let (first, second) = (stage.answers_of("v1", from).await, stage.answers_of("v2", from).await);
+        (first > 0 && second == 0 && stage.load.failures_since(from).is_empty()).then_some(())
+    })
+    .await;
+    println!("the first version serves {} ms after it began", unix_ms() - at);
+    // Kubernetes itself has to start the Pods of then once more.
+    let apart = stage.counted_apart("the restore of etcd", at).await;
+    assert!(apart.window_ms <= 180_000, "{apart:?}");
+
+    // Whatever came back is owned as it was.
+    let canary = stage.app.canaries().get("hello").await.unwrap();
+    let deployment = stage.api::<Deployment>().get(&format!("hello-{}", first.unwrap())).await.unwrap();
+    let owners = deployment.metadata.owner_references.unwrap();
+    assert!(owners.iter().any(|owner| Some(&owner.uid) == canary.metadata.uid.as_ref()), "{owners:?}");
+    installation::fleet_is_ready(&cluster, 2).await;
+    let applied = stage.app.release(&[("VERSION", "v3")]).await.unwrap();
+    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
     stage.end().await;
 }
 

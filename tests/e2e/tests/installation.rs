@@ -2,15 +2,26 @@
 //! Pod of a user is restarted.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use kube::{Api, ResourceExt as _, api::ListParams};
-use sluice_crds::{Phase, Stage, labels};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose};
+use serde_json::{Value, json};
+use sluice_crds::{Canary, CanaryStatus, Phase, Stage, labels};
 use sluice_e2e::{
-    adopted::{Adopted, MINUTE, Use, adopted, expect, of_ours, quick, slow},
-    cluster::SYSTEM,
+    adopted::{
+        Adopted, MINUTE, Use, adopted, cluster, ended, expect, of_ours, quick, quiet, slow, under_load_in, uninstalled,
+        unique,
+    },
+    cluster::{Cluster, SYSTEM},
     installation::{self, CONTROLLERS_AWAY},
     watch::unix_ms,
 };
+use tokio::task::JoinHandle;
 
 /// Names of all Pods of the application, and how often containers of them were restarted.
 async fn application_pods(stage: &Adopted) -> Vec<(String, i32)> {
@@ -139,4 +150,148 @@ async fn helm_uninstall_hands_every_canary_back_and_a_later_installation_takes_i
     installation::upgrade(&cluster, &[]).await;
     stage.wait("the second takeover", at, |status| status.phase == Phase::Initialized).await;
     stage.end().await;
+}
+
+/// A root certificate that is made outside of the cluster, as the Secret that `ca.source: secret` waits for.
+fn own_root() -> (String, String) {
+    let key = KeyPair::generate().unwrap();
+    let mut root = CertificateParams::default();
+    root.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    root.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    let certificate = root.self_signed(&key).unwrap().pem();
+    let data = json!({"tls.crt": certificate, "tls.key": key.serialize_pem()});
+    let secret = json!({
+        "apiVersion": "v1", "kind": "Secret", "type": "kubernetes.io/tls", "metadata": {"name": "sluice-ca"}, "stringData": data,
+    });
+    (secret.to_string(), certificate)
+}
+
+/// Applies all the time what docs/gitops.md calls strict Git: what Sluice adds is in it, and no replicas.
+struct StrictGit {
+    objects: Arc<Mutex<Vec<Value>>>,
+    task: JoinHandle<()>,
+}
+
+impl StrictGit {
+    fn start(cluster: &Cluster, namespace: &str) -> Self {
+        let manifest = cluster.tagged("examples/hello/deployment.yaml").unwrap();
+        let mut objects: Vec<Value> = serde_saphyr::from_multiple(&manifest).unwrap();
+        for object in &mut objects {
+            let Some(spec) = object.get_mut("spec") else { continue };
+            match spec.get("template") {
+                Some(_) => drop(spec.as_object_mut().unwrap().remove("replicas")),
+                None if spec.get("selector").is_some() => spec["selector"][labels::FLEET] = json!("hello"),
+                None => {}
+            }
+        }
+        let objects = Arc::new(Mutex::new(objects));
+        let (cluster, namespace, git) = (cluster.clone(), namespace.to_owned(), Arc::clone(&objects));
+        let task = tokio::spawn(async move {
+            let mut ticks = tokio::time::interval(Duration::from_millis(500));
+            loop {
+                ticks.tick().await;
+                let objects: Vec<_> = git.lock().unwrap().iter().map(Value::to_string).collect();
+                cluster.apply(&namespace, &objects.join("\n---\n")).await.unwrap();
+            }
+        });
+        Self { objects, task }
+    }
+
+    fn commit(&self, version: &str, error_rate: &str) -> u64 {
+        for object in self.objects.lock().unwrap().iter_mut() {
+            let Some(list) = object.pointer_mut("/spec/template/spec/containers/0/env") else { continue };
+            for entry in list.as_array_mut().unwrap() {
+                match entry["name"].as_str() {
+                    Some("VERSION") => entry["value"] = json!(version),
+                    Some("ERROR_RATE") => entry["value"] = json!(error_rate),
+                    _ => {}
+                }
+            }
+        }
+        unix_ms()
+    }
+}
+
+impl Drop for StrictGit {
+    fn drop(&mut self) {
+        assert!(std::thread::panicking() || !self.task.is_finished(), "Git was refused");
+        self.task.abort();
+    }
+}
+
+/// Everything that the defaults are not: one namespace with Roles, a member of the fleet on every node, a root certificate of the
+/// user's own, and nobody but Git itself who keeps what Sluice adds.
+#[tokio::test]
+#[ignore = "full"]
+async fn an_installation_for_one_namespace_with_a_daemon_set_and_a_root_of_ones_own_does_the_same() {
+    let Some((cluster, held)) = cluster(Use::Alone).await else { return };
+    let _expected = expect(&[SYSTEM]);
+    cluster.helm(&["uninstall", "sluice", "-n", SYSTEM, "--wait", "--timeout", "280s"]).await.unwrap();
+    uninstalled().await;
+
+    let namespace = unique("own");
+    cluster.namespace(&namespace).await.unwrap();
+    let (secret, root) = own_root();
+    cluster.apply(&namespace, &secret).await.unwrap();
+    // Proxies and controllers start at once, and some are there before those that they need.
+    let starting = expect(&[&namespace]);
+    // The CRDs are the first installation's, which left them.
+    let values =
+        ["namespaced=true", "fleet.kind=DaemonSet", "protection=none", "ca.source=secret", "crds.install=false"];
+    cluster.install_in(&namespace, "charts/sluice", &cluster.tag, &values).await.unwrap();
+    drop(starting);
+
+    let mut stage = under_load_in(cluster.clone(), held, &namespace, &[]).await;
+    // One that is elsewhere is nobody's: it is not even looked at.
+    let elsewhere = unique("elsewhere");
+    cluster.namespace(&elsewhere).await.unwrap();
+    let canary = cluster.file("examples/hello/canary.yaml").unwrap();
+    cluster.apply(&elsewhere, &canary).await.unwrap();
+    stage.app.canary(quick()).await.unwrap();
+    stage.taken_over().await;
+    let bundle = stage.api::<ConfigMap>().get(labels::TRUST_BUNDLE).await.unwrap().data.unwrap_or_default();
+    assert_eq!(bundle["ca.crt"].trim(), root.trim(), "another root than ours is trusted");
+    let git = StrictGit::start(&cluster, &namespace);
+    let committed = git.commit("v2", "0");
+    stage.app.ends(committed, Phase::Succeeded, 2 * MINUTE).await.unwrap();
+    let committed = git.commit("v3", "0.5");
+    stage.app.ends(committed, Phase::Failed, 2 * MINUTE).await.unwrap();
+    let committed = git.commit("v2", "0");
+    let reverted = |status: &CanaryStatus| {
+        let template = status.template.as_ref().map(|template| &template.revision);
+        status.stage == Stage::Settled && status.retiring.is_empty() && template == status.primary_revision.as_ref()
+    };
+    stage.wait("the revert", committed, reverted).await;
+    // Settled, with a tool that goes on: nobody has anything to change.
+    stage.comes_to_rest().await;
+    quiet(&cluster, &namespace).await;
+    drop(git);
+    let nodes = cluster.kubectl(&["get", "nodes", "-o", "name"], None).await.unwrap().lines().count();
+    let on = [
+        "-n",
+        &namespace,
+        "get",
+        "pods",
+        "-l",
+        "app.kubernetes.io/component=fleet",
+        "-o",
+        "jsonpath={.items[*].spec.nodeName}",
+    ];
+    let on = cluster.kubectl(&on, None).await.unwrap();
+    assert_eq!(on.split_whitespace().collect::<std::collections::BTreeSet<_>>().len(), nodes, "members are on {on}");
+    stage.nothing_failed().await;
+
+    let _ends = expect(&[&namespace]);
+    cluster.helm(&["uninstall", "sluice", "-n", &namespace, "--wait", "--timeout", "280s"]).await.unwrap();
+    assert_eq!(of_ours(&cluster, &namespace).await, Vec::<String>::new());
+    stage.nothing_failed().await;
+    let there: Api<Canary> = Api::namespaced(cluster.client.clone(), &elsewhere);
+    assert_eq!(there.get("hello").await.unwrap().status, None, "a Canary of another namespace was looked at");
+    cluster.kubectl(&["delete", "namespace", &elsewhere], None).await.unwrap();
+
+    let Adopted { app, load, .. } = stage;
+    drop(load);
+    app.canaries().delete("hello", &kube::api::DeleteParams::default()).await.unwrap();
+    installation::upgrade(&cluster, &[]).await;
+    ended(app).await;
 }

@@ -151,7 +151,8 @@ async fn every_right_is_used_by_the_suite_or_named_with_its_reason() {
         spared.extend_from_slice(NO_AUTOSCALING);
     }
 
-    let requests = audit::requests(0);
+    // Another installation has other roles.
+    let requests: Vec<_> = audit::requests(0).into_iter().filter(|request| request.home == SYSTEM).collect();
     let verdict = judge(&rights, &requests, &spared);
     println!("{} rights, {} requests of Sluice's service accounts", rights.len(), requests.len());
     println!("not used by any test, and named for it:\n  {}", verdict.spared.join("\n  "));

@@ -9,7 +9,7 @@ pub struct Bucket {
     /// When the first and the last of them ended, Unix milliseconds.
     pub first_ms: u64,
     pub last_ms: u64,
-    /// `new` connection for each request, `kept` connection, `grpc`, `stream` or `ws`; [`RESENT`].
+    /// `new` connection for each request, `kept` connection, `grpc`, `stream` or `ws`; [`RESENT`], [`CUT`].
     pub kind: String,
     /// What the header `x-version` (or the reply) said; empty where nothing answered.
     pub version: String,
@@ -27,6 +27,10 @@ pub struct Bucket {
 /// of an answer. It counts once more by what became of it.
 pub const RESENT: &str = "resent";
 
+/// Kind of a POST whose kept connection was closed instead of an answer. Whoever closes an idle connection may meet a request that is
+/// on its way, and no client can know whether that may be sent again (RFC 9110, 9.2.2).
+pub const CUT: &str = "cut";
+
 /// Granularity of [`Bucket`]s.
 pub const BUCKET_MS: u64 = 50;
 
@@ -37,9 +41,11 @@ impl Bucket {
         !self.version.is_empty()
     }
 
-    /// Neither answered well nor by a version of the application.
+    /// Neither answered well nor by a version of the application. [`CUT`] is counted apart: it depends on whose connection it was.
     #[must_use]
     pub fn failed(&self) -> bool {
-        self.kind != RESENT && (!self.answered_by_application() || (self.status >= 400 && self.status < 500))
+        self.kind != RESENT
+            && self.kind != CUT
+            && (!self.answered_by_application() || (self.status >= 400 && self.status < 500))
     }
 }

@@ -10,6 +10,7 @@
 use std::{
     collections::BTreeMap,
     error::Error,
+    fmt,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -25,7 +26,7 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use sluice_hello::v1::{GreetRequest, WatchRequest, hello_client::HelloClient};
-use sluice_load::{BUCKET_MS, Bucket, RESENT};
+use sluice_load::{BUCKET_MS, Bucket, CUT, RESENT};
 use tokio::net::TcpStream;
 
 #[derive(Clone, Parser)]
@@ -167,13 +168,28 @@ async fn http(options: Options, recorder: Recorder) {
             let started = Instant::now();
             let pool = kept.then_some(pool);
             let exchange = exchange(&options, &recorder, pool, &method);
+            let mut kind = if kept { "kept" } else { "new" };
             let outcome = match tokio::time::timeout(Duration::from_secs(options.timeout_s), exchange).await {
                 Ok(Ok(outcome)) => outcome,
+                Ok(Err(error)) if error.is::<Cut>() => {
+                    kind = CUT;
+                    Outcome::default()
+                }
                 Ok(Err(error)) => Outcome { error: format!("{method}: {error:#}"), ..Outcome::default() },
                 Err(_) => Outcome { error: format!("{method}: timed out"), ..Outcome::default() },
             };
-            recorder.record(if kept { "kept" } else { "new" }, started, options.slow_ms, outcome);
+            recorder.record(kind, started, options.slow_ms, outcome);
         });
+    }
+}
+
+/// See [`CUT`].
+#[derive(Debug)]
+struct Cut;
+
+impl fmt::Display for Cut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the kept connection was closed instead of an answer")
     }
 }
 
@@ -226,6 +242,7 @@ async fn exchange(
                 recorder.record(RESENT, started, options.slow_ms, Outcome::default());
                 continue;
             }
+            Err(error) if was_reused && error.is_incomplete_message() => return Err(error).context(Cut),
             Err(error) => return Err(error).context("no answer"),
         };
         let header = |name: &str| {

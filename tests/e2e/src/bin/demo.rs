@@ -15,7 +15,7 @@ use sluice_e2e::{
     load::Load,
     watch::{Seen, unix_ms},
 };
-use sluice_load::{Bucket, RESENT};
+use sluice_load::{Bucket, CUT, RESENT};
 
 #[derive(Parser)]
 struct Options {
@@ -86,7 +86,12 @@ async fn main() -> anyhow::Result<()> {
     let applied = app.canary(analysis).await?;
     let mut account = Account::new(&app, &load, began_ms);
     account.follow(|status| status.phase == Phase::Initialized, Duration::from_secs(120)).await?;
+    app.own_pods_ended().await?;
     load.catch_up().await?;
+    let cut = load.cut_between(steady_ms, u64::MAX);
+    if cut > 0 {
+        println!("   {cut} POSTs on connections to the Deployment's own Pods ended with those, as in any rollout");
+    }
     table.push(figures("adoption", "taken over", &app, &load, applied, None).await?);
 
     for (name, env, bad, wanted) in [
@@ -126,7 +131,7 @@ async fn main() -> anyhow::Result<()> {
         std::fs::write(path, serde_json::to_string_pretty(&table)?)?;
     }
     let failed: u64 = table.iter().map(|row| row.failed_requests).sum();
-    for bucket in load.failures_since(steady_ms) {
+    for bucket in load.since(steady_ms).into_iter().filter(|bucket| bucket.failed() || bucket.kind == CUT) {
         println!("   failed: {}", serde_json::to_string(&bucket)?);
     }
     let unexpected = table.iter().any(|row| row.outcome.contains('!'));
@@ -264,7 +269,12 @@ async fn figures(
     Ok(Figures {
         release: release.to_owned(),
         outcome: outcome.to_owned(),
-        failed_requests: buckets.iter().filter(|bucket| bucket.failed()).map(|bucket| bucket.count).sum(),
+        // Before the takeover is over, a connection may be to a Pod that ends.
+        failed_requests: buckets
+            .iter()
+            .filter(|bucket| bucket.failed() || (version.is_some() && bucket.kind == CUT))
+            .map(|bucket| bucket.count)
+            .sum(),
         noticed_s: noticed.map(|seen| seconds(seen.at_ms)),
         first_answer_s: buckets
             .iter()
