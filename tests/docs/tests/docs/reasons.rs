@@ -22,6 +22,8 @@ const OTHERS: &[&str] = &[
     "ExternalName",
     "False",
     "HorizontalPodAutoscaler",
+    "IPv4",
+    "IPv6",
     "Local",
     "None",
     "Opaque",
