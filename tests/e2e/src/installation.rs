@@ -39,6 +39,8 @@ pub const API_SERVER_AWAY: &[&str] = &[
     "tried again",
     "cannot mark",
     "silent for too long",
+    // The client's own words, for each watch.
+    "kube_client::client",
 ];
 
 #[must_use]

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use sluice_crds::Phase;
 use sluice_e2e::{
     adopted::{Adopted, MINUTE, Use, adopted, at_weight_20, eventually, expect, quick},
+    cluster::SYSTEM,
     installation::{self, CONTROLLERS_AWAY},
 };
 
@@ -101,9 +102,11 @@ async fn an_autoscaler_scales_the_canary_by_the_use_of_its_containers() {
         .wait("phase Succeeded", applied, 3 * MINUTE, |status| status.phase == Phase::Succeeded)
         .await
         .unwrap();
-    installation::upgrade(&cluster, &[]).await;
-    // It may have looked once more before it was gone.
-    installation::upgrade(&cluster, &[]).await;
+    // The number is the autoscaler's, so that Helm, which applies server-side, asks whether to take it.
+    let by_hand = ["fleet.autoscaling.enabled=false", "--force-conflicts", "--wait", "--timeout", "180s"];
+    let by_hand =
+        [["upgrade", "sluice", "charts/sluice", "-n", SYSTEM, "--reuse-values", "--set"].as_slice(), &by_hand];
+    cluster.helm(&by_hand.concat()).await.unwrap();
     installation::fleet_is_ready(&cluster, 2).await;
     cluster.kubectl(&["delete", "apiservice", "v1beta1.metrics.k8s.io"], None).await.unwrap();
     cluster.kubectl(&["-n", "kube-system", "delete", "deployment", "metrics-server"], None).await.unwrap();
