@@ -396,7 +396,7 @@ impl Effects {
         for copy in self
             .cache
             .config_maps
-            .state_filter(|copy| copy.namespace() == namespace && revisions::ours(copy, canary, revision))
+            .state_filter(|copy| copy.namespace() == namespace && revisions::is_copy(copy, canary, revision))
         {
             self.delete(&self.api::<ConfigMap>(canary), &*copy).await?;
         }

@@ -76,8 +76,9 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
     let pods = cache
         .pods
         .state_filter(|pod| pod.metadata.namespace.as_deref() == Some(key.namespace.as_str()) && !is_gone(pod));
-    // Only the fleet's own Pods have this label: no Service may select any.
-    let fleet = cache.pods.state_filter(|pod| pod.labels().contains_key(labels::FLEET) && !is_gone(pod));
+    let members = &reports.fleet.names;
+    let fleet =
+        cache.pods.state_filter(|pod| pod.labels().contains_key(labels::FLEET) && members.contains(&pod.name_any()));
     let slices = cache.slices.state_filter(|slice| slice.metadata.namespace.as_deref() == Some(key.namespace.as_str()));
 
     let mut problems = reports.problems;

@@ -58,7 +58,7 @@ pub fn has_key(apex: &Service, canary: &Canary) -> bool {
 }
 
 /// The refusal of a Service that has addresses of an IP family that no member of the fleet has: its clients there would meet nobody.
-/// `members` are those that have an address; without any it is not known.
+/// Without a member that has an address it is not known.
 #[must_use]
 pub fn without_fleet<'a>(apex: &Service, members: impl Iterator<Item = &'a Pod>) -> Option<Problem> {
     let has: BTreeSet<&str> =
@@ -69,7 +69,8 @@ pub fn without_fleet<'a>(apex: &Service, members: impl Iterator<Item = &'a Pod>)
         reason: "ServiceUnsupported",
         message: format!(
             "Service {} cannot be taken over: it has an {lacks} address, and no member of the fleet has one; take {lacks} out of \
-             spec.ipFamilies (ipFamilyPolicy: SingleStack), or restart the fleet where Pods have both",
+             spec.ipFamilies (ipFamilyPolicy: SingleStack; where it is the first one, in a new Service), or restart the fleet where Pods \
+             have both",
             apex.name_any(),
         ),
     })
@@ -462,7 +463,7 @@ mod tests {
         };
         let (v4, both) = (member(&["192.0.2.1"]), member(&["192.0.2.2", "2001:db8::2"]));
         assert_eq!(refusal(json!(["IPv4"]), &[v4.clone()]), None);
-        assert_eq!(refusal(json!(null), &[v4.clone()]), None, "an API server of before 1.20 does not say it");
+        assert_eq!(refusal(json!(null), &[v4.clone()]), None, "what is not said is taken for IPv4");
         assert_eq!(refusal(json!(["IPv4", "IPv6"]), &[v4.clone(), both]), None, "somebody is there");
         assert_eq!(refusal(json!(["IPv4", "IPv6"]), &[]), None, "nobody is there yet");
         let found = refusal(json!(["IPv4", "IPv6"]), &[v4]).unwrap();

@@ -52,6 +52,7 @@ impl Calls {
             // Whether and how proxies are supported is kube's to say.
             return Ok(ClientBuilder::try_from(config)?.with_layer(self).build());
         }
+        // As kube makes it, but for the keepalive, and without its log of each call: whoever calls says what failed.
         let mut connector = HttpConnector::new();
         connector.enforce_http(false);
         connector.set_keepalive(Some(KEEPALIVE));
@@ -136,17 +137,22 @@ mod tests {
     /// What the kernel says of the connection from this port: `proc_net_tcp.txt`, "tr" 2 is "another timer (e.g. delayed ack or
     /// keepalive)".
     #[cfg(target_os = "linux")]
-    fn has_keepalive(port: u16) -> bool {
+    fn has_keepalive(port: u16, to: u16) -> bool {
         let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
-        let local = format!(":{port:04X}");
-        let of_it = |line: &&str| line.split_whitespace().nth(1).is_some_and(|address| address.ends_with(&local));
+        let ends = |address: Option<&str>, port: u16| {
+            address.is_some_and(|address| address.ends_with(&format!(":{port:04X}")))
+        };
+        let of_it = |line: &&str| {
+            let mut words = line.split_whitespace().skip(1);
+            ends(words.next(), port) && ends(words.next(), to)
+        };
         let line = table.lines().find(of_it).expect("the connection is there");
         line.split_whitespace().nth(5).is_some_and(|timer| timer.starts_with("02:"))
     }
 
     #[cfg(target_os = "linux")]
     #[tokio::test]
-    async fn a_watch_whose_server_is_gone_is_noticed() {
+    async fn a_server_that_says_nothing_is_asked_whether_it_is_there() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let client = Calls::default().client(Config::new(format!("http://{address}").parse().unwrap())).unwrap();
@@ -155,7 +161,7 @@ mod tests {
         connection.readable().await.unwrap();
         // Once the request is acknowledged nothing else is left to wait for.
         let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
-        while !has_keepalive(peer.port()) {
+        while !has_keepalive(peer.port(), address.port()) {
             assert!(tokio::time::Instant::now() < deadline, "the kernel asks nobody whether they are there");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }

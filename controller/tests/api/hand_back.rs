@@ -3,7 +3,7 @@
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Secret, Service};
 use kube::{
     Api, ResourceExt,
-    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
+    api::{DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams},
 };
 use serde_json::json;
 use sluice_crds::{Canary, Phase, labels};
@@ -74,6 +74,10 @@ async fn a_revision_that_lost_its_owners_gets_them_back_and_copies_that_lost_the
     let orphan = Patch::Merge(json!({"metadata": {"ownerReferences": null}}));
     world.api::<ConfigMap>().patch(&name, &PatchParams::default(), &orphan).await.unwrap();
     world.api::<Secret>().patch(&name, &PatchParams::default(), &orphan).await.unwrap();
+    // What somebody has saved of a copy is theirs.
+    let mut saved = world.api::<ConfigMap>().get(&name).await.unwrap();
+    saved.metadata = ObjectMeta { name: Some("saved".into()), labels: saved.metadata.labels, ..ObjectMeta::default() };
+    world.api::<ConfigMap>().create(&PostParams::default(), &saved).await.unwrap();
     let before = world.deployments().get(&name).await.unwrap();
     world.deployments().patch(&name, &PatchParams::default(), &orphan).await.unwrap();
     let owned = || async {
@@ -92,6 +96,7 @@ async fn a_revision_that_lost_its_owners_gets_them_back_and_copies_that_lost_the
             (!config && !secret && !runs).then_some(())
         })
         .await;
+    assert!(world.api::<ConfigMap>().get_opt("saved").await.unwrap().is_some());
 }
 
 #[tokio::test]

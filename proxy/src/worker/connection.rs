@@ -43,6 +43,8 @@ use crate::{
 /// than it asks for ("Rapid Reset", CVE-2023-44487). The figures are Envoy's (`overload.premature_reset_total_stream_count`).
 const LOOK_AT_RESETS: u32 = 500;
 const PREMATURE: Duration = Duration::from_secs(1);
+/// For so long an idle HTTP/1.1 connection that was asked to end stays open where memory is short.
+const IDLE_WHERE_SHORT: Duration = Duration::from_secs(5);
 
 pub(super) struct Connection {
     pub(super) slot: Rc<Slot>,
@@ -187,8 +189,13 @@ impl Connection {
 
     /// How long it may be open without a request.
     fn idle_limit(&self) -> Option<Duration> {
-        let timing = &self.slot.worker.timing;
-        if self.is_draining() { timing.drain_idle } else { timing.downstream_idle }
+        let worker = &self.slot.worker;
+        if !self.is_draining() {
+            return worker.timing.downstream_idle;
+        }
+        // Where memory is short, what is freed soon counts for more than a request that meets the close.
+        let short = worker.overload.is_active(Action::DisableKeepalive);
+        worker.timing.drain_idle.map(|idle| if short { idle.min(IDLE_WHERE_SHORT) } else { idle })
     }
 
     /// Without a request.
@@ -423,13 +430,14 @@ struct Patience {
     timer: Pin<Box<Sleep>>,
     /// When the first part of a head came that is not whole yet.
     begun: Option<Instant>,
-    draining: bool,
+    /// Since when it has been asked to end.
+    drained: Option<Instant>,
 }
 
 impl Patience {
     fn new(connection: &Connection) -> Self {
         let timer = Box::pin(sleep(connection.look_every()));
-        Self { timer, begun: None, draining: false }
+        Self { timer, begun: None, drained: None }
     }
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>, connection: &Connection, begun: bool) -> Poll<()> {
@@ -437,17 +445,21 @@ impl Patience {
         if begun != self.begun.is_some() {
             self.begun = begun.then(Instant::now);
         }
-        if connection.is_draining() && !self.draining {
-            self.draining = true;
-            if let Some(idle) = timing.drain_idle {
-                self.timer.as_mut().reset(Instant::now() + idle);
+        if connection.is_draining() && self.drained.is_none() {
+            let now = Instant::now();
+            self.drained = Some(now);
+            if let Some(idle) = connection.idle_limit() {
+                // A head that was begun has less time.
+                self.timer.as_mut().reset(now + idle.min(timing.header));
             }
         }
         loop {
             ready!(self.timer.as_mut().poll(cx));
             let now = Instant::now();
             connection.look_at_certificate(now);
-            let quiet_until = connection.idle_limit().map(|limit| connection.quiet_since.get() + limit);
+            let quiet_since =
+                self.drained.map_or(connection.quiet_since.get(), |drained| drained.max(connection.quiet_since.get()));
+            let quiet_until = connection.idle_limit().map(|limit| quiet_since + limit);
             let until = self.begun.map(|begun| begun + timing.header).or(quiet_until);
             let look_again = now + connection.look_every();
             if until.is_some_and(|until| until <= now) {

@@ -18,7 +18,7 @@ use kube::{
 };
 use serde_json::json;
 use sluice_crds::{Canary, CanaryStatus, Stage};
-use sluice_load::RESENT;
+use sluice_load::{CUT, RESENT};
 use tokio::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::{
@@ -74,6 +74,10 @@ pub async fn cluster(usage: Use) -> Option<(Cluster, Held)> {
         return None;
     }
     let cluster = Cluster::connect().await.unwrap();
+    let held = match usage {
+        Use::Shared => Held { _shared: Some(SHARED.read().await), alone: None },
+        Use::Alone => Held { _shared: None, alone: Some(SHARED.write().await) },
+    };
     let mut installed = INSTALLED.lock().await;
     if !*installed {
         // Proxies and controllers start at once, and some are there before those that they need.
@@ -83,10 +87,6 @@ pub async fn cluster(usage: Use) -> Option<(Cluster, Held)> {
         *installed = true;
     }
     drop(installed);
-    let held = match usage {
-        Use::Shared => Held { _shared: Some(SHARED.read().await), alone: None },
-        Use::Alone => Held { _shared: None, alone: Some(SHARED.write().await) },
-    };
     Some((cluster, held))
 }
 
@@ -187,6 +187,12 @@ impl Adopted {
         self.through_fleet_ms = unix_ms();
     }
 
+    /// From now on the Deployment's own Pods serve again, and will end when it is taken over once more.
+    pub fn serves_itself(&mut self) {
+        self.from_ms = unix_ms();
+        self.through_fleet_ms = u64::MAX;
+    }
+
     /// No request failed that a version of the application did not answer.
     pub async fn nothing_failed(&self) {
         self.load.catch_up().await.unwrap();
@@ -212,14 +218,16 @@ impl Adopted {
         // Those that still wait for something that is gone end by then: kube-proxy may have known of it for a second or two only.
         tokio::time::sleep(crate::load::TIMEOUT + Duration::from_secs(3)).await;
         self.load.catch_up().await.unwrap();
+        let lost = self.load.lost_since(self.from_ms);
+        let (before, lost): (Vec<_>, Vec<_>) = lost.into_iter().partition(|bucket| bucket.first_ms < from_ms);
         let before: Vec<_> =
-            self.load.failures_since(self.from_ms).into_iter().filter(|bucket| bucket.first_ms < from_ms).collect();
+            before.into_iter().filter(|it| it.failed() || it.first_ms >= self.through_fleet_ms).collect();
         assert!(before.is_empty(), "failed before {what}: {before:#?}");
-        let failed = self.load.failures_since(from_ms);
-        let of = |kind: &str| failed.iter().filter(|bucket| bucket.kind == kind).map(|bucket| bucket.count).sum();
-        let last_ms = failed.iter().map(|bucket| bucket.last_ms).max().unwrap_or(from_ms);
-        let cut = self.load.cut_between(from_ms, u64::MAX);
-        let apart = Apart { kept: of("kept") + cut, new: of("new"), window_ms: last_ms - from_ms };
+        let of = |kinds: &[&str]| {
+            lost.iter().filter(|bucket| kinds.contains(&&*bucket.kind)).map(|bucket| bucket.count).sum::<u64>()
+        };
+        let last_ms = lost.iter().map(|bucket| bucket.last_ms).max().unwrap_or(from_ms);
+        let apart = Apart { kept: of(&["kept", CUT]), new: of(&["new"]), window_ms: last_ms - from_ms };
         println!(
             "{what}: {} requests on kept connections and {} on new ones failed, the last {} ms after it",
             apart.kept, apart.new, apart.window_ms

@@ -82,6 +82,12 @@ impl Load {
         self.since(from_ms).into_iter().filter(Bucket::failed).collect()
     }
 
+    /// [`Self::failures_since`], and the POSTs that were [`CUT`]: where clients have been behind the fleet all the time, there are none.
+    #[must_use]
+    pub fn lost_since(&self, from_ms: u64) -> Vec<Bucket> {
+        self.since(from_ms).into_iter().filter(|bucket| bucket.failed() || bucket.kind == CUT).collect()
+    }
+
     /// POSTs whose kept connection was closed instead of an answer, between these times: see [`CUT`].
     #[must_use]
     pub fn cut_between(&self, from_ms: u64, to_ms: u64) -> u64 {

@@ -88,7 +88,7 @@ async fn an_autoscaler_scales_the_canary_by_the_use_of_its_containers() {
     cluster.kubectl(&["-n", &namespace, "scale", "canary/hello", "--replicas=2"], None).await.unwrap();
     scaled(&stage, 2).await;
 
-    // The fleet has one of its own. Members that join and leave in a release cost nobody a request.
+    // The fleet has one of its own. Members that join in a release, and leave after it, cost nobody a request.
     let _expected = expect(CONTROLLERS_AWAY);
     let applied = stage.app.release(&[("VERSION", "v3")]).await.unwrap();
     stage.wait("weight 20", applied, at_weight_20).await;

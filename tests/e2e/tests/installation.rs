@@ -118,7 +118,7 @@ async fn an_older_version_and_this_one_drive_each_others_proxies() {
 #[tokio::test]
 #[ignore = "full"]
 async fn helm_uninstall_hands_every_canary_back_and_a_later_installation_takes_it_over_again() {
-    let Some(stage) = adopted("uninstall", Use::Alone, &[], slow(10)).await else { return };
+    let Some(mut stage) = adopted("uninstall", Use::Alone, &[], slow(10)).await else { return };
     let cluster = stage.app.cluster.clone();
     let _expected = expect(&[SYSTEM]);
     let uninstall = ["uninstall", "sluice", "-n", SYSTEM, "--wait", "--timeout", "280s"];
@@ -146,9 +146,11 @@ async fn helm_uninstall_hands_every_canary_back_and_a_later_installation_takes_i
     assert!(canary.finalizers().is_empty());
     assert_eq!(canary.status.unwrap().phase, Phase::Terminated);
 
+    stage.serves_itself();
     let at = unix_ms();
     installation::upgrade(&cluster, &[]).await;
     stage.wait("the second takeover", at, |status| status.phase == Phase::Initialized).await;
+    stage.taken_over().await;
     stage.end().await;
 }
 

@@ -557,12 +557,13 @@ async fn twenty_canaries_are_released_at_once() {
     });
     futures::future::join_all(released).await;
     println!("twenty releases at once took {} ms", unix_ms() - began);
-    for (app, load, from_ms) in apps {
+    let ends = apps.into_iter().map(|(app, load, from_ms)| async move {
         load.catch_up().await.unwrap();
         let failed = load.failures_since(from_ms);
         assert!(failed.is_empty(), "{}: {failed:#?}", app.namespace);
         ended(app).await;
-    }
+    });
+    futures::future::join_all(ends).await;
 }
 
 #[tokio::test]

@@ -69,7 +69,7 @@ async fn insiders_test_a_version_that_nobody_else_reaches_before_it_is_promoted(
     stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
     let promoted = unix_ms();
     insiders.catch_up().await.unwrap();
-    assert!(insiders.failures_since(from).is_empty(), "{:?}", insiders.failures_since(from));
+    assert!(insiders.lost_since(from).is_empty(), "{:?}", insiders.lost_since(from));
     assert_eq!(stage.answers_of("v1", promoted).await, 0, "everybody has it");
     stage.end().await;
 }
@@ -121,7 +121,7 @@ async fn a_user_with_a_cookie_stays_on_one_version_while_weights_stay() {
     }
     stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
     for load in &users {
-        assert!(load.failures_since(applied).is_empty(), "{:?}", load.failures_since(applied));
+        assert!(load.lost_since(applied).is_empty(), "{:?}", load.lost_since(applied));
     }
     stage.end().await;
 }
