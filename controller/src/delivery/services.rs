@@ -458,15 +458,16 @@ mod tests {
             let all: Vec<_> = ips.iter().map(|ip| json!({"ip": ip})).collect();
             serde_json::from_value(json!({"status": {"podIP": ips.first(), "podIPs": all}})).unwrap()
         };
-        let refusal = |families: Value, members: &[Pod]| {
-            without_fleet(&service(json!({"ipFamilies": families})), members.iter()).map(|problem| problem.message)
+        let refusal = |families: Value, members: &[&Pod]| {
+            without_fleet(&service(json!({"ipFamilies": families})), members.iter().copied())
+                .map(|problem| problem.message)
         };
         let (v4, both) = (member(&["192.0.2.1"]), member(&["192.0.2.2", "2001:db8::2"]));
-        assert_eq!(refusal(json!(["IPv4"]), &[v4.clone()]), None);
-        assert_eq!(refusal(json!(null), &[v4.clone()]), None, "what is not said is taken for IPv4");
-        assert_eq!(refusal(json!(["IPv4", "IPv6"]), &[v4.clone(), both]), None, "somebody is there");
+        assert_eq!(refusal(json!(["IPv4"]), &[&v4]), None);
+        assert_eq!(refusal(json!(null), &[&v4]), None, "what is not said is taken for IPv4");
+        assert_eq!(refusal(json!(["IPv4", "IPv6"]), &[&v4, &both]), None, "somebody is there");
         assert_eq!(refusal(json!(["IPv4", "IPv6"]), &[]), None, "nobody is there yet");
-        let found = refusal(json!(["IPv4", "IPv6"]), &[v4]).unwrap();
+        let found = refusal(json!(["IPv4", "IPv6"]), &[&v4]).unwrap();
         assert!(found.contains("Service podinfo") && found.contains("it has an IPv6 address"), "{found}");
     }
 
