@@ -27,7 +27,7 @@ async fn insiders_test_a_version_that_nobody_else_reaches_before_it_is_promoted(
     analysis.insert("match".to_owned(), json!([{"headers": {"x-user": {"exact": "insider"}}}]));
     // All that may be said of a Service is taken in by every proxy: else nothing would be taken over.
     spec["service"] = json!({
-        "match": [{"uri": {"exact": "/"}, "method": {"exact": "GET"}}],
+        "match": [{"uri": {"exact": "/"}, "method": {"regex": "GET|POST"}}],
         "rewrite": {"authority": "hello.internal:8080"},
         "corsPolicy": {"allowOrigins": [{"regex": "https://.*[.]example[.]com"}], "allowMethods": ["GET"], "maxAge": "1h"},
         "trafficPolicy": {
