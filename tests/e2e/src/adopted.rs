@@ -25,7 +25,7 @@ use crate::{
     app::App,
     audit,
     cluster::{Cluster, SYSTEM},
-    load::Load,
+    load::{KEPT, Load},
     memory,
     problems::{self, Expected},
     watch::unix_ms,
@@ -36,8 +36,6 @@ static SHARED: LazyLock<RwLock<()>> = LazyLock::new(RwLock::default);
 static INSTALLED: LazyLock<Mutex<bool>> = LazyLock::new(Mutex::default);
 
 pub const MINUTE: Duration = Duration::from_secs(60);
-/// Connections that the load keeps.
-const KEPT: u64 = 16;
 /// Nothing may be written for so long when all is settled.
 const QUIET: Duration = Duration::from_secs(3);
 

@@ -25,6 +25,8 @@ pub struct Load {
     reader: JoinHandle<()>,
 }
 
+/// Connections that it keeps (`--connections`).
+pub const KEPT: u64 = 16;
 /// The longest that its requests wait for an answer.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 

@@ -21,7 +21,7 @@ use sluice_crds::{ActionOutcome, CanaryStatus, GuardSignal, Phase, Stage, Verdic
 use sluice_e2e::{
     adopted::{Adopted, MINUTE, Use, adopted, cluster, condition, ended, eventually, of_ours, quick, unique},
     app::App,
-    load::Load,
+    load::{KEPT, Load},
     watch::unix_ms,
 };
 use sluice_load::Bucket;
@@ -332,7 +332,7 @@ async fn an_application_that_exits_at_once_loses_no_new_connection_at_takeover()
     println!("resets of connections from before the takeover: {}", kept.iter().map(|bucket| bucket.count).sum::<u64>());
     assert!(new.is_empty(), "{new:#?}");
     assert!(
-        kept.iter().map(|bucket| bucket.count).sum::<u64>() <= 16,
+        kept.iter().map(|bucket| bucket.count).sum::<u64>() <= KEPT,
         "at most one for each kept connection: {kept:#?}"
     );
     ended(app).await;

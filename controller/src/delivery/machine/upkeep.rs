@@ -212,7 +212,15 @@ fn strays(run: &mut Run<'_>) {
 fn owners(run: &mut Run<'_>) {
     for (hash, revision) in &run.seen.revisions {
         let (true, Some(replicas)) = (revision.disowned, revision.desired) else { continue };
-        let touched = |action: &Action| matches!(action, Action::CreateRevision { revision, .. } | Action::ScaleRevision { revision, .. } | Action::DeleteRevision { revision } if revision == hash);
+        let touched = |action: &Action| {
+            matches!(
+                action,
+                Action::CreateRevision { revision, .. }
+                    | Action::ScaleRevision { revision, .. }
+                    | Action::DeleteRevision { revision }
+                    if revision == hash
+            )
+        };
         if !run.actions.iter().any(touched) {
             run.act(Action::ScaleRevision { revision: hash.clone(), replicas });
         }
