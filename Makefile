@@ -42,7 +42,7 @@ test-operations: ## End to end: the quickstart, Git tools that apply all the tim
 .PHONY: test-cluster
 test-cluster: ## End to end, all of it, on two nodes: faults, upgrades, deletions, another version, autoscaling, a node drained and lost
 	FULL=1 NODES=2 tests/e2e/run
-	$(if $(KUBECONFIG),,POLICIES=1 tests/e2e/run --test gitops)
+	$(if $(KUBECONFIG),,POLICIES=1 tests/e2e/run --test gitops --test deletions --test faults)
 
 .PHONY: bench
 bench: ## CPU, latency and memory against Envoy and HAProxy, in one run (QUICK=1: under 4 minutes; ONLY=TEXT: some rows; JSON=FILE: all rounds)

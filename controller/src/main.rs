@@ -343,7 +343,7 @@ struct Fleets {
 
 impl Mesh for Fleets {
     fn fleet(&self, canary: &CanaryKey) -> Fleet {
-        self.members.fleet(canary)
+        Fleet { without_port: self.handle.without_port(canary), ..self.members.fleet(canary) }
     }
 
     fn cut(&self, canary: &CanaryKey) {

@@ -1,6 +1,6 @@
 //! The controller's settings: flags and environment. The chart sets them; its values.yaml explains them.
 
-use std::{ffi::OsString, net::SocketAddr, time::Duration};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, FromArgMatches as _, ValueEnum};
 use sluice_xds::SpiffeId;
@@ -147,6 +147,9 @@ pub struct Settings {
     /// Prometheus of Canaries that do not say `metricsServer`.
     #[arg(long, env = "SLUICE_METRICS_SERVER")]
     pub metrics_server: Option<String>,
+    /// Folder with what it asks of who asks it, each in a file of its own: `token`, or `username` and `password`; and `ca.crt`.
+    #[arg(long, env = "SLUICE_METRICS_CREDENTIALS")]
+    pub metrics_credentials: Option<PathBuf>,
     /// Label matchers for the fleet's series, such as `cluster="eu-1"`, for a Prometheus that holds several clusters.
     #[arg(long, env = "SLUICE_METRICS_MATCHERS")]
     pub metrics_matchers: Option<String>,
@@ -273,6 +276,7 @@ impl Settings {
     pub fn analysis(&self) -> analysis::Settings {
         analysis::Settings {
             metrics_server: self.metrics_server.clone(),
+            credentials: self.metrics_credentials.clone(),
             matchers: self.metrics_matchers.clone(),
             ..analysis::Settings::default()
         }
@@ -289,6 +293,11 @@ impl Settings {
             memory_request: self.sidecar_memory_request.clone(),
             cpu_limit: self.sidecar_cpu_limit.clone(),
             memory_limit: self.sidecar_memory_limit.clone(),
+            log: self.log.filter.clone(),
+            log_format: match self.log.format {
+                LogFormat::Json => "json".to_owned(),
+                LogFormat::Text => "text".to_owned(),
+            },
         }
     }
 }

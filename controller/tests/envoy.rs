@@ -236,7 +236,7 @@ impl Shop {
         let key = CanaryKey::new("shop", "web");
         inputs.originals.insert(key.clone(), vec![pod("web", "127.0.0.1", json!({}), "shop")]);
         inputs.revisions.insert(RevisionKey { canary: key, revision: "bbb".to_owned() }, self.facts.clone());
-        let wanted: Vec<PortKey> = wanted_ports(&inputs).into_iter().collect();
+        let wanted: Vec<PortKey> = wanted_ports(&inputs).into_keys().collect();
         assert_eq!(wanted.len(), self.ports.len());
         inputs.ports = wanted.into_iter().zip(self.ports.iter().copied()).collect();
         build(&inputs)

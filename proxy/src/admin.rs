@@ -173,20 +173,24 @@ impl Admin {
         self.overload.render(&mut text);
         self.ads.render(&mut text);
         if let Some(certificate) = self.certificate.borrow().as_ref() {
-            text.push_str(&certificate_series(certificate.not_after));
+            text.push_str(&certificate_series(certificate.received, certificate.not_after));
         }
         text
     }
 }
 
-/// The series about a certificate that ends then, in the Prometheus text format.
+/// The series about a certificate, in the Prometheus text format.
 #[must_use]
-pub fn certificate_series(not_after: SystemTime) -> String {
+pub fn certificate_series(received: SystemTime, not_after: SystemTime) -> String {
     let expires = not_after.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let lifetime = not_after.duration_since(received).unwrap_or_default().as_secs();
     format!(
         "# HELP sluice_certificate_expires_timestamp_seconds When this proxy's certificate ends.\n\
          # TYPE sluice_certificate_expires_timestamp_seconds gauge\n\
-         sluice_certificate_expires_timestamp_seconds {expires}\n"
+         sluice_certificate_expires_timestamp_seconds {expires}\n\
+         # HELP sluice_certificate_lifetime_seconds How long this proxy's certificate was still valid when it came.\n\
+         # TYPE sluice_certificate_lifetime_seconds gauge\n\
+         sluice_certificate_lifetime_seconds {lifetime}\n"
     )
 }
 

@@ -29,6 +29,8 @@ const BUNDLE_INTERVAL: Duration = Duration::from_secs(30);
 pub struct Certificate {
     pub client: ClientCertificate,
     pub roots: Vec<CertificateDer<'static>>,
+    /// When it came. `notBefore` is dated back.
+    pub received: SystemTime,
     pub not_after: SystemTime,
 }
 
@@ -223,7 +225,7 @@ fn certificate(key: &KeyPair, answer: SignResponse) -> Result<Certificate, SignE
         return Err(SignError::Answer("the certificate is over; compare the clocks of this node and the controller's"));
     }
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
-    Ok(Certificate { client: ClientCertificate { chain, key }, roots, not_after })
+    Ok(Certificate { client: ClientCertificate { chain, key }, roots, received: SystemTime::now(), not_after })
 }
 
 /// At two thirds of the life that a certificate has now, when it was signed (it is dated back), give or take 5 % of it by `draw`
@@ -249,6 +251,7 @@ mod tests {
         let certificate = Certificate {
             client: ClientCertificate { chain: Vec::new(), key: PrivatePkcs8KeyDer::from(Vec::new()).into() },
             roots: Vec::new(),
+            received: now,
             not_after: now + 24 * hour,
         };
         let at = |draw| renew_at(&certificate, draw).duration_since(now).unwrap_or_default();

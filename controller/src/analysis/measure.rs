@@ -2,6 +2,8 @@
 
 use std::{
     collections::HashMap,
+    io,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -49,6 +51,8 @@ enum GateError {
     InTemplate { template: String, error: Box<GateError> },
     #[error("the Secret {secret} could not be read: {reason}")]
     Secret { secret: String, reason: String },
+    #[error("the metrics server's credentials in {} (metricsServerSecret in the chart's values) could not be read: {reason}", folder.display())]
+    Credentials { folder: PathBuf, reason: String },
     #[error("the gate has neither a templateRef nor a query, and its name is not one of the built-in ones")]
     NoQuery,
     #[error("interval: {0}")]
@@ -61,7 +65,7 @@ impl GateError {
         match self {
             Self::Query(error) => error.is_mistake(),
             Self::InTemplate { error, .. } => error.is_mistake(),
-            Self::Secret { .. } => false,
+            Self::Secret { .. } | Self::Credentials { .. } => false,
             Self::Template(_)
             | Self::NoServer
             | Self::NoTemplate { .. }
@@ -360,7 +364,14 @@ impl Measurer {
     }
 
     fn endpoint_of(&self, subject: &Subject<'_>) -> Result<Endpoint, GateError> {
-        Ok(Endpoint::new(self.address(subject).ok_or(GateError::NoServer)?)?)
+        let mut endpoint = Endpoint::new(self.address(subject).ok_or(GateError::NoServer)?)?;
+        // Never to an address that a Canary chooses.
+        if let (None, Some(folder)) = (subject.metrics_server, &self.settings.credentials) {
+            let data = mounted(folder)
+                .map_err(|error| GateError::Credentials { folder: folder.clone(), reason: error.to_string() })?;
+            endpoint.credentials(&data)?;
+        }
+        Ok(endpoint)
     }
 
     fn template(
@@ -460,6 +471,19 @@ impl Measurer {
             secrets.remove(&(namespace.to_owned(), secret.name.clone()));
         }
     }
+}
+
+/// A Secret as it is mounted: a file for each key, small and in memory. The rest are the kubelet's own (`..data`).
+fn mounted(folder: &Path) -> io::Result<SecretData> {
+    let mut data = SecretData::new();
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let Ok(key) = entry.file_name().into_string() else { continue };
+        if !key.starts_with("..") {
+            data.insert(key, std::fs::read(entry.path())?);
+        }
+    }
+    Ok(data)
 }
 
 /// In the server's clock, milliseconds.
@@ -656,6 +680,37 @@ mod tests {
             matches!(dry(&measurer, gate("monitoring", Some("eu"))).await, Dry::Mistake(words) if words.contains("401"))
         );
         assert_eq!(dry(&measurer, gate("monitoring", Some("eu"))).await, Dry::Fine);
+    }
+
+    #[test]
+    fn the_installations_credentials_go_to_its_own_metrics_server_alone() {
+        let folder = std::env::temp_dir().join(format!("sluice-credentials-{}", std::process::id()));
+        let write = |token: &str| std::fs::write(folder.join("token"), token).unwrap();
+        // As the kubelet mounts a Secret.
+        std::fs::create_dir_all(folder.join("..data")).unwrap();
+        write("old\n");
+        let settings = Settings {
+            metrics_server: Some("https://prometheus:9090".to_owned()),
+            credentials: Some(folder.clone()),
+            ..Settings::default()
+        };
+        let measurer = Measurer::new(settings, Arc::new(Objects::default()));
+        let own = request(Vec::new());
+        let endpoint = || measurer.endpoint_of(&Subject::of_dry_run(&own));
+        let with = |token: &str| {
+            let mut endpoint = Endpoint::new("https://prometheus:9090").unwrap();
+            endpoint.credentials(&SecretData::from([("token".to_owned(), token.into())])).unwrap();
+            endpoint
+        };
+        assert_eq!(endpoint().unwrap(), with("old"));
+        write("new");
+        assert_eq!(endpoint().unwrap(), with("new"));
+        let theirs = DryRunRequest { metrics_server: Some("https://elsewhere".to_owned()), ..request(Vec::new()) };
+        let sent = measurer.endpoint_of(&Subject::of_dry_run(&theirs)).unwrap();
+        assert_eq!(sent, Endpoint::new("https://elsewhere").unwrap());
+        std::fs::remove_dir_all(&folder).unwrap();
+        let error = endpoint().unwrap_err();
+        assert!(error.to_string().contains("metricsServerSecret") && !error.is_mistake(), "{error}");
     }
 
     #[tokio::test]

@@ -11,7 +11,7 @@ mod sources;
 mod template;
 mod window;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use jiff::Timestamp;
 use sluice_crds::{GateStatus, Metric, VerdictStatus};
@@ -27,6 +27,8 @@ pub use sources::{ClusterSources, SecretData, Sources};
 pub struct Settings {
     /// URL of the Prometheus that scrapes the fleet, for Canaries that do not say `metricsServer`.
     pub metrics_server: Option<String>,
+    /// Folder with its credentials, by [`prometheus::Endpoint::credentials`]' keys. Read for each query, for they change.
+    pub credentials: Option<PathBuf>,
     /// Label matchers for the fleet's series, such as `cluster="eu-1"`: for a Prometheus that holds several clusters.
     pub matchers: Option<String>,
     /// Deadline of one query, its answer included.
@@ -35,7 +37,7 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { metrics_server: None, matchers: None, query_deadline: Duration::from_secs(5) }
+        Self { metrics_server: None, credentials: None, matchers: None, query_deadline: Duration::from_secs(5) }
     }
 }
 

@@ -14,6 +14,7 @@ use crate::{
     analysis::{DryRun, Report, Task},
     cache::CanaryKey,
     guard::{Breach, Watch},
+    mesh::ports::PortKey,
 };
 
 mod adopt;
@@ -176,6 +177,8 @@ pub struct Fleet {
     pub joining: bool,
     /// Names of the members, for the analysis.
     pub names: Vec<String>,
+    /// Ports of the Canary's Services for which the fleet has none left.
+    pub without_port: Vec<PortKey>,
 }
 
 /// What the machine wants.

@@ -82,6 +82,7 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
     let slices = cache.slices.state_filter(|slice| slice.metadata.namespace.as_deref() == Some(key.namespace.as_str()));
 
     let mut problems = reports.problems;
+    problems.extend(services::without_port(&reports.fleet.without_port));
     // First, so that the condition has its reason.
     let mut warnings: Vec<Problem> = services::injected(canary).into_iter().collect();
     warnings.extend(services::capped(canary, reports.limits));

@@ -15,7 +15,7 @@ use serde_json::Value;
 use sluice_crds::{Canary, PortRef, labels};
 
 use super::{machine::Problem, revisions, template};
-use crate::mesh::{self, Limits};
+use crate::mesh::{self, Limits, ports::PortKey};
 
 /// Longest name of an apex Service: `-primary` has to fit in 63.
 const MAX_APEX_NAME: usize = 55;
@@ -76,6 +76,24 @@ pub fn without_fleet<'a>(apex: &Service, members: impl Iterator<Item = &'a Pod>)
     })
 }
 
+/// Ports that the fleet cannot serve, for it has none of its own left.
+#[must_use]
+pub fn without_port(ports: &[PortKey]) -> Option<Problem> {
+    let (first, more) = ports.split_first()?;
+    let more = if more.is_empty() { String::new() } else { format!(" and {} more", more.len()) };
+    Some(Problem {
+        reason: "NoFleetPort",
+        message: format!(
+            "the fleet has no port left for {first}{more}, or namespace {} has as many as are left: delete Canaries that are not needed, \
+             or give the namespace an installation of its own (docs/limits.md, the fleet's own ports)",
+            first.namespace,
+        ),
+    })
+}
+
+/// `spec.service.name` cannot be changed.
+const ANOTHER: &str = "delete this Canary, and create it with the application's own Service in spec.service";
+
 /// What forbids to take a Service over.
 #[must_use]
 pub fn refusals(apex: &Service, canary: &Canary, pod_template: Option<&Value>) -> Vec<Problem> {
@@ -93,8 +111,7 @@ pub fn refusals(apex: &Service, canary: &Canary, pod_template: Option<&Value>) -
     if let Some(owner) = apex.owner_references().iter().find(|owner| owner.controller == Some(true))
         && Some(owner.uid.as_str()) != canary.metadata.uid.as_deref()
     {
-        problems
-            .push(refuse(format!("it belongs to {} {}; name another Service in spec.service", owner.kind, owner.name)));
+        problems.push(refuse(format!("it belongs to {} {}; {ANOTHER}", owner.kind, owner.name)));
     }
     let Some(spec) = &apex.spec else { return problems };
     match spec.type_.as_deref() {
@@ -127,10 +144,7 @@ pub fn refusals(apex: &Service, canary: &Canary, pod_template: Option<&Value>) -
     if let Some(key) =
         selector(apex).and_then(|selector| selector.get(labels::FLEET)).filter(|key| **key != canary.name_any())
     {
-        problems.push(refuse(format!(
-            "its selector says {}: {key}, so Canary {key} has it; name another Service in spec.service",
-            labels::FLEET
-        )));
+        problems.push(refuse(format!("its selector says {}: {key}, so Canary {key} has it; {ANOTHER}", labels::FLEET)));
     }
     let Some(pod_template) = pod_template else { return problems };
     let wanted: Vec<_> =
@@ -146,7 +160,7 @@ pub fn refusals(apex: &Service, canary: &Canary, pod_template: Option<&Value>) -
         .find(|(key, value)| pod_labels.get(key.as_str()).and_then(|label| label.as_str()) != Some(value.as_str()))
     {
         problems.push(refuse(format!(
-            "it selects Pods with {key}: {value}, which Deployment {} does not make; name the application's own Service in spec.service",
+            "it selects Pods with {key}: {value}, which Deployment {} does not make; {ANOTHER}",
             canary.spec.target_ref.name
         )));
     }
@@ -263,7 +277,9 @@ pub fn bypasses<'a>(
         .map(|service| Problem {
             reason: "OtherServices",
             message: format!(
-                "Service {} selects Pods of the canary too: its clients get the new version by the number of Pods, not by the weight. Name it in spec.service.additional",
+                "Service {} selects Pods of the canary too: its clients get the new version by the number of Pods, not by the weight. \
+                 Narrow its selector, have its clients use the Canary's Service, or delete this Canary and create it with that Service in \
+                 spec.service.additional",
                 service.name_any()
             ),
         })

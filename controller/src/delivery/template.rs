@@ -39,6 +39,10 @@ pub struct Sidecar {
     pub memory_request: String,
     pub cpu_limit: Option<String>,
     pub memory_limit: Option<String>,
+    /// `SLUICE_LOG`, as the controllers and the fleet have it.
+    pub log: String,
+    /// `SLUICE_LOG_FORMAT`.
+    pub log_format: String,
 }
 
 /// A template that cannot be run behind the fleet.
@@ -282,6 +286,8 @@ fn sidecar_container(pod: &Map<String, Value>, left: i64, sidecar: &Sidecar) -> 
             {"name": "SLUICE_TRUST_BUNDLE", "value": format!("{IDENTITY}/ca.crt")},
             {"name": "SLUICE_WORKERS", "value": "1"},
             {"name": "SLUICE_DRAIN_SECONDS", "value": drain.to_string()},
+            {"name": "SLUICE_LOG", "value": sidecar.log},
+            {"name": "SLUICE_LOG_FORMAT", "value": sidecar.log_format},
         ],
         // Not named: names of ports are unique in a Pod, and the user's come first.
         "ports": [{"containerPort": PORTS[0], "protocol": "TCP"}, {"containerPort": HEALTH_PORT, "protocol": "TCP"}],
@@ -392,6 +398,8 @@ mod tests {
             memory_request: "24Mi".into(),
             cpu_limit: None,
             memory_limit: Some("64Mi".into()),
+            log: "info".into(),
+            log_format: "json".into(),
         }
     }
 

@@ -378,11 +378,11 @@ fn members(inputs: &Inputs) -> BTreeMap<String, Member> {
     .collect()
 }
 
-/// Every port that the fleet should have: those of all Services that it serves or is about to.
+/// Every port that the fleet should have, and for which Canary: those of all Services that it serves or is about to.
 #[must_use]
-pub fn wanted_ports(inputs: &Inputs) -> BTreeSet<PortKey> {
+pub fn wanted_ports(inputs: &Inputs) -> BTreeMap<PortKey, CanaryKey> {
     let index = Index::new(inputs);
-    let mut wanted = BTreeSet::new();
+    let mut wanted = BTreeMap::new();
     for (key, canary) in &index.canaries {
         let Some(status) = canary.status.as_ref().filter(|status| status.traffic.is_some() || status.service.is_some())
         else {
@@ -398,12 +398,15 @@ pub fn wanted_ports(inputs: &Inputs) -> BTreeSet<PortKey> {
             if own && !slices::is_companion(service, key) {
                 continue;
             }
-            wanted.extend(service::ports(service, &canary.spec.service).into_iter().map(|port| PortKey {
-                fleet: inputs.settings.fleet.clone(),
-                namespace: key.namespace.clone(),
-                service: service.name_any(),
-                port: port.number,
-            }));
+            for port in service::ports(service, &canary.spec.service) {
+                let port = PortKey {
+                    fleet: inputs.settings.fleet.clone(),
+                    namespace: key.namespace.clone(),
+                    service: service.name_any(),
+                    port: port.number,
+                };
+                wanted.insert(port, key.clone());
+            }
         }
     }
     wanted
@@ -550,8 +553,8 @@ mod tests {
         });
         inputs.services.push(std::sync::Arc::new(serde_json::from_value(further).unwrap()));
         let wanted = wanted_ports(&inputs);
-        assert!(wanted.iter().any(|key| (key.service.as_str(), key.port) == ("web-internal", 8080)));
-        inputs.ports = wanted.into_iter().zip(20_001..).collect();
+        assert!(wanted.keys().any(|key| (key.service.as_str(), key.port) == ("web-internal", 8080)));
+        inputs.ports = wanted.into_keys().zip(20_001..).collect();
         let snapshot = build(&inputs);
         let name = "shop/web-internal:8080";
         let both = [(format!("{name}/aaa"), 70), (format!("{name}/bbb"), 30)];

@@ -58,6 +58,8 @@ struct Shared {
     gather: Gather,
     ports: Mutex<Ports>,
     cuts: Mutex<BTreeMap<CanaryKey, Cut>>,
+    /// Ports of Services for which the fleet has none left.
+    without: Mutex<BTreeMap<CanaryKey, Vec<PortKey>>>,
     snapshot: watch::Sender<Arc<Snapshot>>,
     building: Mutex<()>,
     /// Canaries whose traffic a new snapshot carries otherwise than the one before.
@@ -87,6 +89,7 @@ impl PublisherHandle {
             gather: Arc::new(gather),
             ports: Mutex::default(),
             cuts: Mutex::default(),
+            without: Mutex::default(),
             snapshot: watch::Sender::new(Arc::default()),
             building: Mutex::default(),
             touches,
@@ -110,6 +113,19 @@ impl PublisherHandle {
         };
         lock(&self.0.cuts).entry(key.clone()).or_insert(cut);
         self.rebuild();
+    }
+
+    /// Ports of this Canary's Services for which the fleet has none left.
+    #[must_use]
+    pub fn without_port(&self, key: &CanaryKey) -> Vec<PortKey> {
+        lock(&self.0.without).get(key).cloned().unwrap_or_default()
+    }
+
+    fn set_without_port(&self, without: BTreeMap<CanaryKey, Vec<PortKey>>) {
+        let before = std::mem::replace(&mut *lock(&self.0.without), without.clone());
+        for key in before.keys().chain(without.keys()).filter(|key| before.get(*key) != without.get(*key)) {
+            self.0.touches.touch(key.clone());
+        }
     }
 
     /// The canary side is wanted again, by whoever decides: what the cut was for has passed before a status said it.
@@ -270,13 +286,15 @@ impl Publisher {
             let allocation = map.as_ref().map(Allocation::read).unwrap_or_default();
             if read && again.is_none() && self.leads(&terms) {
                 let now = Timestamp::now();
-                let settled = allocation.settle(&wanted_ports(&self.handle.inputs()), now);
-                for key in &settled.without {
-                    tracing::error!(
-                        "the fleet has no port left for {key}, or its namespace has as many as are left: it cannot be taken over (docs/limits.md, \
-                         the fleet's ports)"
-                    );
+                let wanted = wanted_ports(&self.handle.inputs());
+                let settled = allocation.settle(&wanted.keys().cloned().collect(), now);
+                let mut without: BTreeMap<CanaryKey, Vec<PortKey>> = BTreeMap::new();
+                for port in &settled.without {
+                    if let Some(canary) = wanted.get(port) {
+                        without.entry(canary.clone()).or_default().push(port.clone());
+                    }
                 }
+                self.handle.set_without_port(without);
                 if settled.allocation != allocation {
                     match within(ports::write(&self.client, namespace, map.as_ref(), &settled.allocation)).await {
                         Ok(written) => map = Some(written),
@@ -646,6 +664,26 @@ mod tests {
         handle.rebuild();
         assert!(!touches.is_empty());
         assert_eq!(touches.take().await, BTreeSet::from([CanaryKey::new("shop", "web")]));
+    }
+
+    #[tokio::test]
+    async fn who_gets_no_port_is_told_once_and_again_when_there_is_one() {
+        let mut shop = Shop::new();
+        shop.traffic("aaa", None, 0);
+        let (_, handle, touches) = published(shop);
+        touches.take().await;
+        let web = CanaryKey::new("shop", "web");
+        let port =
+            PortKey { fleet: "sluice".to_owned(), namespace: "shop".to_owned(), service: "web".to_owned(), port: 80 };
+        let without = BTreeMap::from([(web.clone(), vec![port.clone()])]);
+        handle.set_without_port(without.clone());
+        assert_eq!(handle.without_port(&web), [port]);
+        assert_eq!(touches.take().await, BTreeSet::from([web.clone()]));
+        handle.set_without_port(without);
+        assert!(touches.is_empty());
+        handle.set_without_port(BTreeMap::new());
+        assert_eq!(handle.without_port(&web), []);
+        assert_eq!(touches.take().await, BTreeSet::from([web]));
     }
 
     #[tokio::test]

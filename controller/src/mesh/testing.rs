@@ -136,7 +136,7 @@ impl Shop {
             vec![service("web", json!({})), service("web-primary", ours.clone()), service("web-canary", ours)];
         inputs.pods = self.pods.iter().map(read).collect();
         inputs.originals.insert(self.key(), self.originals.iter().map(read).collect());
-        let settled = Allocation::default().settle(&wanted_ports(&inputs), Timestamp::UNIX_EPOCH);
+        let settled = Allocation::default().settle(&wanted_ports(&inputs).into_keys().collect(), Timestamp::UNIX_EPOCH);
         inputs.ports = settled.allocation.ports();
         inputs
     }

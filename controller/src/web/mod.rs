@@ -54,7 +54,7 @@ struct PhaseOf {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct StalledOf {
+struct ReasonOf {
     canary_namespace: String,
     canary_name: String,
     reason: String,
@@ -112,7 +112,8 @@ struct Inner {
     registry: Registry,
     canaries: Mutex<BTreeMap<CanaryKey, CanaryStatus>>,
     phase: Family<PhaseOf, Gauge>,
-    stalled: Family<StalledOf, Gauge>,
+    stalled: Family<ReasonOf, Gauge>,
+    waiting: Family<ReasonOf, Gauge>,
     requested: Family<Of, Gauge>,
     effective: Family<Of, Gauge>,
     failed: Family<Of, Gauge>,
@@ -142,6 +143,7 @@ impl Metrics {
             canaries: Mutex::default(),
             phase: Family::default(),
             stalled: Family::default(),
+            waiting: Family::default(),
             requested: Family::default(),
             effective: Family::default(),
             failed: Family::default(),
@@ -167,8 +169,13 @@ impl Metrics {
             inner.stalled.clone(),
         );
         registry.register(
+            "canary_waiting",
+            "1 while the Canary waits for something, by the reason in status.waiting",
+            inner.waiting.clone(),
+        );
+        registry.register(
             "canary_requested_weight",
-            "Percent of requests that the canary should have",
+            "Percent of requests that the canary should have; absent before the Service is taken over",
             inner.requested.clone(),
         );
         registry.register(
@@ -242,6 +249,7 @@ impl Metrics {
         let canaries = inner.canaries.lock().unwrap_or_else(PoisonError::into_inner);
         inner.phase.clear();
         inner.stalled.clear();
+        inner.waiting.clear();
         inner.requested.clear();
         inner.effective.clear();
         inner.failed.clear();
@@ -276,12 +284,20 @@ impl Inner {
             .conditions
             .iter()
             .find(|condition| condition.kind == STALLED && condition.status == ConditionStatus::True);
+        let because = |reason: &str| ReasonOf {
+            canary_namespace: namespace.clone(),
+            canary_name: name.clone(),
+            reason: reason.to_owned(),
+        };
         if let Some(stalled) = stalled {
-            let (canary_namespace, canary_name) = (namespace.clone(), name.clone());
-            let reason = stalled.reason.clone();
-            self.stalled.get_or_create(&StalledOf { canary_namespace, canary_name, reason }).set(1);
+            self.stalled.get_or_create(&because(&stalled.reason)).set(1);
         }
-        self.requested.get_or_create(&of).set(status.requested_weight.into());
+        if let Some(waiting) = &status.waiting {
+            self.waiting.get_or_create(&because(&waiting.reason)).set(1);
+        }
+        if status.traffic.is_some() {
+            self.requested.get_or_create(&of).set(status.requested_weight.into());
+        }
         if let Some(weight) = status.effective_weight {
             self.effective.get_or_create(&of).set(weight.into());
         }
@@ -447,6 +463,14 @@ mod tests {
             let line = "sluice_canary_stalled{canary_namespace=\"shop\",canary_name=\"cart\",reason=\"RolledBack\"} 1";
             assert_eq!(metrics.render().contains(line), seen);
         }
+        let waiting = sluice_crds::Waiting { reason: "Paused".to_owned(), message: String::new(), until: None };
+        metrics.set(&key, &CanaryStatus { waiting: Some(waiting), traffic: None, ..status.clone() });
+        let text = metrics.render();
+        let line = "sluice_canary_waiting{canary_namespace=\"shop\",canary_name=\"cart\",reason=\"Paused\"} 1";
+        assert!(text.contains(line), "{text}");
+        assert!(!text.contains("requested_weight{"), "nobody is asked for a weight before the takeover");
+        metrics.set(&key, &status);
+        assert!(!metrics.render().contains("canary_waiting{"));
         term.send_replace(None);
         assert!(!metrics.render().contains("cart"), "another replica speaks for it now");
         term.send_replace(Some(4));

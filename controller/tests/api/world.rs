@@ -501,6 +501,8 @@ pub fn sidecar() -> Sidecar {
         memory_request: "24Mi".into(),
         cpu_limit: None,
         memory_limit: None,
+        log: "info".into(),
+        log_format: "json".into(),
     }
 }
 

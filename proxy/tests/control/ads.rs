@@ -84,6 +84,7 @@ impl Bench {
         let certificate = Certificate {
             client: ClientCertificate { chain, key },
             roots: vec![CertificateDer::from_pem_slice(ca.pem.as_bytes()).unwrap()],
+            received: SystemTime::now(),
             not_after: SystemTime::now() + Duration::from_secs(3600),
         };
         let certificate = watch::Sender::new(Some(Arc::new(certificate)));

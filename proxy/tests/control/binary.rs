@@ -287,9 +287,12 @@ async fn a_request_goes_through_fleet_and_sidecar_to_the_application_until_both_
     assert_eq!(get(SocketAddr::from(([127, 0, 0, 1], inbound_port)), "/cart", Version::HTTP_11).await, None);
 
     let metrics = fleet.wait_for("/metrics", StatusCode::OK).await;
-    for series in
-        ["sluice_xds_connected 1\n", "sluice_certificate_expires_timestamp_seconds ", "sluice_requests_total{"]
-    {
+    for series in [
+        "sluice_xds_connected 1\n",
+        "sluice_certificate_expires_timestamp_seconds ",
+        "sluice_certificate_lifetime_seconds ",
+        "sluice_requests_total{",
+    ] {
         assert!(metrics.contains(series), "{series} is not in {metrics}");
     }
     let (_, dump) = get(fleet.admin, "/config_dump", Version::HTTP_11).await.unwrap();

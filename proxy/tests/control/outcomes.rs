@@ -60,6 +60,7 @@ impl Bench {
         let certificate = Certificate {
             client: ClientCertificate { chain, key },
             roots: Vec::new(),
+            received: now,
             not_after: now + Duration::from_secs(3600),
         };
         let certificate = watch::Sender::new(Some(Arc::new(certificate)));

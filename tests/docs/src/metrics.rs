@@ -82,7 +82,7 @@ fn proxy() -> String {
     let mut text = metrics.render();
     Overload::default().render(&mut text);
     ads::State::default().render(&mut text);
-    text.push_str(&admin::certificate_series(UNIX_EPOCH));
+    text.push_str(&admin::certificate_series(UNIX_EPOCH, UNIX_EPOCH));
     text
 }
 

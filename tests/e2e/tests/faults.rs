@@ -619,7 +619,7 @@ async fn what_hands_change_of_ours_is_repaired() {
         kubectl(vec!["rollout".into(), "restart".into(), format!("deployment/{revision}")]).await.unwrap_err();
     assert!(format!("{refused:#}").contains("change the Deployment that its Canary names"), "{refused:#}");
 
-    // Labels of ours on a revision's Deployment, and its owners.
+    // The owners of a revision's Deployment.
     let patch = r#"{"metadata":{"ownerReferences":null}}"#;
     kubectl(vec![
         "patch".into(),
@@ -631,6 +631,10 @@ async fn what_hands_change_of_ours_is_repaired() {
     ])
     .await
     .unwrap();
+    eventually("the revision's owners", MINUTE, || async {
+        (!stage.api::<Deployment>().get(&revision).await.unwrap().owner_references().is_empty()).then_some(())
+    })
+    .await;
 
     // The slice of the fleet: new connections are refused until it is there again.
     let slices: Api<EndpointSlice> = Api::namespaced(stage.app.cluster.client.clone(), &namespace);

@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 use sluice_crds::{Canary, CanaryStatus, Phase, Stage, labels};
 use sluice_e2e::{
     adopted::{
-        Adopted, MINUTE, Use, adopted, cluster, ended, expect, of_ours, quick, quiet, slow, under_load_in, uninstalled,
-        unique,
+        Adopted, MINUTE, Use, adopted, cluster, ended, eventually, expect, of_ours, quick, quiet, slow, under_load_in,
+        uninstalled, unique,
     },
     cluster::{Cluster, SYSTEM},
     installation::{self, CONTROLLERS_AWAY},
@@ -121,18 +121,19 @@ async fn helm_uninstall_hands_every_canary_back_and_a_later_installation_takes_i
     let Some(mut stage) = adopted("uninstall", Use::Alone, &[], slow(10)).await else { return };
     let cluster = stage.app.cluster.clone();
     let _expected = expect(&[SYSTEM]);
-    let uninstall = ["uninstall", "sluice", "-n", SYSTEM, "--wait", "--timeout", "280s"];
+    let uninstall = |timeout| ["uninstall", "sluice", "-n", SYSTEM, "--wait", "--timeout", timeout];
 
     // The Deployment asks for a version that is not promoted yet: everybody would get it.
     let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
     stage.wait("weight 20", applied, |status| status.effective_weight == Some(20)).await;
-    cluster.helm(&uninstall).await.unwrap_err();
+    // Helm 4 waits for it, however early the hook says no.
+    cluster.helm(&uninstall("60s")).await.unwrap_err();
     let said = cluster.kubectl(&["logs", "-n", SYSTEM, "job/sluice-uninstall"], None).await.unwrap();
     assert!(said.contains("/hello ask for a version that was not promoted"), "{said}");
     stage.wait("phase Succeeded", applied, |status| status.phase == Phase::Succeeded).await;
 
     let at = unix_ms();
-    cluster.helm(&uninstall).await.unwrap();
+    cluster.helm(&uninstall("280s")).await.unwrap();
     println!("uninstalled within {} ms", unix_ms() - at);
     stage.nothing_failed().await;
     for kinds in ["mutatingwebhookconfigurations", "validatingadmissionpolicies", "clusterroles"] {
@@ -238,8 +239,7 @@ async fn an_installation_for_one_namespace_with_a_daemon_set_and_a_root_of_ones_
     // Proxies and controllers start at once, and some are there before those that they need.
     let starting = expect(&[&namespace]);
     // The CRDs are the first installation's, which left them.
-    let values =
-        ["namespaced=true", "fleet.kind=DaemonSet", "protection=none", "ca.source=secret", "crds.install=false"];
+    let values = ["namespaced=true", "fleet.kind=DaemonSet", "ca.source=secret", "crds.install=false"];
     cluster.install_in(&namespace, "charts/sluice", &cluster.tag, &values).await.unwrap();
     drop(starting);
 
@@ -253,6 +253,22 @@ async fn an_installation_for_one_namespace_with_a_daemon_set_and_a_root_of_ones_
     stage.taken_over().await;
     let bundle = stage.api::<ConfigMap>().get(labels::TRUST_BUNDLE).await.unwrap().data.unwrap_or_default();
     assert_eq!(bundle["ca.crt"].trim(), root.trim(), "another root than ours is trusted");
+
+    let protection = || async {
+        let kinds = "mutatingwebhookconfigurations,validatingadmissionpolicies,validatingadmissionpolicybindings";
+        let found = cluster.kubectl(&["get", kinds, "-o", "name"], None).await.unwrap();
+        found.lines().filter(|name| name.ends_with(&format!(".{namespace}.sluice.dev"))).count()
+    };
+    assert_ne!(protection().await, 0, "nothing protects what is added");
+    let scale = ["-n", &namespace, "scale", "deployment/hello", "--replicas=3"];
+    let refused = cluster.kubectl(&scale, None).await.unwrap_err().to_string();
+    assert!(refused.contains("scale canary"), "{refused}");
+    {
+        let _restarts = expect(&[&namespace]);
+        let values = [&values[..], &["protection=none"]].concat();
+        cluster.install_in(&namespace, "charts/sluice", &cluster.tag, &values).await.unwrap();
+        eventually("the protection to go", MINUTE, || async { (protection().await == 0).then_some(()) }).await;
+    }
     let git = StrictGit::start(&cluster, &namespace);
     let committed = git.commit("v2", "0");
     stage.app.ends(committed, Phase::Succeeded, 2 * MINUTE).await.unwrap();

@@ -271,14 +271,28 @@ async fn a_canary_deleted_in_mid_release_hands_the_traffic_back_to_the_deploymen
 async fn grpc_calls_a_stream_and_websockets_go_through_a_release() {
     let arguments = ["--grpc-rate", "20", "--ws-rate", "10"];
     let Some(stage) = adopted("protocols", Use::Shared, &arguments, quick()).await else { return };
+    goes_through_a_release(stage, &["grpc", "stream", "ws"]).await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_service_that_says_grpc_is_spoken_to_in_http_2_whatever_its_clients_speak() {
+    let mut spec = quick();
+    spec["service"] = json!({"appProtocol": "grpc"});
+    let Some(stage) = adopted("grpc", Use::Shared, &["--grpc-rate", "20"], spec).await else { return };
+    goes_through_a_release(stage, &["grpc", "stream", "new"]).await;
+}
+
+/// Requests of each kind meet the new version, and none fails but for what was open in the takeover.
+async fn goes_through_a_release(stage: Adopted, kinds: &[&str]) {
     let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
     stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
     stage.load.catch_up().await.unwrap();
-    for kind in ["grpc", "stream", "ws"] {
+    for kind in kinds {
         // A stream or socket that is open lives on with its revision; the next one is on the new revision.
         eventually(&format!("a {kind} answer of v2"), MINUTE, || async {
             let buckets = stage.load.since(applied);
-            buckets.iter().any(|bucket| bucket.kind == kind && bucket.version == "v2").then_some(())
+            buckets.iter().any(|bucket| bucket.kind == *kind && bucket.version == "v2").then_some(())
         })
         .await;
     }
