@@ -240,6 +240,22 @@ impl UpstreamBody {
         }
     }
 
+    /// Whether its request is still being sent.
+    fn is_request_under_way(&self) -> bool {
+        match self {
+            Self::Http1(body) => body.is_request_under_way(),
+            Self::Http2(body) => body.is_request_under_way(),
+        }
+    }
+
+    /// Waits until no more of its request is to be sent. The answer has been read to its end.
+    fn poll_request_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match self {
+            Self::Http1(body) => body.poll_request_over(cx),
+            Self::Http2(body) => body.poll_request_over(cx),
+        }
+    }
+
     /// The connection, where it was switched to another protocol.
     pub(super) fn into_stream(self) -> Option<Stream> {
         match self {
@@ -468,7 +484,8 @@ impl Body for RequestBody {
 }
 
 /// A response's body on its way to the client. With its end the request is counted and the upstream's connection is
-/// free again; dropped before, both sides are released and the request counts as given up by the client.
+/// free again, unless it came before that of the request (see [`ResponseBody::poll_request_over`]); dropped before, both sides are
+/// released and the request counts as given up by the client.
 pub(super) struct ResponseBody {
     content: Content,
     tally: Tally,
@@ -480,6 +497,11 @@ enum Content {
         body: UpstreamBody,
         lease: Lease,
         limit: Option<Limit>,
+    },
+    /// It has ended before its request, of which the rest is sent on.
+    Early {
+        body: UpstreamBody,
+        _lease: Lease,
     },
     /// What a connection is from now on whose both sides have switched.
     Tunnel(Box<(Stream, Lease)>),
@@ -512,7 +534,7 @@ impl ResponseBody {
     pub(super) fn into_tunnel(self) -> Option<(Stream, Lease)> {
         match self.content {
             Content::Tunnel(tunnel) => Some(*tunnel),
-            Content::Local(_) | Content::Upstream { .. } | Content::Ended => None,
+            Content::Local(_) | Content::Upstream { .. } | Content::Early { .. } | Content::Ended => None,
         }
     }
 
@@ -545,9 +567,26 @@ impl ResponseBody {
     fn end(&mut self) {
         let now = self.tally.last_byte();
         if let Content::Upstream { body, lease, .. } = std::mem::replace(&mut self.content, Content::Ended) {
-            lease.release(body, now);
+            if body.is_request_under_way() {
+                self.content = Content::Early { body, _lease: lease };
+            } else {
+                lease.release(body, now);
+            }
         }
         self.tally.finish(now);
+    }
+
+    /// Waits, behind the end of the answer, for that of its request: some servers read on when they have answered. As long as it is
+    /// sent the request is one that is open, under the limit for streams on which nothing moves. Where the upstream reads no further, or
+    /// the limit is over, nothing more of it is sent, and what came of it has no end.
+    pub(super) fn poll_request_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Content::Early { body, .. } = &mut self.content else { return Poll::Ready(()) };
+        if body.poll_request_over(cx).is_pending() && !self.is_idle() {
+            return Poll::Pending;
+        }
+        self.content = Content::Ended;
+        self.tally.request_over();
+        Poll::Ready(())
     }
 }
 
@@ -574,7 +613,7 @@ impl Body for ResponseBody {
                 this.content = Content::Ended;
                 return Poll::Ready(Some(Ok(Frame::data(content))));
             }
-            Content::Tunnel(_) | Content::Ended => return Poll::Ready(None),
+            Content::Early { .. } | Content::Tunnel(_) | Content::Ended => return Poll::Ready(None),
         };
         this.tally.progress().asked_upstream(&frame);
         if late {
@@ -613,14 +652,14 @@ impl Body for ResponseBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        matches!(self.content, Content::Ended | Content::Tunnel(_))
+        matches!(self.content, Content::Ended | Content::Early { .. } | Content::Tunnel(_))
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.content {
             Content::Local(content) => SizeHint::with_exact(u64::try_from(content.len()).unwrap_or(u64::MAX)),
             Content::Upstream { body, .. } => body.size_hint(),
-            Content::Tunnel(_) | Content::Ended => SizeHint::with_exact(0),
+            Content::Early { .. } | Content::Tunnel(_) | Content::Ended => SizeHint::with_exact(0),
         }
     }
 }

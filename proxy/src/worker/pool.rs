@@ -351,7 +351,7 @@ impl Lease {
                     self.outstanding.0.keep(connection, now);
                 }
             }
-            UpstreamBody::Http2(body) => body.release(),
+            UpstreamBody::Http2(_) => {} // Of the connection it has a stream only.
         }
     }
 }

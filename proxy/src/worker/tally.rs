@@ -208,6 +208,11 @@ impl Tally {
         self.tell(now);
     }
 
+    /// The request has ended after its answer. What is counted of it is without that.
+    pub(super) fn request_over(&mut self) {
+        self.ended = Some(Instant::now());
+    }
+
     /// This proxy answers, or breaks off, by itself.
     pub(super) fn fail(&mut self, failure: &Failure, now: Instant) {
         let (status, flag, code) = failure.answer();

@@ -6,6 +6,7 @@ mod collector;
 mod configuration;
 mod downstream_http1;
 mod drain;
+mod early;
 mod fault;
 mod floods;
 mod frames;

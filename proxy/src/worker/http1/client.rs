@@ -3,7 +3,7 @@
 
 use std::{
     cell::RefCell,
-    future::poll_fn,
+    future::{Future, poll_fn},
     io,
     pin::Pin,
     rc::Rc,
@@ -179,7 +179,7 @@ impl Connection {
     }
 
     /// The answer came before the end of the request, which is sent on by a task of its own: an upstream may read on
-    /// while nobody reads its answer. The task ends with the client's body at the latest.
+    /// while nobody reads its answer. The task ends with the answer's body at the latest.
     fn send_rest(&self, mut sending: Sending) -> AbortOnDropHandle<()> {
         self.0.borrow_mut().request = Sent::Partly;
         let io = Rc::clone(&self.0);
@@ -200,7 +200,8 @@ impl Connection {
     }
 }
 
-/// The body of an answer, which holds the connection. Dropped before its end, the connection is closed.
+/// The body of an answer, which holds the connection. Dropped, the connection is closed, whatever is left of the answer or of its
+/// request.
 pub(in super::super) struct AnswerBody {
     connection: Connection,
     decoder: Decoder,
@@ -221,15 +222,26 @@ impl AnswerBody {
         self.connection.0.borrow().request == Sent::Whole
     }
 
-    /// The connection for another request, if there may be one. If the request is still being sent, that goes on, and
-    /// the connection is closed behind it.
-    pub(in super::super) fn release(self) -> Option<Connection> {
-        if let Some(rest) = self.rest
-            && !rest.is_finished()
-        {
-            rest.detach();
-            return None;
+    /// Whether the request is still being sent.
+    pub(in super::super) fn is_request_under_way(&self) -> bool {
+        self.rest.as_ref().is_some_and(|rest| !rest.is_finished())
+    }
+
+    /// Waits until no more of the request is to be sent, behind the end of the answer: what the upstream does now is that it reads on,
+    /// or that it goes.
+    pub(in super::super) fn poll_request_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.rest.as_mut().is_none_or(|rest| Pin::new(rest).poll(cx).is_ready()) {
+            return Poll::Ready(());
         }
+        let io = &mut *self.connection.0.borrow_mut();
+        while let Ok(1..) = ready!(io.input.poll_read(cx, &mut io.stream)) {
+            io.input.bytes.clear(); // Nobody has asked for it.
+        }
+        Poll::Ready(())
+    }
+
+    /// The connection for another request, if there may be one.
+    pub(in super::super) fn release(self) -> Option<Connection> {
         let usable = {
             let mut io = self.connection.0.borrow_mut();
             io.input.rest();

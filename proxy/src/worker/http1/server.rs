@@ -166,7 +166,7 @@ impl Connection {
         .await
     }
 
-    /// Sends an answer to its end.
+    /// Sends an answer to its end, and waits for that of its request where it comes later.
     pub(in super::super) async fn send(&mut self, response: Response<ResponseBody>) -> Sent {
         let (mut parts, mut body) = response.into_parts();
         let switches = parts.status == StatusCode::SWITCHING_PROTOCOLS;
@@ -227,7 +227,10 @@ impl Connection {
         });
         match sent.await {
             Some(true) if switches => Sent::Switched(Box::new(message.body)),
-            Some(true) => Sent::Whole,
+            Some(true) => {
+                poll_fn(|cx| message.body.poll_request_over(cx)).await;
+                Sent::Whole
+            }
             Some(false) => {
                 self.break_off(&message.encoder);
                 Sent::Broken
@@ -255,10 +258,16 @@ impl Connection {
     /// Ends the connection in order. Closing it with unread bytes would reset it, and the reset may overtake the answer
     /// (RFC 9112, 9.6): what the client still sends is read for a while then, and thrown away.
     pub(in super::super) async fn close(self) {
+        let lingers = {
+            let io = &mut *self.io.borrow_mut();
+            // A body of which a part was thrown away must not come to its end.
+            let broken = io.broken.replace(Broken::Gone);
+            broken.is_some() || !io.body.is_ended() || !io.input.is_empty()
+        };
         let shut_down = poll_fn(|cx| {
             let io = &mut *self.io.borrow_mut();
             ready!(Pin::new(&mut io.stream).poll_shutdown(cx))?;
-            if io.body.is_ended() && io.input.is_empty() && io.broken.is_none() {
+            if !lingers {
                 return Poll::Ready(Ok(()));
             }
             loop {
@@ -410,5 +419,34 @@ impl Drop for RequestBody {
             io.held = false;
             io.tell();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use http_body_util::BodyExt;
+    use tokio::{
+        io::AsyncWriteExt,
+        net::{TcpListener, TcpStream},
+    };
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_of_which_the_end_of_its_connection_threw_a_part_away_has_no_end() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        let mut connection = Connection::new(Stream::plain(stream), Rc::default());
+        let begin = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n3\r\none\r\n";
+        client.write_all(begin).await.unwrap();
+        let request = connection.request(|_, _| Poll::Pending).await.unwrap().unwrap();
+        let mut body = request.into_body();
+        assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "one");
+        client.write_all(b"3\r\ntwo\r\n").await.unwrap();
+        connection.close().await;
+        client.write_all(b"0\r\n\r\n").await.unwrap();
+        assert!(body.frame().await.unwrap().is_err());
     }
 }

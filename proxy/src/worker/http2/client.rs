@@ -119,7 +119,7 @@ impl Connection {
 }
 
 /// The answer came before the end of the request, which is sent on by a task of its own: an upstream may read on while nobody
-/// reads its answer.
+/// reads its answer. The task ends with the answer's body at the latest.
 fn send_rest(mut outgoing: Outgoing<RequestBody>) -> AbortOnDropHandle<()> {
     AbortOnDropHandle::new(tokio::task::spawn_local(async move {
         if let Err(Unsent::Body(_)) = poll_fn(|cx| outgoing.poll(cx)).await {
@@ -128,7 +128,7 @@ fn send_rest(mut outgoing: Outgoing<RequestBody>) -> AbortOnDropHandle<()> {
     }))
 }
 
-/// The body of an answer. Dropped before its end, the stream is reset, whatever is left of the request.
+/// The body of an answer. Dropped before its end, or that of its request, the stream is reset.
 pub(in super::super) struct AnswerBody {
     incoming: Incoming,
     /// Sends what is left of the request.
@@ -136,11 +136,14 @@ pub(in super::super) struct AnswerBody {
 }
 
 impl AnswerBody {
-    /// It was read to its end. If the request is still being sent, that goes on.
-    pub(in super::super) fn release(self) {
-        if let Some(rest) = self.rest {
-            rest.detach();
-        }
+    /// Whether the request is still being sent.
+    pub(in super::super) fn is_request_under_way(&self) -> bool {
+        self.rest.as_ref().is_some_and(|rest| !rest.is_finished())
+    }
+
+    /// Waits until no more of the request is to be sent. h2 says when the upstream takes no more of it.
+    pub(in super::super) fn poll_request_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.rest.as_mut().map_or(Poll::Ready(()), |rest| Pin::new(rest).poll(cx).map(drop))
     }
 }
 

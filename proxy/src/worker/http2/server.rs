@@ -143,19 +143,20 @@ impl Exchange {
                 return respond.send_reset(Reason::INTERNAL_ERROR);
             }
         };
-        if ended {
-            return;
+        if !ended {
+            let mut sending = Outgoing::new(stream, body);
+            let sent = poll_fn(|cx| match sending.poll(cx) {
+                // It waits for room that the client does not give.
+                Poll::Pending if progress.is_idle() => Poll::Ready(false),
+                Poll::Pending => Poll::Pending,
+                Poll::Ready(sent) => Poll::Ready(sent.is_ok()),
+            });
+            if !sent.await {
+                // Not the code of whoever broke it off: most clients take some of them for an end in order.
+                return sending.break_off(Reason::INTERNAL_ERROR);
+            }
+            body = sending.body;
         }
-        let mut sending = Outgoing::new(stream, body);
-        let sent = poll_fn(|cx| match sending.poll(cx) {
-            // It waits for room that the client does not give.
-            Poll::Pending if progress.is_idle() => Poll::Ready(false),
-            Poll::Pending => Poll::Pending,
-            Poll::Ready(sent) => Poll::Ready(sent.is_ok()),
-        });
-        if !sent.await {
-            // Not the code of whoever broke it off: most clients take some of them for an end in order.
-            sending.break_off(Reason::INTERNAL_ERROR);
-        }
+        poll_fn(|cx| body.poll_request_over(cx)).await;
     }
 }
