@@ -28,7 +28,7 @@ use crate::{failure::Failure, metrics::GrpcStatus};
 
 /// How much of a request's body is kept to send it again, in bytes.
 pub(super) const MAX_REPLAY: usize = 64 * 1024;
-/// How much of a body that nobody wants is read, in bytes, and for how long.
+/// How much of a body that nobody wants is read, in bytes, and of an answer for how long.
 const MAX_DISCARD: usize = 256 * 1024;
 const MAX_DISCARD_TIME: Duration = Duration::from_secs(1);
 
@@ -189,17 +189,17 @@ pub(super) enum RequestBody {
 }
 
 impl RequestBody {
-    /// Reads what is left and throws it away, up to a bound. Closing a connection with unread bytes resets it, and the
-    /// reset may overtake the answer (RFC 9112, 9.6).
-    pub(super) async fn discard(&mut self) {
-        discard(self).await;
+    /// Throws away what has come of it, up to a bound, and waits for no more.
+    pub(super) fn discard_arrived(&mut self) {
+        let _ = discard(self).now_or_never();
     }
 }
 
 /// Reads an answer that is for nobody, so that its connection can be used again.
 pub(super) async fn read_out(mut body: UpstreamBody, lease: Lease) {
+    let read = timeout(MAX_DISCARD_TIME, discard(&mut body)).await.unwrap_or(false);
     // What is left of the request is being sent elsewhere.
-    if discard(&mut body).await && body.is_request_sent() {
+    if read && body.is_request_sent() {
         lease.release(body, Instant::now());
     }
 }
@@ -291,20 +291,17 @@ impl Body for UpstreamBody {
     }
 }
 
-/// Returns whether the end was reached.
+/// Reads up to a bound. Returns whether the end was reached.
 async fn discard<B: Body<Data = Bytes> + Unpin>(body: &mut B) -> bool {
-    let read = async {
-        let mut left = MAX_DISCARD;
-        while left > 0 {
-            match body.frame().await {
-                Some(Ok(frame)) => left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len)),
-                Some(Err(_)) => return false,
-                None => return true,
-            }
+    let mut left = MAX_DISCARD;
+    while left > 0 {
+        match body.frame().await {
+            Some(Ok(frame)) => left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len)),
+            Some(Err(_)) => return false,
+            None => return true,
         }
-        false
-    };
-    timeout(MAX_DISCARD_TIME, read).await.unwrap_or(false)
+    }
+    false
 }
 
 /// The body of a request that may have to be sent again: what was sent is kept, until an answer arrives or it is more

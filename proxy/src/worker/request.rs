@@ -58,7 +58,9 @@ pub(super) async fn serve(
         && version != Version::HTTP_2
         && reads_on
     {
-        unread.discard().await;
+        // A connection of whose request all has come can be kept. The others end, and take what still comes meanwhile (`http1::server`):
+        // the answer waits for nobody's content.
+        unread.discard_arrived();
     }
     let mut ends = false;
     let mut response = match answer {

@@ -1,12 +1,20 @@
 //! What a client may say in HTTP/1.1, byte for byte, what it may not, and what it gets.
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::atomic::Ordering::SeqCst, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::atomic::Ordering::SeqCst,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
-use http::Response;
+use http::{Response, StatusCode};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
-use sluice_proxy::workers::{Options, Role};
+use sluice_proxy::{
+    snapshot::{Action, Protocol},
+    workers::{Options, Role},
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -146,6 +154,33 @@ async fn a_body_that_breaks_the_rules_is_refused_and_never_ends_well_upstream() 
         assert_eq!(proxy.metric(MALFORMED), u64::try_from(index).unwrap() + 1, "{what:?}");
     }
     assert_eq!((proxy.refused("chunk"), proxy.refused("trailers")), (7, 2));
+}
+
+#[tokio::test]
+async fn a_refusal_waits_for_no_more_of_its_request_and_keeps_the_connection_where_all_of_it_has_come() {
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(Protocol::http(Action::Respond(StatusCode::SERVICE_UNAVAILABLE))).await;
+    let begin = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n4\r\nbody\r\n";
+    let mut kept = connect(proxy.address).await;
+    for _ in 0..3 {
+        kept.write_all(&[&begin[..], b"0\r\n\r\n"].concat()).await.unwrap();
+        let (head, _) = answer(&mut kept).await;
+        assert!(head.starts_with("HTTP/1.1 503 ") && !head.contains("connection: close"), "{head}");
+    }
+    // Each that waited would take a second; one that does not may do so on a machine that is busy.
+    let mut took = Vec::new();
+    while took.iter().all(|took| *took >= Duration::from_millis(900)) {
+        assert!(took.len() < 5, "{took:?}");
+        let mut stream = connect(proxy.address).await;
+        let begun = Instant::now();
+        stream.write_all(begin).await.unwrap();
+        let (head, _) = answer(&mut stream).await;
+        took.push(begun.elapsed());
+        assert!(head.starts_with("HTTP/1.1 503 ") && head.contains("connection: close"), "{head}");
+        // What comes now is thrown away, and resets nothing.
+        stream.write_all(b"4\r\nmore\r\n0\r\n\r\nGET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        assert_eq!(soon("the close", stream.read(&mut [0])).await.unwrap(), 0);
+    }
 }
 
 #[tokio::test]
@@ -388,7 +423,7 @@ async fn an_idle_connection_is_closed_in_its_time_and_a_half_sent_head_in_its() 
         let proxy = proxy_to(&app, quick(idle, header)).await;
         let mut stream = connect(proxy.address).await;
         // Before the proxy's clock begins, which is before the client has its answer.
-        let started = std::time::Instant::now();
+        let started = Instant::now();
         stream.write_all(next).await.unwrap();
         answer(&mut stream).await;
         stream.write_all(sent.as_bytes()).await.unwrap();
