@@ -539,9 +539,20 @@ impl ResponseBody {
         self.tally.connection()
     }
 
-    /// Whether nothing has passed for so long that the answer is to be broken off.
-    pub(super) fn is_idle(&self) -> bool {
-        self.tally.progress().is_idle()
+    /// Whether the answer is to be broken off though its client takes nothing of it at present: nothing has passed for too long, or its time
+    /// is over.
+    pub(super) fn is_over_time(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.tally.progress().is_idle() {
+            return true;
+        }
+        // While its upstream is waited for, `poll_frame` looks at it.
+        let Content::Upstream { limit: Some(limit), .. } = &mut self.content else { return false };
+        if self.tally.progress().awaits_upstream() || limit.as_mut().poll(cx).is_pending() {
+            return false;
+        }
+        self.content = Content::Ended;
+        self.tally.not_read_in_time();
+        true
     }
 
     /// The last moment that is known of the request.
@@ -578,7 +589,7 @@ impl ResponseBody {
     /// the limit is over, nothing more of it is sent, and what came of it has no end.
     pub(super) fn poll_request_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let Content::Early { body, .. } = &mut self.content else { return Poll::Ready(()) };
-        if body.poll_request_over(cx).is_pending() && !self.is_idle() {
+        if body.poll_request_over(cx).is_pending() && !self.tally.progress().is_idle() {
             return Poll::Pending;
         }
         self.content = Content::Ended;

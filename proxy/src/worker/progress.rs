@@ -143,6 +143,11 @@ impl Progress {
         }
     }
 
+    /// Whether there was nothing of its answer when the upstream was last asked.
+    pub(super) fn awaits_upstream(&self) -> bool {
+        self.awaits_upstream.get()
+    }
+
     /// An answer begins, the upstream's or one of ours.
     pub(super) fn answer(&self) {
         self.answered.set(true);

@@ -249,13 +249,21 @@ impl Tally {
         let now = Instant::now();
         match by {
             Idle::Upstream if !self.finished => self.fail(&Failure::UpstreamIdle, now),
-            Idle::Upstream | Idle::Client => {
-                self.connection.slot.metrics.local_error(Flag::StreamIdleTimeout);
-                self.connection.slot.metrics.refused(Refused::AnswerTimeout);
-                self.flag = Some(Flag::StreamIdleTimeout);
-                self.finish_uncounted(now);
-            }
+            Idle::Upstream | Idle::Client => self.given_up(Flag::StreamIdleTimeout, now),
         }
+    }
+
+    /// Its time is over, and it is the client that does not read the answer.
+    pub(super) fn not_read_in_time(&mut self) {
+        self.given_up(Flag::UpstreamRequestTimeout, Instant::now());
+    }
+
+    /// The answer, or what is left of the request behind it, is broken off because of the client.
+    fn given_up(&mut self, flag: Flag, now: Instant) {
+        self.connection.slot.metrics.local_error(flag);
+        self.connection.slot.metrics.refused(Refused::AnswerTimeout);
+        self.flag = Some(flag);
+        self.finish_uncounted(now);
     }
 
     /// The request became a tunnel: neither its outcome nor its duration says anything about the revision.

@@ -11,7 +11,10 @@ use sluice_proxy::{
     workers::Role,
 };
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 
 use crate::support::*;
 
@@ -22,7 +25,7 @@ fn limited(app: SocketAddr) -> Protocol {
     Protocol::http(Action::Forward { split: split([(cluster("a", &[app]), 100)]), policy: Arc::new(policy) })
 }
 
-/// `/never` is not answered, `/stuck` has an answer without an end, and anything else is echoed.
+/// `/never` is not answered, `/stuck` has an answer without an end, `/endless` one that never stops, and anything else is echoed.
 async fn app() -> App {
     App::start(own_ip(), 8080, |request| async move {
         match request.uri().path() {
@@ -31,6 +34,10 @@ async fn app() -> App {
                 let begin = futures::stream::iter([Ok(Frame::data(Bytes::from_static(b"begin")))]);
                 let stuck = futures::StreamExt::chain(begin, futures::stream::pending());
                 Response::new(StreamBody::new(stuck).boxed())
+            }
+            "/endless" => {
+                let part = || Ok(Frame::data(Bytes::from_static(&[7; 16 * 1024])));
+                Response::new(StreamBody::new(futures::stream::repeat_with(part)).boxed())
             }
             _ => Response::new(full(request.into_body().collect().await.unwrap().to_bytes())),
         }
@@ -76,6 +83,28 @@ async fn an_answer_that_does_not_end_is_broken_off() {
         proxy.metric("sluice_local_errors_total{listener=\"shop/cart:80\",flag=\"UT\"}") == 2
     })
     .await;
+}
+
+#[tokio::test]
+async fn an_answer_that_its_client_does_not_read_is_broken_off_as_well_and_counts_for_no_version() {
+    let app = app().await;
+    let proxy = Proxy::start(Role::Fleet);
+    proxy.serve(limited(app.address)).await;
+    let metric = |name: &str| proxy.metric(&format!("{name}{{listener=\"shop/cart:80\"}}"));
+    let mut http1 = TcpStream::connect(proxy.address).await.unwrap();
+    http1.write_all(b"GET /endless HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    eventually("its end", || proxy.refused("answer_timeout") == 1).await;
+    eventually("that of its connection", || metric("sluice_connections_open") == 0).await;
+    let mut http2 = Http2::connect(proxy.address).await;
+    let answer = http2.start(get("/endless")).await.unwrap();
+    assert_eq!(answer.status(), StatusCode::OK);
+    eventually("its end", || proxy.refused("answer_timeout") == 2).await;
+    soon("the end", answer.into_body().collect()).await.unwrap_err();
+    // The other streams of that connection are not concerned.
+    assert_eq!(soon("an answer", http2.send(get("/"))).await.unwrap().status, StatusCode::OK);
+    eventually("the end of the requests", || metric("sluice_requests_active") == 0).await;
+    assert_eq!(proxy.metric("sluice_local_errors_total{listener=\"shop/cart:80\",flag=\"UT\"}"), 2);
+    assert_eq!((proxy.counted("a", "2xx", ""), proxy.counted("a", "5xx", "")), (1, 0));
 }
 
 #[tokio::test]

@@ -218,7 +218,7 @@ impl Connection {
             match io.output.poll_send(cx, &mut io.stream, &mut message) {
                 Poll::Ready(Ok(())) => Poll::Ready(Some(true)),
                 Poll::Ready(Err(_)) => Poll::Ready(Some(false)),
-                Poll::Pending if message.body.is_idle() => Poll::Ready(Some(false)),
+                Poll::Pending if message.body.is_over_time(cx) => Poll::Ready(Some(false)),
                 Poll::Pending => {
                     ready!(io.poll_gone(cx));
                     Poll::Ready(None)

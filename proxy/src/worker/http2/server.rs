@@ -146,8 +146,8 @@ impl Exchange {
         if !ended {
             let mut sending = Outgoing::new(stream, body);
             let sent = poll_fn(|cx| match sending.poll(cx) {
-                // It waits for room that the client does not give.
-                Poll::Pending if progress.is_idle() => Poll::Ready(false),
+                // It may wait for room that the client does not give.
+                Poll::Pending if sending.body.is_over_time(cx) => Poll::Ready(false),
                 Poll::Pending => Poll::Pending,
                 Poll::Ready(sent) => Poll::Ready(sent.is_ok()),
             });
