@@ -496,6 +496,9 @@ async fn serve_http2(connection: &Rc<Connection>, stream: Stream) {
                     None => return Poll::Ready(Ok(())),
                 }
             }
+            if told.is_none() && client.is_worn_out() {
+                connection.draining.set(true);
+            }
             let look = timer.as_mut().poll(cx).is_ready();
             let telling = told.is_none() && connection.is_draining();
             if !look && !telling {

@@ -17,6 +17,7 @@ use crate::{
 };
 
 /// RFC 9113, 7.
+const NO_ERROR: u32 = 0;
 const PROTOCOL_ERROR: u32 = 1;
 const FLOW_CONTROL_ERROR: u32 = 3;
 const STREAM_CLOSED: u32 = 5;
@@ -130,6 +131,39 @@ async fn a_flood_of_http2_frames_ends_its_connection_and_no_other() {
         eventually(reason, || proxy.refused(reason) == count).await;
     }
     eventually("the release", || proxy.metric("sluice_requests_active{listener=\"shop/cart:80\"}") == 0).await;
+}
+
+#[tokio::test]
+async fn a_connection_of_which_many_streams_were_reset_in_its_time_ends_in_order() {
+    let (_app, proxy) = proxy().await;
+    let (mut read, mut write) = connect(&proxy).await;
+    // Without `:path`. No more at once than the streams that it may have.
+    let malformed = |stream| frame(HEADERS, END_HEADERS | END_STREAM, stream, b"\x82\x86\x41\x01a");
+    let (mut resets, mut word) = (0, None);
+    for round in 0..8 {
+        assert_eq!(word, None, "after {resets}");
+        let requests: Vec<_> = (0..64).flat_map(|index| malformed(128 * round + 2 * index + 1)).collect();
+        write.write_all(&requests).await.unwrap();
+        soon("the resets", async {
+            while resets < 64 * (round + 1) {
+                let frame = Frame::read(&mut read).await.unwrap();
+                resets += u32::from(frame.reset().is_some());
+                word = word.or(frame.go_away());
+            }
+        })
+        .await;
+    }
+    soon("the word of its end", async {
+        while word.is_none() {
+            word = Frame::read(&mut read).await.unwrap().go_away();
+        }
+    })
+    .await;
+    assert_eq!((word, proxy.refused("http2_protocol_error")), (Some(NO_ERROR), 512));
+    // Nothing that was begun is lost by it.
+    write.write_all(&get_on(1025)).await.unwrap();
+    assert!(is_answered(&soon("an answer", until_answer_of(&mut read, 1025)).await, 1025));
+    assert_eq!(proxy.refused("http2_enhance_your_calm"), 0);
 }
 
 /// The frames that come until this stream has been answered whole, or the connection ends.

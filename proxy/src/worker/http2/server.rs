@@ -1,6 +1,7 @@
 //! HTTP/2 towards a client: each of its streams is served by a task of its own.
 
 use std::{
+    cell::Cell,
     future::{Future, poll_fn},
     rc::Rc,
     task::{Context, Poll},
@@ -31,6 +32,9 @@ use crate::{metrics::ListenerMetrics, workers::Role};
 
 /// Requests that one client may have open on one connection.
 const MAX_STREAMS: u32 = 256;
+/// Streams of one client that HTTP/2 may make us reset or refuse. h2 counts them as long as the connection lives, for they wait in memory
+/// as long as the client reads nothing (RUSTSEC-2024-0003), and ends it with ENHANCE_YOUR_CALM.
+const MOST_RESETS: usize = 1024;
 /// Streams that the fleet may reset before a sidecar comes to them. h2 takes more than 20 for an attack ("Rapid Reset").
 const GIVEN_UP: usize = 4096;
 
@@ -38,6 +42,9 @@ const GIVEN_UP: usize = 4096;
 pub(in super::super) struct Connection {
     frames: h2::server::Connection<Batch, Bytes>,
     farewell: Farewell,
+    /// What h2 had to reset so far, and whether it counts, too.
+    resets: Rc<Cell<usize>>,
+    wears_out: bool,
 }
 
 impl Connection {
@@ -51,7 +58,9 @@ impl Connection {
             .max_header_list_size(MAX_HEADERS)
             .max_send_buffer_size(SEND_BUFFER);
         match role {
-            Role::Fleet => builder.initial_connection_window_size(CLIENT_WINDOW),
+            Role::Fleet => {
+                builder.initial_connection_window_size(CLIENT_WINDOW).max_local_error_reset_streams(Some(MOST_RESETS))
+            }
             Role::Sidecar => builder
                 .initial_connection_window_size(SHARED_WINDOW)
                 .data_frame_budget(SHARED_FRAMES)
@@ -61,9 +70,16 @@ impl Connection {
                 .reset_stream_duration(REMEMBERED_FOR)
                 .max_local_error_reset_streams(None),
         };
-        let batch = Batch::new(stream, Some(Written::of(metrics)));
+        let resets = Rc::default();
+        let batch = Batch::new(stream, Some(Written::of(metrics, Rc::clone(&resets))));
         let farewell = batch.farewell();
-        Ok(Self { frames: builder.handshake(batch).await?, farewell })
+        Ok(Self { frames: builder.handshake(batch).await?, farewell, resets, wears_out: role == Role::Fleet })
+    }
+
+    /// Whether so many of its streams had to be reset that the next ones may end it, with all that it has open. One of whose clients
+    /// something is wrong once in a while should end in order before: others go on on a new one. A flood does not wait for that.
+    pub(in super::super) fn is_worn_out(&self) -> bool {
+        self.wears_out && self.resets.get() >= MOST_RESETS / 2
     }
 
     /// Reads and writes frames, until a request has come. `None`: there will be none, and all are answered.

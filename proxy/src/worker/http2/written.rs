@@ -1,7 +1,7 @@
 //! What `h2` writes to a client, frame by frame: which streams HTTP/2 makes us reset, and where a frame of ours has room. h2 resets
 //! by itself, where a request is malformed, and tells nobody: what it writes is the one place where that can be seen.
 
-use std::io::IoSlice;
+use std::{cell::Cell, io::IoSlice, rc::Rc};
 
 use h2::Reason;
 
@@ -21,11 +21,13 @@ const END_HEADERS: u8 = 4;
 pub(super) struct Written {
     frames: Frames,
     metrics: ListenerMetrics,
+    resets: Rc<Cell<usize>>,
 }
 
 impl Written {
-    pub(super) fn of(metrics: ListenerMetrics) -> Self {
-        Self { frames: Frames::default(), metrics }
+    /// Those of this connection are counted in `resets` as well.
+    pub(super) fn of(metrics: ListenerMetrics, resets: Rc<Cell<usize>>) -> Self {
+        Self { frames: Frames::default(), metrics, resets }
     }
 
     /// So many bytes of these were written.
@@ -34,6 +36,7 @@ impl Written {
             let of_it = length.min(slice.len());
             self.frames.read(&slice[..of_it], |code| {
                 if let Some(why) = Refused::by_reset(Reason::from(code)) {
+                    self.resets.set(self.resets.get() + 1);
                     self.metrics.refused(why);
                 }
             });
