@@ -22,6 +22,7 @@ use tokio::{
 use tokio_rustls::{LazyConfigAcceptor, StartHandshake};
 
 use super::{
+    headers::Peer,
     http1::server::{self, Sent},
     http2,
     progress::Streams,
@@ -367,7 +368,8 @@ async fn http(connection: &Rc<Connection>, mut stream: Stream) {
 }
 
 async fn serve_http1(connection: &Rc<Connection>, stream: Stream) {
-    let mut client = server::Connection::new(stream, Rc::clone(&connection.streams.only));
+    let peer = Peer::of_clients(connection.slot.worker.role);
+    let mut client = server::Connection::new(stream, Rc::clone(&connection.streams.only), peer);
     let mut patience = pin!(Patience::new(connection));
     loop {
         let request = client.request(|cx, begun| patience.as_mut().poll(cx, connection, begun)).await;

@@ -12,6 +12,7 @@ use crate::{
     failure::{FLAG_HEADER, Failure, NOT_PROCESSED},
     refused::Refused,
     snapshot::HeaderChanges,
+    workers::Role,
 };
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
@@ -20,6 +21,28 @@ const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 /// Says by which certificate a client is known, which no client of ours has shown: Envoy's default, `SANITIZE`.
 const FORWARDED_CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
+
+/// Largest head of a proxy of ours, in bytes, in either protocol: 64 KiB of a client's, or of an application's; as much of a target
+/// that was rewritten; and what is added, which is 36 KiB of `spec.service.headers`, 1 KiB of others, and 32 bytes a field where HPACK
+/// counts.
+pub(super) const MAX_HEAD_OF_OURS: u32 = 192 * 1024;
+
+/// Whose heads are read. Those of our own proxies may be larger: what one has taken and added to, the next must not refuse.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Peer {
+    Anybody,
+    Ours,
+}
+
+impl Peer {
+    /// Only the fleet is a client of sidecars.
+    pub(super) fn of_clients(role: Role) -> Self {
+        match role {
+            Role::Fleet => Self::Anybody,
+            Role::Sidecar => Self::Ours,
+        }
+    }
+}
 
 /// Refuses a request whose host two implementations may understand differently, and makes the target origin-form with
 /// a fitting Host, as a server wants it (RFC 9112, 3.2). What is ambiguous about framing (RFC 9112, 11.2) `http1`

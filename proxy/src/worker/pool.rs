@@ -22,6 +22,7 @@ use tokio_rustls::TlsConnector;
 use super::{
     Shared,
     body::{RequestBody, UpstreamBody},
+    headers::Peer,
     health::Health,
     http1::{
         self,
@@ -138,7 +139,7 @@ impl Connector {
     }
 
     async fn http1(&self, address: SocketAddr, opened: Opened) -> Result<client::Connection, ConnectError> {
-        Ok(client::Connection::new(self.connect(address, Wire::Http1, opened).await?))
+        Ok(client::Connection::new(self.connect(address, Wire::Http1, opened).await?, self.upstream()))
     }
 
     async fn http2(
@@ -148,7 +149,13 @@ impl Connector {
         more: impl Fn() + 'static,
     ) -> Result<http2::client::Connection, ConnectError> {
         let stream = self.connect(address, Wire::Http2, opened).await?;
-        http2::client::Connection::new(stream, more).await.map_err(|error| ConnectError::Http(address, error.into()))
+        let connection = http2::client::Connection::new(stream, self.upstream(), more).await;
+        connection.map_err(|error| ConnectError::Http(address, error.into()))
+    }
+
+    /// Only proxies of ours are spoken to in TLS.
+    fn upstream(&self) -> Peer {
+        if self.tls.is_some() { Peer::Ours } else { Peer::Anybody }
     }
 }
 

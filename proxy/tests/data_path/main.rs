@@ -10,6 +10,7 @@ mod early;
 mod fault;
 mod floods;
 mod frames;
+mod heads;
 mod http;
 mod http2;
 mod limits;

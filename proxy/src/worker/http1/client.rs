@@ -17,7 +17,7 @@ use tokio::io::AsyncWrite;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    super::{body::RequestBody, pool::Life, stream::Stream},
+    super::{body::RequestBody, headers::Peer, pool::Life, stream::Stream},
     Error, Input, Malformed, Outgoing, Output, Unsent,
     body::{Decoder, Encoder, Step},
     head::{self, AnswerHead},
@@ -42,6 +42,7 @@ struct Io {
     output: Output,
     request: Sent,
     life: Life,
+    upstream: Peer,
     /// Who reads the answer, to be told when the request turns out broken.
     reader: Option<Waker>,
 }
@@ -87,19 +88,20 @@ impl Exchange {
         }
     }
 
-    fn read(&mut self, input: &mut Input) -> Result<Option<AnswerHead>, Malformed> {
-        head::read_answer(&mut input.bytes, &mut self.looked_at, self.to_head, &mut self.headers)
+    fn read(&mut self, input: &mut Input, upstream: Peer) -> Result<Option<AnswerHead>, Malformed> {
+        head::read_answer(&mut input.bytes, &mut self.looked_at, self.to_head, &mut self.headers, upstream)
     }
 }
 
 impl Connection {
-    pub(in super::super) fn new(stream: Stream) -> Self {
+    pub(in super::super) fn new(stream: Stream, upstream: Peer) -> Self {
         Self(Rc::new(RefCell::new(Io {
             stream,
             input: Input::new(),
             output: Output::default(),
             request: Sent::Whole,
             life: Life::begin(),
+            upstream,
             reader: None,
         })))
     }
@@ -336,7 +338,7 @@ impl Io {
                 Ok(_) => exchange.heard = true,
                 Err(error) => return Poll::Ready(Err(Error::Io(error))),
             }
-            if let Some(head) = exchange.read(&mut self.input)? {
+            if let Some(head) = exchange.read(&mut self.input, self.upstream)? {
                 return Poll::Ready(Ok(head));
             }
         }

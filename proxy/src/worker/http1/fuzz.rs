@@ -19,7 +19,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::AsyncWriteExt;
 
 use super::{
-    super::headers,
+    super::headers::{self, Peer},
     Malformed,
     body::{self, Decoder, Encoder, Step},
     head::{self, Answer},
@@ -87,7 +87,7 @@ fn receive<'a>(pieces: impl IntoIterator<Item = &'a [u8]>, read: &mut Vec<Receiv
                 if input.is_empty() {
                     break;
                 }
-                let head = head::read_request(&mut input, &mut looked_at, &mut HeaderMap::new())?;
+                let head = head::read_request(&mut input, &mut looked_at, &mut HeaderMap::new(), Peer::Anybody)?;
                 current = head.map(|head| (head.body, head));
             }
             let Some((framing, head)) = &mut current else { break };
@@ -271,7 +271,7 @@ fn answered<'a>(pieces: impl IntoIterator<Item = &'a [u8]>, to_head: bool) -> Re
     for piece in pieces {
         input.extend_from_slice(piece);
         if current.is_none() {
-            let head = head::read_answer(&mut input, &mut looked_at, to_head, &mut HeaderMap::new())?;
+            let head = head::read_answer(&mut input, &mut looked_at, to_head, &mut HeaderMap::new(), Peer::Anybody)?;
             current = head.map(|head| (head.body, head));
         }
         let Some((_, head)) = &mut current else { continue };

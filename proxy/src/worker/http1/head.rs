@@ -9,24 +9,42 @@ use http::{
 };
 use hyper::ext::ReasonPhrase;
 
-use super::body::{Decoder, Encoder};
+use super::{
+    super::headers::{MAX_HEAD_OF_OURS, Peer},
+    body::{Decoder, Encoder},
+};
 use crate::{failure::Failure, refused::Refused};
 
-/// Largest head, in bytes.
-pub(super) const MAX_HEAD: usize = 64 * 1024;
-/// Longest request line, in bytes. RFC 9112, 3 asks for 8000 at least.
-const MAX_LINE: usize = 32 * 1024;
-/// Most header or trailer lines of one message.
+/// Most header lines of a message of anybody, and trailer lines of any.
 pub(super) const MAX_HEADERS: usize = 100;
+/// The same of a proxy of ours. A list of HTTP/2 of 16 KiB may have 496, and some 50 are added.
+const MAX_OF_OURS: usize = 640;
+
+/// How large a head may be.
+struct Limits {
+    /// All of it, in bytes.
+    head: usize,
+    /// The request line, in bytes. RFC 9112, 3 asks for 8000 at least.
+    line: usize,
+    lines: usize,
+}
+
+fn limits(of: Peer) -> &'static Limits {
+    match of {
+        Peer::Anybody => &Limits { head: 64 * 1024, line: 32 * 1024, lines: MAX_HEADERS },
+        // A target that was rewritten has up to 64 KiB.
+        Peer::Ours => &Limits { head: MAX_HEAD_OF_OURS as usize, line: 68 * 1024, lines: MAX_OF_OURS },
+    }
+}
 
 /// How a message is not HTTP. Where it ends is not certain then, and nothing of it is guessed (RFC 9112, 6.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(in super::super) enum Malformed {
     #[error("its head cannot be parsed: {0}")]
     Head(#[from] httparse::Error),
-    #[error("its head is longer than {MAX_HEAD} bytes")]
+    #[error("its head is too long")]
     HeadTooLong,
-    #[error("its first line is longer than {MAX_LINE} bytes")]
+    #[error("its first line is too long")]
     LineTooLong,
     #[error("its target is not one for its method")]
     Target,
@@ -116,21 +134,24 @@ pub(super) fn read_request(
     input: &mut BytesMut,
     looked_at: &mut usize,
     headers: &mut HeaderMap,
+    of: Peer,
 ) -> Result<Option<RequestHead>, Malformed> {
-    match take(input, looked_at) {
+    let line = limits(of).line;
+    match take(input, looked_at, of) {
         // It is one, too, when all of the head came at once.
-        Ok(Some(head)) if head.len() > MAX_LINE && !head[..MAX_LINE].contains(&b'\n') => Err(Malformed::LineTooLong),
-        Ok(Some(head)) => parse_request(&head, std::mem::take(headers)).map(Some),
-        Ok(None) if input.len() >= MAX_LINE && !input[..MAX_LINE].contains(&b'\n') => Err(Malformed::LineTooLong),
+        Ok(Some(head)) if head.len() > line && !head[..line].contains(&b'\n') => Err(Malformed::LineTooLong),
+        Ok(Some(head)) => parse_request(&head, std::mem::take(headers), of).map(Some),
+        Ok(None) if input.len() >= line && !input[..line].contains(&b'\n') => Err(Malformed::LineTooLong),
         Ok(None) => Ok(None),
-        Err(_) if !input[..MAX_LINE].contains(&b'\n') => Err(Malformed::LineTooLong),
+        Err(_) if !input[..line].contains(&b'\n') => Err(Malformed::LineTooLong),
         Err(error) => Err(error),
     }
 }
 
 /// The request without content whose head [`write_request`] wrote.
 pub(super) fn reread_request(written: Bytes) -> Option<request::Parts> {
-    read_request(&mut BytesMut::from(written), &mut 0, &mut HeaderMap::new()).ok().flatten().map(|head| head.parts)
+    let read = read_request(&mut BytesMut::from(written), &mut 0, &mut HeaderMap::new(), Peer::Ours);
+    read.ok().flatten().map(|head| head.parts)
 }
 
 /// Takes the head of the final answer to a request from `input`, and what is informational before it (RFC 9110, 15.2):
@@ -140,9 +161,10 @@ pub(super) fn read_answer(
     looked_at: &mut usize,
     to_head: bool,
     headers: &mut HeaderMap,
+    of: Peer,
 ) -> Result<Option<AnswerHead>, Malformed> {
-    while let Some(head) = take(input, looked_at)? {
-        let head = parse_answer(&head, to_head, std::mem::take(headers))?;
+    while let Some(head) = take(input, looked_at, of)? {
+        let head = parse_answer(&head, to_head, std::mem::take(headers), of)?;
         let status = head.response.status();
         if !status.is_informational() || status == StatusCode::SWITCHING_PROTOCOLS {
             return Ok(Some(head));
@@ -152,7 +174,8 @@ pub(super) fn read_answer(
 }
 
 /// Takes a whole head. An error is that it is too long.
-fn take(input: &mut BytesMut, looked_at: &mut usize) -> Result<Option<Bytes>, Malformed> {
+fn take(input: &mut BytesMut, looked_at: &mut usize, of: Peer) -> Result<Option<Bytes>, Malformed> {
+    let most = limits(of).head;
     if matches!(input.first(), Some(b'\r' | b'\n')) {
         // Empty lines before a head are not part of it (RFC 9112, 2.2). The rest of one may come later.
         let empty = input.len() - behind_empty_lines(input).len();
@@ -161,9 +184,9 @@ fn take(input: &mut BytesMut, looked_at: &mut usize) -> Result<Option<Bytes>, Ma
     }
     let Some(length) = end(input, *looked_at) else {
         *looked_at = input.len();
-        return if input.len() >= MAX_HEAD { Err(Malformed::HeadTooLong) } else { Ok(None) };
+        return if input.len() >= most { Err(Malformed::HeadTooLong) } else { Ok(None) };
     };
-    if length > MAX_HEAD {
+    if length > most {
         return Err(Malformed::HeadTooLong);
     }
     *looked_at = 0;
@@ -189,8 +212,18 @@ fn end(input: &[u8], looked_at: usize) -> Option<usize> {
 }
 
 /// Parses a whole head. Its target and its values stay where they are.
-fn parse_request(bytes: &Bytes, mut headers: HeaderMap) -> Result<RequestHead, Malformed> {
-    let mut lines = [const { MaybeUninit::uninit() }; MAX_HEADERS];
+fn parse_request(bytes: &Bytes, headers: HeaderMap, of: Peer) -> Result<RequestHead, Malformed> {
+    // Space for few lines is cheaper, and most have few.
+    match parse_request_of::<MAX_HEADERS>(bytes, headers) {
+        Err(Malformed::Head(httparse::Error::TooManyHeaders)) if limits(of).lines > MAX_HEADERS => {
+            parse_request_of::<MAX_OF_OURS>(bytes, HeaderMap::new())
+        }
+        parsed => parsed,
+    }
+}
+
+fn parse_request_of<const LINES: usize>(bytes: &Bytes, mut headers: HeaderMap) -> Result<RequestHead, Malformed> {
+    let mut lines = [const { MaybeUninit::uninit() }; LINES];
     let mut parsed = httparse::Request::new(&mut []);
     let config = httparse::ParserConfig::default();
     whole(config.parse_request_with_uninit_headers(&mut parsed, bytes, &mut lines)?, bytes)?;
@@ -233,8 +266,21 @@ fn check_target(method: &Method, uri: &Uri) -> Result<(), Malformed> {
     if fits { Ok(()) } else { Err(Malformed::Target) }
 }
 
-fn parse_answer(bytes: &Bytes, to_head: bool, mut headers: HeaderMap) -> Result<AnswerHead, Malformed> {
-    let mut lines = [const { MaybeUninit::uninit() }; MAX_HEADERS];
+fn parse_answer(bytes: &Bytes, to_head: bool, headers: HeaderMap, of: Peer) -> Result<AnswerHead, Malformed> {
+    match parse_answer_of::<MAX_HEADERS>(bytes, to_head, headers) {
+        Err(Malformed::Head(httparse::Error::TooManyHeaders)) if limits(of).lines > MAX_HEADERS => {
+            parse_answer_of::<MAX_OF_OURS>(bytes, to_head, HeaderMap::new())
+        }
+        parsed => parsed,
+    }
+}
+
+fn parse_answer_of<const LINES: usize>(
+    bytes: &Bytes,
+    to_head: bool,
+    mut headers: HeaderMap,
+) -> Result<AnswerHead, Malformed> {
+    let mut lines = [const { MaybeUninit::uninit() }; LINES];
     let mut parsed = httparse::Response::new(&mut []);
     let config = httparse::ParserConfig::default();
     whole(config.parse_response_with_uninit_headers(&mut parsed, bytes, &mut lines)?, bytes)?;
@@ -533,7 +579,7 @@ mod tests {
     use super::*;
 
     fn head(text: &str) -> Result<Option<AnswerHead>, Malformed> {
-        read_answer(&mut BytesMut::from(text), &mut 0, false, &mut HeaderMap::new())
+        read_answer(&mut BytesMut::from(text), &mut 0, false, &mut HeaderMap::new(), Peer::Anybody)
     }
 
     #[test]
@@ -572,12 +618,14 @@ mod tests {
             let (mut input, mut looked_at) = (BytesMut::new(), 0);
             for (index, byte) in text.bytes().enumerate() {
                 input.extend_from_slice(&[byte]);
-                let complete = read_answer(&mut input, &mut looked_at, false, &mut HeaderMap::new()).unwrap().is_some();
+                let complete = read_answer(&mut input, &mut looked_at, false, &mut HeaderMap::new(), Peer::Anybody);
+                let complete = complete.unwrap().is_some();
                 assert_eq!(complete, index + 1 == text.len(), "{text:?} at {index}");
             }
         }
         let answer = BytesMut::from("HTTP/1.1 200 OK\r\ncontent-length: 7\r\n\r\n");
-        let head = read_answer(&mut answer.clone(), &mut 0, true, &mut HeaderMap::new()).unwrap().unwrap();
+        let head = read_answer(&mut answer.clone(), &mut 0, true, &mut HeaderMap::new(), Peer::Anybody);
+        let head = head.unwrap().unwrap();
         assert_eq!(
             (head.body, &head.response.headers()["content-length"]),
             (Decoder::length(0), &"7".parse().unwrap())
@@ -645,7 +693,7 @@ mod tests {
                 let (mut input, mut looked_at, mut read) = (BytesMut::new(), 0, Ok(None));
                 for piece in text.as_bytes().chunks(size) {
                     input.extend_from_slice(piece);
-                    read = read_request(&mut input, &mut looked_at, &mut HeaderMap::new());
+                    read = read_request(&mut input, &mut looked_at, &mut HeaderMap::new(), Peer::Anybody);
                     if read.is_err() {
                         break;
                     }
@@ -657,11 +705,12 @@ mod tests {
 
     #[test]
     fn a_request_line_is_as_long_as_it_may_be_however_it_is_cut() {
+        const MAX_LINE: usize = 32 * 1024;
         let read = |text: &str, piece: usize| {
             let (mut input, mut looked_at) = (BytesMut::new(), 0);
             for piece in text.as_bytes().chunks(piece) {
                 input.extend_from_slice(piece);
-                if let Some(head) = read_request(&mut input, &mut looked_at, &mut HeaderMap::new())? {
+                if let Some(head) = read_request(&mut input, &mut looked_at, &mut HeaderMap::new(), Peer::Anybody)? {
                     return Ok(Some(head.parts.uri.path().len()));
                 }
             }

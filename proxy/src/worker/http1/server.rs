@@ -20,6 +20,7 @@ use tokio::{
 use super::{
     super::{
         body::{self, ClientBody, ResponseBody},
+        headers::Peer,
         progress::Progress,
         stream::Stream,
     },
@@ -38,6 +39,7 @@ pub(in super::super) struct Connection {
     /// Empty, with the space of an earlier answer's.
     headers: HeaderMap,
     asked: Asked,
+    client: Peer,
 }
 
 /// What is to be known of a request when it is answered.
@@ -84,7 +86,7 @@ pub(in super::super) enum Sent {
 
 impl Connection {
     /// `progress` notes what comes of the bodies of requests.
-    pub(in super::super) fn new(stream: Stream, progress: Rc<Progress>) -> Self {
+    pub(in super::super) fn new(stream: Stream, progress: Rc<Progress>, client: Peer) -> Self {
         let io = Io {
             stream,
             progress,
@@ -98,7 +100,7 @@ impl Connection {
             task: None,
         };
         let asked = Asked { version: Version::HTTP_11, to_head: false, takes_trailers: false, keep_alive: true };
-        Self { io: Rc::new(RefCell::new(io)), headers: HeaderMap::new(), asked }
+        Self { io: Rc::new(RefCell::new(io)), headers: HeaderMap::new(), asked, client }
     }
 
     /// Waits for the next request. `None`: there will be none. After an error, the client is to be answered once more.
@@ -116,7 +118,8 @@ impl Connection {
             }
             loop {
                 if !io.input.is_empty()
-                    && let Some(head) = head::read_request(&mut io.input.bytes, &mut looked_at, &mut self.headers)?
+                    && let Some(head) =
+                        head::read_request(&mut io.input.bytes, &mut looked_at, &mut self.headers, self.client)?
                 {
                     return Poll::Ready(Ok(Some(head)));
                 }
@@ -438,7 +441,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (stream, _) = listener.accept().await.unwrap();
-        let mut connection = Connection::new(Stream::plain(stream), Rc::default());
+        let mut connection = Connection::new(Stream::plain(stream), Rc::default(), Peer::Anybody);
         let begin = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n3\r\none\r\n";
         client.write_all(begin).await.unwrap();
         let request = connection.request(|_, _| Poll::Pending).await.unwrap().unwrap();

@@ -18,10 +18,11 @@ use http_body::{Body, Frame, SizeHint};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    super::{body::RequestBody, stream::Stream},
-    Error, Incoming, MAX_HEADERS, REMEMBERED, REMEMBERED_FOR, SEND_BUFFER, SHARED_FRAMES, SHARED_WINDOW, STREAM_WINDOW,
+    super::{body::RequestBody, headers::Peer, stream::Stream},
+    Error, Incoming, REMEMBERED, REMEMBERED_FOR, SEND_BUFFER, SHARED_FRAMES, SHARED_WINDOW, STREAM_WINDOW,
     batch::Batch,
     body::{Outgoing, Unsent},
+    max_headers,
 };
 
 /// Why a request has no answer.
@@ -40,7 +41,11 @@ pub(in super::super) struct Connection {
 
 impl Connection {
     /// `more` is told when the server takes more streams at once than before.
-    pub(in super::super) async fn new(stream: Stream, more: impl Fn() + 'static) -> Result<Self, Error> {
+    pub(in super::super) async fn new(
+        stream: Stream,
+        upstream: Peer,
+        more: impl Fn() + 'static,
+    ) -> Result<Self, Error> {
         let mut builder = Builder::new();
         builder
             .enable_push(false)
@@ -50,7 +55,7 @@ impl Connection {
             .max_concurrent_reset_streams(REMEMBERED)
             .reset_stream_duration(REMEMBERED_FOR)
             .max_local_error_reset_streams(None)
-            .max_header_list_size(MAX_HEADERS)
+            .max_header_list_size(max_headers(upstream))
             .max_send_buffer_size(SEND_BUFFER)
             // Until the server has said how many it takes.
             .initial_max_send_streams(100);

@@ -11,7 +11,10 @@ mod written;
 use std::time::Duration;
 
 pub(super) use self::body::Incoming;
-use super::body::BodyError;
+use super::{
+    body::BodyError,
+    headers::{MAX_HEAD_OF_OURS, Peer},
+};
 
 /// What is on its way to us unread, of one stream.
 const STREAM_WINDOW: u32 = 256 * 1024;
@@ -33,7 +36,12 @@ const REMEMBERED_FOR: Duration = Duration::from_secs(30);
 /// size, and 400 KiB for each stream, which is h2's default, would be 100 MiB for one connection that reads nothing.
 const SEND_BUFFER: usize = 64 * 1024;
 /// Most bytes of the headers of one message, as HPACK counts them (RFC 9113, 10.5.1).
-const MAX_HEADERS: u32 = 16 * 1024;
+fn max_headers(of: Peer) -> u32 {
+    match of {
+        Peer::Anybody => 16 * 1024,
+        Peer::Ours => MAX_HEAD_OF_OURS,
+    }
+}
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {

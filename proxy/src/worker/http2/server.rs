@@ -18,14 +18,16 @@ use http_body::Body;
 use super::{
     super::{
         body::{ClientBody, RequestBody},
-        connection, progress, request,
+        connection,
+        headers::Peer,
+        progress, request,
         stream::Stream,
         thread,
     },
-    CLIENT_WINDOW, Incoming, MAX_HEADERS, REMEMBERED, REMEMBERED_FOR, SEND_BUFFER, SHARED_FRAMES, SHARED_WINDOW,
-    STREAM_WINDOW,
+    CLIENT_WINDOW, Incoming, REMEMBERED, REMEMBERED_FOR, SEND_BUFFER, SHARED_FRAMES, SHARED_WINDOW, STREAM_WINDOW,
     batch::{Batch, Farewell},
     body::Outgoing,
+    max_headers,
     written::Written,
 };
 use crate::{metrics::ListenerMetrics, workers::Role};
@@ -55,7 +57,7 @@ impl Connection {
         builder
             .initial_window_size(STREAM_WINDOW)
             .max_concurrent_streams(MAX_STREAMS)
-            .max_header_list_size(MAX_HEADERS)
+            .max_header_list_size(max_headers(Peer::of_clients(role)))
             .max_send_buffer_size(SEND_BUFFER);
         match role {
             Role::Fleet => {
