@@ -68,6 +68,9 @@ pub struct Timing {
     pub removed_accept: Duration,
     /// And serves open connections for so long after that.
     pub removed_serve: Duration,
+    /// About so long after something was sent that nobody acknowledged, the other side of a connection has vanished. Not one that answers and does
+    /// not read.
+    pub vanished: Duration,
 }
 
 impl Timing {
@@ -89,6 +92,7 @@ impl Timing {
             settle: Duration::from_secs(5),
             removed_accept: Duration::from_secs(10),
             removed_serve: Duration::from_secs(300),
+            vanished: Duration::from_secs(30),
         }
     }
 }

@@ -44,6 +44,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
 /// After so long without a sign of life the collector is asked for one.
 const QUIET: Duration = Duration::from_secs(15);
+/// After so long without an answer to what was sent it has vanished.
+const VANISHED: Duration = Duration::from_secs(30);
 
 #[derive(Debug, thiserror::Error)]
 pub enum TraceError {
@@ -126,6 +128,8 @@ impl Endpoint {
         let port = self.authority.port_u16().unwrap_or(if self.https { 443 } else { 4317 });
         let stream = TcpStream::connect((bare(host), port)).await?;
         worker::prepare_socket(&stream, QUIET);
+        // Also for one that does not read. Spans wait for nobody.
+        let _ = socket2::SockRef::from(&stream).set_tcp_user_timeout(Some(VANISHED));
         if !self.https {
             return Ok(Box::new(stream));
         }

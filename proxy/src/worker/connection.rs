@@ -29,7 +29,8 @@ use super::{
     relay, request,
     serving::{Chain, Protocol},
     slot::Slot,
-    stream::{Socket, Stream},
+    socket::{CLIENT_QUIET, Socket, prepare_socket},
+    stream::Stream,
     tcp,
 };
 use crate::{
@@ -286,7 +287,7 @@ impl Drop for Closed<'_> {
 
 /// Serves a connection to its end.
 pub(super) async fn run(connection: Rc<Connection>, stream: TcpStream) {
-    super::prepare_socket(&stream, super::CLIENT_QUIET);
+    prepare_socket(&stream, CLIENT_QUIET);
     // Pinned here: a future that is passed on by value takes its space twice.
     let work = pin!(serve(&connection, stream));
     connection.until_cut(work).await;

@@ -25,6 +25,7 @@ mod retry;
 mod rewrite;
 mod serving;
 mod slot;
+mod socket;
 mod stream;
 mod tally;
 pub(crate) mod tcp;
@@ -41,11 +42,11 @@ use std::{
 };
 
 use tokio::{
-    net::TcpStream,
     sync::{mpsc, oneshot},
     time::{Instant, MissedTickBehavior, interval, sleep},
 };
 
+pub(crate) use self::socket::prepare_socket;
 use self::{
     serving::{Clusters, Serving},
     slot::Slot,
@@ -60,7 +61,8 @@ use crate::{
     workers::{Role, Timing},
 };
 
-/// How often idle connections to upstreams are looked through; well below the shortest idle time.
+/// How often idle connections to upstreams are looked through, well below the shortest idle time, and some of all connections for those whose other
+/// side has vanished.
 const SWEEP: Duration = Duration::from_millis(250);
 
 /// What every part of a worker may use.
@@ -223,46 +225,12 @@ async fn sweep(worker: Rc<Worker>) {
         for cluster in worker.clusters.borrow().all() {
             cluster.each_endpoint(|endpoint| endpoint.sweep(&cluster.connector, now));
         }
+        socket::look_for_vanished(now, SWEEP, worker.shared.timing.vanished);
         worker.removed.borrow_mut().retain(|slot| !slot.is_over());
         if worker.shared.overload.is_active(Action::DisableKeepalive) {
             for slot in worker.slots.borrow().values() {
                 slot.drain_idle();
             }
         }
-    }
-}
-
-/// After so long without a sign of life the other side of a connection is asked for one. A client may be on a phone; an
-/// upstream that vanished without a word is to be found, with the request that it has, within half a minute.
-const CLIENT_QUIET: Duration = Duration::from_secs(60);
-const UPSTREAM_QUIET: Duration = Duration::from_secs(15);
-
-/// For both ends of a proxied connection, and towards a collector: no delay of small writes, and an end for peers that vanished without a word. The
-/// kernel does so without a cost for requests; PINGs of HTTP/2 would be punished by gRPC servers (gRFC A8), too.
-pub(crate) fn prepare_socket(stream: &TcpStream, quiet: Duration) {
-    let _ = stream.set_nodelay(true);
-    let socket = socket2::SockRef::from(stream);
-    let keepalive = socket2::TcpKeepalive::new().with_time(quiet).with_interval(Duration::from_secs(5)).with_retries(3);
-    let _ = socket.set_tcp_keepalive(&keepalive);
-    // Sent and never acknowledged: keepalive is silent then. Also ends what keepalive asks in vain (tcp(7)).
-    let _ = socket.set_tcp_user_timeout(Some(Duration::from_secs(30)));
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    #[tokio::test]
-    async fn a_peer_that_vanished_is_found_within_half_a_minute() {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        prepare_socket(&stream, UPSTREAM_QUIET);
-        let socket = socket2::SockRef::from(&stream);
-        assert!(socket.keepalive().unwrap());
-        let (quiet, interval) = (socket.tcp_keepalive_time().unwrap(), socket.tcp_keepalive_interval().unwrap());
-        assert_eq!((quiet, interval), (Duration::from_secs(15), Duration::from_secs(5)));
-        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(Duration::from_secs(30)));
-        assert_eq!(socket.tcp_keepalive_retries().unwrap(), 3);
     }
 }

@@ -30,7 +30,8 @@ use super::{
     },
     http2,
     load::{Admitted, Connections, Load, Opened},
-    stream::{Socket, Stream},
+    socket::{Socket, UPSTREAM_QUIET, prepare_socket},
+    stream::Stream,
 };
 use crate::{
     failure::Failure,
@@ -115,7 +116,7 @@ impl Connector {
             Ok(Err(error)) => return Err(ConnectError::Tcp(address, error)),
             Err(_) => return Err(ConnectError::TcpTimeout(address, self.connect_timeout)),
         };
-        super::prepare_socket(&tcp, super::UPSTREAM_QUIET);
+        prepare_socket(&tcp, UPSTREAM_QUIET);
         let Some((name, connector)) = &self.tls else {
             return Ok(Stream::plain_client(tcp, opened));
         };

@@ -1,6 +1,7 @@
 //! A connection's bytes, in plain or in TLS, behind one type.
 
 use std::{
+    cell::Ref,
     io,
     pin::Pin,
     task::{Context, Poll},
@@ -15,7 +16,7 @@ use tokio::{
 };
 use tokio_rustls::{client, server};
 
-use super::load::Opened;
+use super::{load::Opened, socket::Socket};
 use crate::tls::not_after;
 
 pub(super) struct Stream {
@@ -32,71 +33,12 @@ enum Transport {
     Client(Box<client::TlsStream<Socket>>),
 }
 
-/// A TCP connection whose small vectored writes are copied together and sent with send(2): cheaper than writev(2), which
-/// takes the way through the file system's layer and imports the vector first.
-pub(super) struct Socket(TcpStream);
-
-/// Up to here copying costs less than the vector, in bytes.
-const COALESCE: usize = 2048;
-
-impl Socket {
-    pub(super) fn new(stream: TcpStream) -> Self {
-        Self(stream)
-    }
-}
-
-impl AsyncRead for Socket {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Socket {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let stream = Pin::new(&mut self.0);
-        if let [only] = bufs {
-            return stream.poll_write(cx, only);
-        }
-        let mut joined = [0; COALESCE];
-        let mut length = 0;
-        for buf in bufs {
-            let end = length + buf.len();
-            let Some(space) = joined.get_mut(length..end) else {
-                return stream.poll_write_vectored(cx, bufs);
-            };
-            space.copy_from_slice(buf);
-            length = end;
-        }
-        stream.poll_write(cx, &joined[..length])
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
-    }
-}
-
 /// RFC 9113, 3.4.
 pub(super) const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 impl Stream {
     pub(super) fn plain(stream: TcpStream) -> Self {
-        Self { transport: Transport::Plain(Socket(stream)), prefix: Bytes::new(), _opened: None }
+        Self { transport: Transport::Plain(Socket::new(stream)), prefix: Bytes::new(), _opened: None }
     }
 
     pub(super) fn server(stream: server::TlsStream<Socket>) -> Self {
@@ -137,7 +79,8 @@ impl Stream {
     /// Whether the other side has ended it, even if there is something to be read before the end. Costs no system call: it is what
     /// the runtime has noted when it last looked.
     pub(super) fn has_ended(&self) -> bool {
-        let noted = self.tcp().ready(Interest::READABLE).now_or_never();
+        let tcp = self.tcp();
+        let noted = tcp.ready(Interest::READABLE).now_or_never();
         noted.is_some_and(|noted| noted.is_ok_and(Ready::is_read_closed))
     }
 
@@ -160,12 +103,21 @@ impl Stream {
         certificates.and_then(<[_]>::first).and_then(not_after)
     }
 
-    pub(super) fn tcp(&self) -> &TcpStream {
+    fn socket(&self) -> &Socket {
         match &self.transport {
-            Transport::Plain(stream) => &stream.0,
-            Transport::Server(stream) => &stream.get_ref().0.0,
-            Transport::Client(stream) => &stream.get_ref().0.0,
+            Transport::Plain(socket) => socket,
+            Transport::Server(stream) => stream.get_ref().0,
+            Transport::Client(stream) => stream.get_ref().0,
         }
+    }
+
+    fn tcp(&self) -> Ref<'_, TcpStream> {
+        self.socket().tcp()
+    }
+
+    /// Whether the other side sees a reset when it is closed, also by the end of this process, or an end in order.
+    pub(super) fn reset_when_closed(&self, reset: bool) {
+        self.socket().reset_when_closed(reset);
     }
 
     /// Whether the client starts with the HTTP/2 preface. What was read to find out is read again by the next reader.

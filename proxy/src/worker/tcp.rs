@@ -23,15 +23,15 @@ pub(super) async fn proxy(connection: &Connection, split: &Split, idle: Option<D
                 && error.kind() == io::ErrorKind::ConnectionReset
             {
                 // A reset stays one: an orderly end would make truncated data look whole.
-                let _ = client.tcp().set_zero_linger();
-                let _ = upstream.tcp().set_zero_linger();
+                client.reset_when_closed(true);
+                upstream.reset_when_closed(true);
             }
         }
         Err(failure) => {
             let (_, flag, _) = failure.answer();
             connection.slot.metrics.local_error(flag);
             tracing::debug!(listener = connection.slot.name, peer = %connection.peer, %failure, "connection refused");
-            let _ = client.tcp().set_zero_linger();
+            client.reset_when_closed(true);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Circuit breakers, and how long a connection to an upstream is used.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -27,21 +27,6 @@ use crate::support::*;
 const UO: &str = "sluice_local_errors_total{listener=\"shop/cart:80\",flag=\"UO\"}";
 const ACTIVE: &str = "sluice_requests_active{listener=\"shop/cart:80\"}";
 const ABORTS: &str = "sluice_client_aborts_total{listener=\"shop/cart:80\"}";
-
-/// An application that answers a request for each permit, with its path.
-async fn gated() -> (App, Arc<Semaphore>) {
-    let gate = Arc::new(Semaphore::new(0));
-    let open = gate.clone();
-    let app = App::start(own_ip(), 8080, move |request: Request<Incoming>| {
-        let gate = open.clone();
-        async move {
-            gate.acquire().await.unwrap().forget();
-            Response::new(full(request.uri().path().to_owned()))
-        }
-    })
-    .await;
-    (app, gate)
-}
 
 /// A proxy with one thread, which has all of a limit.
 async fn one_thread(cluster: Cluster) -> Proxy {
@@ -355,27 +340,14 @@ async fn a_connection_is_kept_for_as_long_as_the_cluster_says() {
     assert_eq!(soon("the end", stream.read(&mut head)).await.unwrap(), 0);
 }
 
-/// The kernel's timer of a connection to this address: its kind, and in how many seconds it is due (proc_net_tcp).
-fn kernel_timer(to: SocketAddr) -> Option<(String, u64)> {
-    let IpAddr::V4(ip) = to.ip() else { panic!("{to}") };
-    let remote = format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), to.port());
-    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
-    table.lines().find_map(|line| {
-        let fields: Vec<_> = line.split_whitespace().collect();
-        let (kind, ticks) = fields.get(5)?.split_once(':')?;
-        let due = u64::from_str_radix(ticks, 16).unwrap() / 100;
-        (fields[2] == remote && fields[3] == "01").then(|| (kind.to_owned(), due))
-    })
-}
-
 #[tokio::test]
 async fn an_upstream_that_falls_silent_with_a_request_is_asked_for_a_sign_of_life_soon() {
     let (app, gate) = gated().await;
     let proxy = one_thread(cluster("a", &[app.address])).await;
     let asking = ask(&proxy, "/");
     eventually("it is held", || app.requests() == 1).await;
-    // "02": keepalive.
-    eventually("the timer", || kernel_timer(app.address).is_some_and(|(kind, due)| kind == "02" && due <= 15)).await;
+    eventually("the timer", || kernel_timer(app.address).is_some_and(|(kind, due)| kind == KEEPALIVE && due <= 15))
+        .await;
     gate.add_permits(1);
     assert_eq!(soon("an answer", asking).await.unwrap().status, StatusCode::OK);
 }

@@ -42,6 +42,7 @@ use sluice_proxy::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    sync::Semaphore,
     time::{sleep, timeout},
 };
 
@@ -137,6 +138,21 @@ impl Drop for App {
     fn drop(&mut self) {
         self.task.abort();
     }
+}
+
+/// An application that answers a request for each permit, with its path.
+pub(crate) async fn gated() -> (App, Arc<Semaphore>) {
+    let gate = Arc::new(Semaphore::new(0));
+    let open = gate.clone();
+    let app = App::start(own_ip(), 8080, move |request: Request<Incoming>| {
+        let gate = open.clone();
+        async move {
+            gate.acquire().await.unwrap().forget();
+            Response::new(full(request.uri().path().to_owned()))
+        }
+    })
+    .await;
+    (app, gate)
 }
 
 /// Our proxy with one listener, or several.
@@ -509,4 +525,20 @@ pub(crate) async fn websocket(address: SocketAddr) -> TcpStream {
     let answer = String::from_utf8(answer).unwrap();
     assert!(answer.starts_with("HTTP/1.1 101") && answer.contains("upgrade: websocket"), "{answer}");
     stream
+}
+
+/// A kind of the kernel's timers.
+pub(crate) const KEEPALIVE: &str = "02";
+
+/// The kernel's timer of a connection to this address: its kind, and in how many seconds it is due (proc_net_tcp).
+pub(crate) fn kernel_timer(to: SocketAddr) -> Option<(String, u64)> {
+    let IpAddr::V4(ip) = to.ip() else { panic!("{to}") };
+    let remote = format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), to.port());
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    table.lines().find_map(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let (kind, ticks) = fields.get(5)?.split_once(':')?;
+        let due = u64::from_str_radix(ticks, 16).unwrap() / 100;
+        (fields[2] == remote && fields[3] == "01").then(|| (kind.to_owned(), due))
+    })
 }

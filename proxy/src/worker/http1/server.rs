@@ -254,7 +254,7 @@ impl Connection {
         // What has come of it before it broke off may tell the client why.
         let _ = io.output.poll_write(&mut Context::from_waker(Waker::noop()), &mut io.stream);
         if *encoder == Encoder::UntilClose {
-            let _ = io.stream.tcp().set_zero_linger();
+            io.stream.reset_when_closed(true);
         }
     }
 
