@@ -26,7 +26,8 @@ use super::{
     http1::server::{self, Sent},
     http2,
     progress::Streams,
-    relay, request,
+    relay::{self, Broken},
+    request,
     serving::{Chain, Protocol},
     slot::Slot,
     socket::{CLIENT_QUIET, Socket, prepare_socket},
@@ -394,9 +395,9 @@ async fn serve_http1(connection: &Rc<Connection>, stream: Stream) {
             Sent::Switched(body) => {
                 connection.tunnel.set(true);
                 let limit = connection.streams.only.limited_to();
-                if let (Some(mut stream), Some((mut upstream, _lease))) = (client.into_stream(), body.into_tunnel()) {
+                if let (Some(stream), Some((upstream, _lease))) = (client.into_stream(), body.into_tunnel()) {
                     // The lease counts as load while the tunnel is open.
-                    let _ = Box::pin(tunnel(connection, limit, &mut stream, &mut upstream)).await;
+                    Box::pin(tunnel(connection, limit, stream, upstream)).await;
                 }
                 return;
             }
@@ -407,20 +408,39 @@ async fn serve_http1(connection: &Rc<Connection>, stream: Stream) {
 }
 
 /// Passes bytes both ways until both sides have ended, or nothing has passed for as long as `limit`.
-pub(super) async fn tunnel(
-    connection: &Connection,
-    limit: Option<Duration>,
-    client: &mut Stream,
-    upstream: &mut Stream,
-) -> io::Result<()> {
+///
+/// Both have ended in order, or both see a reset, also when this is dropped or the process killed: an end in order would make half of
+/// something look whole.
+pub(super) async fn tunnel(connection: &Connection, limit: Option<Duration>, mut client: Stream, mut upstream: Stream) {
+    client.reset_when_closed(true);
+    upstream.reset_when_closed(true);
     let progress = &connection.streams.only;
     progress.begin(limit);
-    let result = relay::both_ways(client, upstream, progress).await;
+    match relay::both_ways(&mut client, &mut upstream, progress).await {
+        Ok(()) => {
+            client.reset_when_closed(false);
+            upstream.reset_when_closed(false);
+        }
+        Err(broken) => {
+            tracing::debug!(listener = connection.slot.name, peer = %connection.peer, %broken, "tunnel broken off");
+            // The reset would throw away what is on its way.
+            match broken {
+                Broken::Client(_) => {
+                    drop(client);
+                    upstream.arrived(progress).await;
+                }
+                Broken::Upstream(_) => {
+                    drop(upstream);
+                    client.arrived(progress).await;
+                }
+                Broken::Idle => {}
+            }
+        }
+    }
     if progress.take_idle().is_some() {
         connection.slot.metrics.local_error(Flag::StreamIdleTimeout);
     }
     progress.end();
-    result
 }
 
 /// How long an HTTP/1.1 client may say nothing, or half a head. One timer for the life of the connection: it is set anew

@@ -23,29 +23,61 @@ thread_local! {
     static BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
-/// Copies both ways until both have ended; the end of one is passed on while the other still flows.
+/// Why both sides have not ended in order.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Broken {
+    #[error("the client's side failed: {0}")]
+    Client(#[source] io::Error),
+    #[error("the upstream's side failed: {0}")]
+    Upstream(#[source] io::Error),
+    #[error("nothing has passed for too long")]
+    Idle,
+}
+
+/// Copies both ways until both have ended in order; the end of one is passed on while the other still flows.
 ///
 /// # Errors
-/// Of whichever side fails first; `TimedOut` when `progress` is idle, or `ConnectionReset` if bytes are lost by that. Nothing is
-/// copied any more then.
-pub(super) async fn both_ways<A, B>(a: &mut A, b: &mut B, progress: &Progress) -> io::Result<()>
+/// Of whichever side fails first, when the other was given all that came from it, and no end: TLS that ends without a word (`UnexpectedEof`)
+/// and a vanished peer are failures as a reset is. Or when `progress` is idle.
+pub(super) async fn both_ways<C, U>(client: &mut C, upstream: &mut U, progress: &Progress) -> Result<(), Broken>
 where
-    A: AsyncRead + AsyncWrite + Unpin,
-    B: AsyncRead + AsyncWrite + Unpin,
+    C: AsyncRead + AsyncWrite + Unpin,
+    U: AsyncRead + AsyncWrite + Unpin,
 {
     let (mut there, mut back) = (Flow::default(), Flow::default());
+    let mut broken = None;
     poll_fn(|cx| {
         let mut buffer = BUFFER.take();
         buffer.resize(READ, 0);
-        let flowed = (there.poll(cx, &mut buffer, a, b, progress), back.poll(cx, &mut buffer, b, a, progress));
+        let mut over = false;
+        if broken.is_none() {
+            let first = there.poll(cx, &mut buffer, client, upstream, progress);
+            // Behind a write that failed, what was a reset would be read as an end in order: the kernel says it once.
+            let second = match first {
+                Poll::Ready(Err(_)) => Poll::Pending,
+                Poll::Ready(Ok(())) | Poll::Pending => back.poll(cx, &mut buffer, upstream, client, progress),
+            };
+            match (first, second) {
+                (Poll::Ready(Err(Failed::Sender(error))), _) | (_, Poll::Ready(Err(Failed::Receiver(error)))) => {
+                    broken = Some(Broken::Client(error));
+                }
+                (Poll::Ready(Err(Failed::Receiver(error))), _) | (_, Poll::Ready(Err(Failed::Sender(error)))) => {
+                    broken = Some(Broken::Upstream(error));
+                }
+                (first, second) => over = first.is_ready() && second.is_ready(),
+            }
+        }
+        match broken {
+            Some(Broken::Client(_)) => over = there.poll_rest(cx, &mut buffer, client, upstream, progress).is_ready(),
+            Some(Broken::Upstream(_)) => over = back.poll_rest(cx, &mut buffer, upstream, client, progress).is_ready(),
+            Some(Broken::Idle) | None => {}
+        }
         BUFFER.set(buffer);
-        if flowed.0?.is_ready() & flowed.1?.is_ready() {
-            return Poll::Ready(Ok(()));
+        if over {
+            return Poll::Ready(broken.take().map_or(Ok(()), Err));
         }
         if progress.is_idle() {
-            let whole = there.kept.is_empty() && back.kept.is_empty();
-            let kind = if whole { io::ErrorKind::TimedOut } else { io::ErrorKind::ConnectionReset };
-            return Poll::Ready(Err(kind.into()));
+            return Poll::Ready(Err(Broken::Idle));
         }
         Poll::Pending
     })
@@ -65,12 +97,20 @@ struct Flow {
 enum State {
     #[default]
     Open,
-    /// The sender has ended, and the receiver is to be told.
+    /// No more comes from the sender.
     Ending,
+    /// The receiver has been told so.
     Ended,
 }
 
+/// Which end of a direction has failed.
+enum Failed {
+    Sender(io::Error),
+    Receiver(io::Error),
+}
+
 impl Flow {
+    /// Copies until the sender has ended in order, and passes that on.
     fn poll<R, W>(
         &mut self,
         cx: &mut Context<'_>,
@@ -78,41 +118,87 @@ impl Flow {
         from: &mut R,
         to: &mut W,
         progress: &Progress,
-    ) -> Poll<io::Result<()>>
+    ) -> Poll<Result<(), Failed>>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        if self.state != State::Ended {
+            ready!(self.poll_copy(cx, buffer, from, to, progress))?;
+            ready!(Pin::new(to).poll_shutdown(cx)).map_err(Failed::Receiver)?;
+            self.state = State::Ended;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Copies what is still to be had of a sender that has failed. A write may have failed before all that it had sent was read.
+    fn poll_rest<R, W>(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+        from: &mut R,
+        to: &mut W,
+        progress: &Progress,
+    ) -> Poll<()>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        if self.state != State::Ended {
+            match ready!(self.poll_copy(cx, buffer, from, to, progress)) {
+                Ok(()) | Err(Failed::Sender(_)) => {
+                    let _ = ready!(Pin::new(to).poll_flush(cx));
+                }
+                Err(Failed::Receiver(_)) => {}
+            }
+        }
+        Poll::Ready(())
+    }
+
+    /// Copies until no more comes from the sender, and the receiver has taken all.
+    fn poll_copy<R, W>(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+        from: &mut R,
+        to: &mut W,
+        progress: &Progress,
+    ) -> Poll<Result<(), Failed>>
     where
         R: AsyncRead + Unpin,
         W: AsyncWrite + Unpin,
     {
         loop {
             while self.taken < self.kept.len() {
-                self.taken += some(ready!(Pin::new(&mut *to).poll_write(cx, &self.kept[self.taken..]))?)?;
+                let written = ready!(Pin::new(&mut *to).poll_write(cx, &self.kept[self.taken..]));
+                self.taken += written.and_then(some).map_err(Failed::Receiver)?;
                 progress.pass();
             }
             if !self.kept.is_empty() {
                 (self.kept, self.taken) = (Vec::new(), 0);
             }
-            match self.state {
-                State::Open => {}
-                State::Ending => {
-                    ready!(Pin::new(&mut *to).poll_shutdown(cx))?;
-                    self.state = State::Ended;
-                    return Poll::Ready(Ok(()));
-                }
-                State::Ended => return Poll::Ready(Ok(())),
+            if self.state != State::Open {
+                return Poll::Ready(Ok(()));
             }
             let mut read = ReadBuf::new(buffer);
-            if Pin::new(&mut *from).poll_read(cx, &mut read)?.is_pending() {
-                ready!(Pin::new(&mut *to).poll_flush(cx))?;
-                return Poll::Pending;
+            match Pin::new(&mut *from).poll_read(cx, &mut read) {
+                Poll::Ready(Ok(())) => progress.pass(),
+                Poll::Ready(Err(error)) => {
+                    self.state = State::Ending;
+                    return Poll::Ready(Err(Failed::Sender(error)));
+                }
+                Poll::Pending => {
+                    ready!(Pin::new(&mut *to).poll_flush(cx)).map_err(Failed::Receiver)?;
+                    return Poll::Pending;
+                }
             }
-            progress.pass();
             let mut left = read.filled();
             if left.is_empty() {
                 self.state = State::Ending;
             }
             while !left.is_empty() {
-                match Pin::new(&mut *to).poll_write(cx, left)? {
-                    Poll::Ready(written) => left = &left[some(written)?..],
+                match Pin::new(&mut *to).poll_write(cx, left) {
+                    Poll::Ready(written) => left = &left[written.and_then(some).map_err(Failed::Receiver)?..],
                     Poll::Pending => {
                         self.kept.extend_from_slice(left);
                         break;
@@ -131,6 +217,7 @@ fn some(written: usize) -> io::Result<usize> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
+    use futures::FutureExt;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
     use super::*;
@@ -225,12 +312,40 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_that_is_gone_ends_the_tunnel() {
+    async fn what_came_from_a_side_before_it_failed_arrives_without_an_end() {
         let progress = Progress::default();
-        let ((mut client, mut a), (mut b, server)) = (duplex(64), duplex(64));
+        let ((mut client, mut a), (mut b, mut server)) = (duplex(10), duplex(100));
+        server.write_all(&[7; 100]).await.unwrap();
         drop(server);
         client.write_all(b"to nobody").await.unwrap();
-        let error = both_ways(&mut a, &mut b, &progress).await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+        let mut came = [0; 100];
+        let relay = both_ways(&mut a, &mut b, &progress);
+        let (relayed, read) = tokio::join!(relay, client.read_exact(&mut came));
+        assert!(matches!(relayed, Err(Broken::Upstream(error)) if error.kind() == io::ErrorKind::BrokenPipe));
+        read.unwrap();
+        assert_eq!(came, [7; 100]);
+        assert!(client.read_u8().now_or_never().is_none(), "told of an end");
+    }
+
+    /// As TLS that ends without a word.
+    struct CutShort;
+
+    impl AsyncRead for CutShort {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()))
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_cut_short_is_passed_on_without_an_end() {
+        let progress = Progress::default();
+        let (mut client, mut a) = duplex(64);
+        let mut b = tokio::io::join((&b"half"[..]).chain(CutShort), tokio::io::sink());
+        let relayed = both_ways(&mut a, &mut b, &progress).await;
+        assert!(matches!(relayed, Err(Broken::Upstream(error)) if error.kind() == io::ErrorKind::UnexpectedEof));
+        let mut came = [0; 4];
+        client.read_exact(&mut came).await.unwrap();
+        assert_eq!(&came, b"half");
+        assert!(client.read_u8().now_or_never().is_none(), "told of an end");
     }
 }

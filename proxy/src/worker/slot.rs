@@ -289,10 +289,10 @@ fn start(slot: &Rc<Slot>, stream: TcpStream, peer: SocketAddr) {
 
 /// 10 ms, doubled up to 1 s.
 #[derive(Default)]
-struct Backoff(u32);
+pub(super) struct Backoff(u32);
 
 impl Backoff {
-    fn next(&mut self) -> Duration {
+    pub(super) fn next(&mut self) -> Duration {
         let pause = Duration::from_millis(10) * 2_u32.pow(self.0.min(7));
         self.0 += 1;
         pause.min(Duration::from_secs(1))

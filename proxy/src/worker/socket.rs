@@ -21,8 +21,10 @@ use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
-    time::Instant,
+    time::{Instant, sleep},
 };
+
+use super::{progress::Progress, slot::Backoff};
 
 /// After so long without a sign of life the other side of a connection is asked for one, and after 15 s more without an answer it has vanished. A
 /// client may be on a phone; an upstream that vanished without a word is to be found, with the request that it has, within half a minute.
@@ -165,6 +167,23 @@ impl Socket {
 
     pub(super) fn tcp(&self) -> Ref<'_, TcpStream> {
         self.0.tcp.borrow()
+    }
+
+    /// Waits until the other side has all that was written, or cannot get it any more. `progress` is told of what arrives, and ends the wait.
+    pub(super) async fn arrived(&self, progress: &Progress) {
+        let (mut pause, mut before) = (Backoff::default(), None);
+        loop {
+            let Ok(known) = tcp_info(&*self.tcp()) else { return };
+            if known.has_arrived() || known.is_closed || self.0.vanished.get() || progress.is_idle() {
+                return;
+            }
+            let left = Some((known.unacknowledged, known.not_sent));
+            if before != left {
+                before = left;
+                progress.pass();
+            }
+            sleep(pause.next()).await;
+        }
     }
 
     /// Whether the other side sees a reset when it is closed, by whomever, or an end in order.

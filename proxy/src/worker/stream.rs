@@ -16,7 +16,7 @@ use tokio::{
 };
 use tokio_rustls::{client, server};
 
-use super::{load::Opened, socket::Socket};
+use super::{load::Opened, progress::Progress, socket::Socket};
 use crate::tls::not_after;
 
 pub(super) struct Stream {
@@ -113,6 +113,11 @@ impl Stream {
 
     fn tcp(&self) -> Ref<'_, TcpStream> {
         self.socket().tcp()
+    }
+
+    /// Waits until the other side has all that was written, or cannot get it any more, or `progress` is idle.
+    pub(super) async fn arrived(&self, progress: &Progress) {
+        self.socket().arrived(progress).await;
     }
 
     /// Whether the other side sees a reset when it is closed, also by the end of this process, or an end in order.

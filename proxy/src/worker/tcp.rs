@@ -1,6 +1,6 @@
 //! Opaque TCP: the split is drawn once per connection.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
 use super::{
     connection::{Connection, tunnel},
@@ -16,17 +16,9 @@ pub(crate) const MAX_TRIES: u32 = 3;
 /// Passes a connection's bytes to an endpoint of one revision, and back.
 ///
 /// `idle` is for how long it may be open while none pass.
-pub(super) async fn proxy(connection: &Connection, split: &Split, idle: Option<Duration>, mut client: Stream) {
+pub(super) async fn proxy(connection: &Connection, split: &Split, idle: Option<Duration>, client: Stream) {
     match connect(connection, split).await {
-        Ok((mut upstream, _outstanding)) => {
-            if let Err(error) = tunnel(connection, idle, &mut client, &mut upstream).await
-                && error.kind() == io::ErrorKind::ConnectionReset
-            {
-                // A reset stays one: an orderly end would make truncated data look whole.
-                client.reset_when_closed(true);
-                upstream.reset_when_closed(true);
-            }
-        }
+        Ok((upstream, _outstanding)) => tunnel(connection, idle, client, upstream).await,
         Err(failure) => {
             let (_, flag, _) = failure.answer();
             connection.slot.metrics.local_error(flag);

@@ -197,7 +197,11 @@ async fn a_tcp_connection_goes_on_while_its_listener_drains_until_the_deadline()
         let mut data = [0; 10];
         soon("the bytes", upstream.read_exact(&mut data)).await.unwrap();
         assert_eq!(&data, b"still here");
-        soon("the cut", upstream.read_u8()).await.unwrap_err();
+        // Both sides see that it is no end in order.
+        for side in [&mut client, &mut upstream] {
+            let error = soon("the cut", side.read_u8()).await.unwrap_err();
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        }
     };
     // Long enough for the socket to close on a busy machine.
     let (drained, ()) = tokio::join!(proxy.workers.drain(Duration::from_secs(4)), talk);

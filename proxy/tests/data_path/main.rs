@@ -30,3 +30,4 @@ mod timeouts;
 mod tls;
 mod trace;
 mod upstream_http1;
+mod vanished;

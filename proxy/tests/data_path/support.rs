@@ -527,8 +527,9 @@ pub(crate) async fn websocket(address: SocketAddr) -> TcpStream {
     stream
 }
 
-/// A kind of the kernel's timers.
+/// Kinds of the kernel's timers.
 pub(crate) const KEEPALIVE: &str = "02";
+pub(crate) const CLOSED_WINDOW: &str = "04";
 
 /// The kernel's timer of a connection to this address: its kind, and in how many seconds it is due (proc_net_tcp).
 pub(crate) fn kernel_timer(to: SocketAddr) -> Option<(String, u64)> {
