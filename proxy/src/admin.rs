@@ -15,13 +15,8 @@ use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
 use http_body_util::Full;
 use hyper::{body::Incoming, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::{Semaphore, watch},
-    task::JoinSet,
-};
+use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
     ads::State,
@@ -33,10 +28,6 @@ use crate::{
 
 /// How long a worker may take to answer before it counts as stuck.
 const PING: Duration = Duration::from_secs(3);
-/// For a request's head, and for idle connections.
-const HEADER: Duration = Duration::from_secs(30);
-/// More connections than this wait to be accepted.
-const CONNECTIONS: usize = 64;
 
 /// What the admin server reports on and acts on.
 #[derive(Debug)]
@@ -60,44 +51,26 @@ pub enum Port {
     Admin,
 }
 
+impl Port {
+    /// Of a connection.
+    fn life(self) -> Duration {
+        match self {
+            // Twice what Prometheus waits by default.
+            Self::Health => Duration::from_secs(20),
+            // `/config_dump` of a large fleet on its way to a person.
+            Self::Admin => Duration::from_secs(120),
+        }
+    }
+}
+
 impl Admin {
     /// Serves one port for ever.
     pub async fn serve(self: Arc<Self>, listener: TcpListener, port: Port) -> Infallible {
-        let slots = Arc::new(Semaphore::new(CONNECTIONS));
-        let mut connections = JoinSet::new();
-        loop {
-            // Never closed, so there is always a permit in the end.
-            let slot = Arc::clone(&slots).acquire_owned().await;
-            while connections.try_join_next().is_some() {}
-            match listener.accept().await {
-                Ok((stream, _)) => {
-                    let admin = Arc::clone(&self);
-                    connections.spawn(async move {
-                        let _slot = slot;
-                        admin.connection(stream, port).await;
-                    });
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "the admin server cannot accept a connection");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-            }
-        }
-    }
-
-    async fn connection(self: Arc<Self>, stream: TcpStream, port: Port) {
-        let service = service_fn(|request: Request<Incoming>| {
+        let service = service_fn(move |request: Request<Incoming>| {
             let admin = Arc::clone(&self);
-            async move {
-                let answer = admin.answer(port, request.method(), request.uri().path()).await;
-                Ok::<_, Infallible>(answer)
-            }
+            async move { Ok::<_, Infallible>(admin.answer(port, request.method(), request.uri().path()).await) }
         });
-        let mut http = hyper::server::conn::http1::Builder::new();
-        http.timer(TokioTimer::new()).header_read_timeout(HEADER);
-        if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
-            tracing::debug!(%error, "a connection to the admin server broke");
-        }
+        sluice_health::serve(listener, port.life(), service).await
     }
 
     async fn answer(&self, port: Port, method: &Method, path: &str) -> Response<Full<Bytes>> {

@@ -19,6 +19,7 @@ use axum::{
     response::IntoResponse,
     routing::get,
 };
+use hyper_util::service::TowerToHyperService;
 use prometheus_client::{
     encoding::{EncodeLabelSet, text},
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
@@ -37,6 +38,8 @@ use crate::{
 };
 
 const STALLED: &str = "Stalled";
+/// Of a connection: twice what Prometheus waits by default.
+const LIFE: Duration = Duration::from_secs(20);
 
 type Float = Gauge<f64, std::sync::atomic::AtomicU64>;
 
@@ -385,17 +388,15 @@ fn signal_of(signal: GuardSignal) -> SignalOf {
     SignalOf { signal }
 }
 
-/// Serves until `stop`.
-///
-/// # Errors
-/// If the socket fails.
-pub async fn serve(listener: TcpListener, metrics: Metrics, stop: CancellationToken) -> std::io::Result<()> {
+/// Serves until `stop`, which cuts what is open.
+pub async fn serve(listener: TcpListener, metrics: Metrics, stop: CancellationToken) {
     let app = Router::new()
         .route("/healthz/live", get(|| async { "ok\n" }))
         .route("/healthz/ready", get(ready))
         .route("/metrics", get(scrape))
         .with_state(metrics);
-    axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned()).await
+    let serving = sluice_health::serve(listener, LIFE, TowerToHyperService::new(app));
+    stop.run_until_cancelled(serving).await;
 }
 
 /// Ready = caches warm; whether it leads does not matter.
@@ -414,8 +415,43 @@ async fn scrape(State(metrics): State<Metrics>) -> impl IntoResponse {
 #[cfg(test)]
 mod tests {
     use sluice_crds::{Phase, Traffic};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpStream,
+        time::timeout,
+    };
 
     use super::*;
+
+    #[tokio::test]
+    async fn whoever_holds_connections_keeps_nobody_from_an_answer_and_does_not_hold_them_for_long() {
+        const PATIENCE: Duration = Duration::from_secs(20);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let metrics = Metrics::new(Touches::default(), watch::channel(None).1, &Calls::default());
+        metrics.set_ready();
+        let stop = CancellationToken::new();
+        let serving = tokio::spawn(serve(listener, metrics, stop.clone()));
+        let mut held = Vec::new();
+        for _ in 0..200 {
+            held.push(TcpStream::connect(address).await.unwrap());
+        }
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client.write_all(b"GET /healthz/ready HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        timeout(PATIENCE, client.read_to_string(&mut answer)).await.unwrap().unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("\r\n\r\nok\n"), "{answer}");
+
+        tokio::time::pause();
+        tokio::time::advance(LIFE).await;
+        tokio::time::resume();
+        for mut connection in held {
+            assert_eq!(timeout(PATIENCE, connection.read(&mut [0])).await.unwrap().unwrap(), 0, "it is closed");
+        }
+        let _silent = TcpStream::connect(address).await.unwrap();
+        stop.cancel();
+        timeout(PATIENCE, serving).await.unwrap().unwrap();
+    }
 
     #[test]
     fn a_canarys_series_say_its_status_and_go_with_it() {

@@ -536,7 +536,7 @@ async fn a_proxy_that_is_out_of_files_says_so_once_a_second_for_all_listeners_an
     for to in [fleet.health, fleet.admin].repeat(64) {
         idle.push(TcpStream::connect(to).await.unwrap());
     }
-    said("the admin server cannot accept a connection").await;
+    said("cannot accept a connection").await;
     let begun = Instant::now();
     let mut waiting = Vec::new();
     for (_, port) in ports.repeat(16) {
@@ -549,6 +549,29 @@ async fn a_proxy_that_is_out_of_files_says_so_once_a_second_for_all_listeners_an
     assert!(u64::try_from(found).unwrap() <= begun.elapsed().as_secs() + 2, "{found} lines");
     drop((idle, waiting));
     std::fs::remove_file(&log).unwrap();
+}
+
+#[tokio::test]
+async fn whoever_holds_connections_to_the_health_port_keeps_the_kubelet_from_nothing() {
+    let ca = Ca::new();
+    let server = Server::start(&ca).await;
+    let fleet = Proxy::start("fleet", &ca, server.address);
+    fleet.wait_for("/healthz/startup", StatusCode::OK).await;
+    // Silent ones, and some that ask for more than they will ever read.
+    let metrics = "GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n".repeat(1000);
+    let mut held = Vec::new();
+    for asked in ["", &metrics].repeat(100) {
+        let mut connection = TcpStream::connect(fleet.health).await.unwrap();
+        // It may be closed at once.
+        let _ = connection.write_all(asked.as_bytes()).await;
+        held.push(connection);
+    }
+    let (ready, reason) = soon("an answer", fleet.get("/healthz/ready")).await;
+    assert_eq!((ready, reason.contains("certificate")), (StatusCode::SERVICE_UNAVAILABLE, true), "{reason}");
+    assert_eq!(soon("an answer", fleet.get("/healthz/live")).await.0, StatusCode::OK);
+    assert!(soon("an answer", fleet.get("/metrics")).await.1.contains("sluice_"));
+    // The first, which is silent, has given way.
+    assert_eq!(soon("the end", held[0].read(&mut [0])).await.unwrap(), 0);
 }
 
 #[tokio::test]

@@ -61,9 +61,9 @@ async fn health(proxy: &Proxy, overload: &Overload) -> SocketAddr {
 
 /// What the kubelet and Prometheus see: the answers, and which actions are under way.
 async fn asked(health: SocketAddr) -> (StatusCode, String, [bool; 3]) {
-    let mut client = Http1::connect(health).await;
-    let (live, ready) = (client.get("/healthz/live").await.status, client.get("/healthz/ready").await.body);
-    let metrics = client.get("/metrics").await.body;
+    let get = async |path: &str| Http1::connect(health).await.get(path).await;
+    let (live, ready) = (get("/healthz/live").await.status, get("/healthz/ready").await.body);
+    let metrics = get("/metrics").await.body;
     let active = Action::ALL
         .map(|action| metrics.contains(&format!("sluice_overload_action_active{{action=\"{}\"}} 1\n", action.name())));
     (live, ready, active)
