@@ -17,9 +17,12 @@ use std::{
 use serde::Serialize;
 
 pub use self::filter::{Filter, Outcome};
-use crate::metrics::Metrics;
+use crate::{
+    excerpt::{Excerpt, LONGEST},
+    metrics::Metrics,
+};
 
-/// Lines that may wait to be written.
+/// Lines that may wait to be written, of at most 8 KiB: what a client can make long is an excerpt in them.
 const QUEUE: usize = 8192;
 
 /// What is said about one request. Times in milliseconds.
@@ -29,10 +32,10 @@ pub struct Entry<'a> {
     pub listener: &'a str,
     pub peer: String,
     pub protocol: &'static str,
-    pub method: &'a str,
-    pub authority: &'a str,
-    pub path: &'a str,
-    pub user_agent: &'a str,
+    pub method: Excerpt<'a>,
+    pub authority: Excerpt<'a>,
+    pub path: Excerpt<'a>,
+    pub user_agent: Excerpt<'a>,
     pub status: u16,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub grpc_status: Option<&'static str>,
@@ -106,12 +109,50 @@ impl AccessLog {
     }
 
     pub fn write(&self, entry: &Entry<'_>) {
-        let Ok(line) = serde_json::to_string(entry) else {
+        let Ok(mut line) = serde_json::to_string(entry) else {
             return;
         };
+        // A long one has grown in leaps. Few are.
+        if line.len() > LONGEST {
+            line.shrink_to_fit();
+        }
         match self.lines.try_send(line) {
             Ok(()) => {}
             Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => self.metrics.access_log_dropped(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_line_is_never_longer_than_is_stated() {
+        let (name, token, quotes) = ("n".repeat(160), "M".repeat(64 << 10), "\"".repeat(64 << 10));
+        let entry = Entry {
+            time: "2026-01-01T00:00:00.000000000Z".to_owned(),
+            listener: &name,
+            peer: "[ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255]:65535".to_owned(),
+            protocol: "HTTP/1.1",
+            // A method is a token; JSON makes two characters of a quotation mark in the others.
+            method: Excerpt::of(&token),
+            authority: Excerpt::of(&quotes),
+            path: Excerpt::of(&quotes),
+            user_agent: Excerpt::of(&quotes),
+            status: 503,
+            grpc_status: Some("FAILED_PRECONDITION"),
+            flag: Some("URX"),
+            cluster: Some(&name),
+            upstream: Some("[ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255]:65535".to_owned()),
+            attempts: u32::MAX,
+            duration_ms: f64::MAX,
+            first_byte_ms: Some(f64::MAX),
+            response_bytes: u64::MAX,
+            trace_id: Some("f".repeat(32)),
+        };
+        let line = serde_json::to_string(&entry).unwrap().len();
+        assert!(line <= 8 << 10, "{line} bytes");
     }
 }

@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     access_log::{Entry, Outcome},
+    excerpt::Excerpt,
     failure::{Failure, Flag},
     metrics::GrpcStatus,
     refused::Refused,
@@ -292,10 +293,10 @@ impl Tally {
                 listener: &self.connection.slot.name,
                 peer: self.connection.peer.to_string(),
                 protocol: head.protocol(),
-                method: head.method.as_str(),
-                authority: head.authority(),
-                path: head.uri.path_and_query().map_or("", |path| path.as_str()),
-                user_agent: head.user_agent(),
+                method: Excerpt::of(head.method.as_str()),
+                authority: Excerpt::of(head.authority()),
+                path: Excerpt::of(head.uri.path_and_query().map_or("", |path| path.as_str())),
+                user_agent: Excerpt::of(head.user_agent()),
                 status: outcome.status,
                 grpc_status: self.grpc_status.map(GrpcStatus::name),
                 flag: self.flag.map(Flag::name),

@@ -13,6 +13,7 @@ use opentelemetry_sdk::trace::{SpanData, SpanEvents, SpanLinks};
 use super::{connection::Connection, tally::Head};
 use crate::{
     access_log::Outcome,
+    excerpt::{Excerpt, LONGEST},
     snapshot::Cluster,
     trace::{Tracer, context::Received},
 };
@@ -42,8 +43,7 @@ impl Trace {
             Some(parent) if !sampled => parent.span_id,
             Some(_) | None => SpanId::from(fastrand::u64(1..)),
         };
-        let state =
-            if sampled { received.state(headers).join(",").parse().unwrap_or_default() } else { TraceState::default() };
+        let state = if sampled { state(&received, headers) } else { TraceState::default() };
         Some(Box::new(Self { received, trace_id, span_id, sampled, state }))
     }
 
@@ -86,6 +86,12 @@ impl Trace {
     }
 }
 
+/// What a span says of `tracestate`. One that is too long for it cannot be cut with a mark, and is left out; upstream gets it as it came.
+fn state(received: &Received, headers: &HeaderMap) -> TraceState {
+    let state = received.state(headers).join(",");
+    if state.len() > LONGEST { TraceState::default() } else { state.parse().unwrap_or_default() }
+}
+
 /// How a request ended.
 pub(super) struct End<'a> {
     pub(super) outcome: Outcome,
@@ -120,16 +126,16 @@ fn attributes(connection: &Connection, head: &Head, end: &End<'_>, error: Option
         Some(name) => say("http.request.method", name.into()),
         None => {
             say("http.request.method", "_OTHER".into());
-            say("http.request.method_original", head.method.as_str().to_owned().into());
+            say("http.request.method_original", Excerpt::of(head.method.as_str()).into());
         }
     }
     say("url.scheme", head.scheme.into());
-    say("url.path", head.uri.path().to_owned().into());
+    say("url.path", Excerpt::of(head.uri.path()).into());
     if let Some(query) = head.uri.query() {
-        say("url.query", redacted(query).into());
+        say("url.query", Excerpt::of(&redacted(query)).into());
     }
     if let Ok(authority) = head.authority().parse::<Authority>() {
-        say("server.address", authority.host().to_owned().into());
+        say("server.address", Excerpt::of(authority.host()).into());
         if let Some(port) = authority.port_u16() {
             say("server.port", i64::from(port).into());
         }
@@ -141,14 +147,14 @@ fn attributes(connection: &Connection, head: &Head, end: &End<'_>, error: Option
     say("network.peer.port", i64::from(peer.port()).into());
     let agent = head.user_agent();
     if !agent.is_empty() {
-        say("user_agent.original", agent.to_owned().into());
+        say("user_agent.original", Excerpt::of(agent).into());
     }
     if let Some(status) = end.status {
         say("http.response.status_code", i64::from(status.as_u16()).into());
     }
     if end.grpc {
         say("rpc.system.name", "grpc".into());
-        say("rpc.method", head.uri.path().trim_start_matches('/').to_owned().into());
+        say("rpc.method", Excerpt::of(head.uri.path().trim_start_matches('/')).into());
         if let Some(status) = end.outcome.grpc_status {
             say("rpc.response.status_code", status.name().into());
         }
@@ -188,10 +194,35 @@ fn version(version: Version) -> &'static str {
     }
 }
 
+/// Without secrets. What an excerpt would leave out is not looked at.
 fn redacted(query: &str) -> String {
-    let pairs = query.split('&').map(|pair| match pair.split_once('=') {
-        Some((name, _)) if SECRETS.contains(&name) => format!("{name}=REDACTED"),
-        Some(_) | None => pair.to_owned(),
-    });
-    pairs.collect::<Vec<_>>().join("&")
+    let mut said = String::with_capacity(query.len().min(LONGEST));
+    for (index, pair) in query.split('&').enumerate() {
+        if said.len() > LONGEST {
+            break;
+        }
+        if index > 0 {
+            said.push('&');
+        }
+        match pair.split_once('=') {
+            Some((name, _)) if SECRETS.contains(&name) => {
+                said.push_str(name);
+                said.push_str("=REDACTED");
+            }
+            Some(_) | None => said.push_str(pair),
+        }
+    }
+    said
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_query_loses_its_secrets_and_what_no_excerpt_has() {
+        assert_eq!(redacted("sig=a&b&&c=d=e&Signature=f"), "sig=REDACTED&b&&c=d=e&Signature=REDACTED");
+        let long = redacted(&"sig=a&".repeat(10_000));
+        assert!(long.len() <= LONGEST + "&sig=REDACTED".len() && !long.contains("=a"), "{} bytes", long.len());
+    }
 }

@@ -363,3 +363,70 @@ async fn the_access_log_names_the_trace() {
     assert_eq!((&entries[0]["trace_id"], &entries[1]["trace_id"]), (&TRACE.into(), &TRACE.into()));
     assert!(entries[2].get("trace_id").is_none());
 }
+
+#[tokio::test]
+async fn what_a_client_makes_long_is_cut_in_lines_and_spans_and_goes_on_whole() {
+    let collector = Collector::start(SocketAddr::new(own_ip(), 0), None).await;
+    let lines = Lines::default();
+    let output = lines.clone();
+    let proxy = Proxy::with(Role::Fleet, Default::default(), |options| {
+        traced(options, collector.address, 1.0);
+        options.access_log = Some(AccessLog::start(options.metrics.clone(), output).unwrap());
+    });
+    let (seen, app) = noting().await;
+    proxy.serve(http_to([(cluster("abc", &[app.address]), 100)])).await;
+
+    let long = "x".repeat(60 << 10);
+    let with = |name: &'static str| {
+        let mut request = get("/");
+        request.headers_mut().insert(name, HeaderValue::from_str(&long).unwrap());
+        request
+    };
+    let target = get(&format!("/{}?{}", &long[..15 << 10], &long[..15 << 10]));
+    let mut method = get("/");
+    *method.method_mut() = long[..30 << 10].parse().unwrap();
+    // On one connection, so that lines and spans are in order.
+    let mut client = Http1::connect(proxy.address).await;
+    for request in [with("user-agent"), with("host"), target, method] {
+        assert_eq!(client.send(request).await.unwrap().status, StatusCode::OK);
+    }
+    collector.wait_for(4).await;
+    let path = format!("/{}", &long[..10 << 10]);
+    assert_eq!(Http2::connect(proxy.address).await.send(call(&path)).await.unwrap().status, StatusCode::OK);
+    assert_eq!(seen.lock().unwrap()[0]["user-agent"].len(), long.len());
+
+    let (entries, spans) = (lines.wait_for(5).await, collector.wait_for(5).await);
+    let is_cut = |text: &str| (1021..=1024).contains(&text.len()) && text.ends_with('…');
+    let table: [(&str, &[&str]); 5] = [
+        ("user_agent", &["user_agent.original"]),
+        ("authority", &["server.address"]),
+        ("path", &["url.path", "url.query"]),
+        ("method", &["http.request.method_original"]),
+        ("path", &["url.path", "rpc.method"]),
+    ];
+    for ((entry, span), (field, attributes)) in entries.iter().zip(&spans).zip(table) {
+        let said = entry[field].as_str().unwrap();
+        assert!(is_cut(said), "{field}: {} bytes", said.len());
+        for name in attributes {
+            let said = attribute(&span.attributes, name);
+            assert!(is_cut(&said), "{name}: {} bytes", said.len());
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_tracestate_that_is_too_long_for_a_span_goes_on_as_it_came() {
+    let (collector, proxy, seen, _app) = scene(1.0).await;
+    let parent = format!("00-{TRACE}-{SPAN}-01");
+    let member = |number: usize| format!("k{number}={}", "x".repeat(125));
+    let state = |members: usize| (0..members).map(member).collect::<Vec<_>>().join(",");
+    let (short, long) = (state(7), state(9));
+    for state in [&short, &long] {
+        let lines = passed(&proxy, &seen, &[("traceparent", &parent), ("tracestate", state)]).await;
+        assert_eq!(lines[1], format!("tracestate: {state}"));
+    }
+    let spans = collector.wait_for(2).await;
+    let mut states: Vec<_> = spans.iter().map(|span| span.trace_state.as_str()).collect();
+    states.sort_unstable();
+    assert_eq!(states, ["", &short]);
+}
