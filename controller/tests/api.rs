@@ -18,6 +18,8 @@ mod hand_back;
 mod identity;
 #[path = "api/keeper.rs"]
 mod keeper;
+#[path = "api/large.rs"]
+mod large;
 #[path = "api/lease.rs"]
 mod lease;
 #[path = "api/release.rs"]

@@ -388,6 +388,7 @@ fn default_latency_margin() -> i32 {
     validation = Rule::new("!(has(self.templateRef) && has(self.query))").message("spec.analysis.metrics: say either templateRef or query"),
     validation = Rule::new("!has(self.threshold)").message("spec.analysis.metrics[].threshold is deprecated and not supported: use thresholdRange.min or thresholdRange.max"),
     validation = Rule::new("has(self.thresholdRange)").message("spec.analysis.metrics[].thresholdRange is required: say min, max or both"),
+    validation = Rule::new("!has(self.templateVariables) || self.templateVariables.all(name, size(name) <= 128)").message("spec.analysis.metrics[].templateVariables takes names of at most 128 characters"),
     validation = Rule::new("!(self.name == 'request-duration' && !has(self.query) && !has(self.templateRef) && has(self.thresholdRange) && has(self.thresholdRange.max) && self.thresholdRange.max > 60000.0)").message("spec.analysis.metrics: request-duration is measured up to 60000 ms; a larger limit could never fail")
 )]
 pub struct Metric {

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
     validation = Rule::new("has(self.uri) || has(self.method) || has(self.authority) || has(self.headers) || has(self.withoutHeaders) || has(self.queryParams)").message("match: say uri, method, authority, headers, withoutHeaders or queryParams; an empty one would match every request"),
     validation = Rule::new("(!has(self.uri) || has(self.uri.exact) || has(self.uri.prefix) || has(self.uri.regex)) && (!has(self.method) || has(self.method.exact) || has(self.method.prefix) || has(self.method.regex)) && (!has(self.authority) || has(self.authority.exact) || has(self.authority.prefix) || has(self.authority.regex))").message("match: uri, method and authority need exact, prefix or regex"),
     validation = Rule::new("((has(self.headers) ? self.headers.map(name, name) : []) + (has(self.withoutHeaders) ? self.withoutHeaders.map(name, name) : [])).all(name, name.matches('^[A-Za-z0-9!#$&*+.^_|~-]{1,128}$'))").message("match: headers and withoutHeaders take names of headers"),
+    validation = Rule::new("!has(self.queryParams) || self.queryParams.all(name, size(name) > 0 && size(name) <= 256)").message("match: queryParams takes names of 1 to 256 characters"),
     validation = Rule::new("!has(self.sourceLabels) && !has(self.gateways) && !has(self.sourceNamespace) && !has(self.port) && !has(self.scheme)").message("match: sourceLabels, sourceNamespace, gateways, port and scheme are not supported in this version; more requests would match. Remove them")
 )]
 pub struct HttpMatch {

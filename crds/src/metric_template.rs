@@ -37,7 +37,10 @@ pub struct MetricTemplateSpec {
 /// Where a query goes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("!has(self.region)").message("provider.region belongs to a provider that is not supported in this version"))]
+#[x_kube(
+    validation = Rule::new("!has(self.region)").message("provider.region belongs to a provider that is not supported in this version"),
+    validation = Rule::new("!has(self.headers) || self.headers.all(name, name.matches('^[A-Za-z0-9!#$&*+.^_|~-]{1,128}$'))").message("provider.headers takes names of headers")
+)]
 pub struct Provider {
     /// Kind of provider. This version knows `prometheus`.
     #[serde(rename = "type")]

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 
 #[test]
-fn every_field_is_described_and_every_list_map_and_string_is_bounded() {
+fn every_field_is_described_and_every_list_string_map_and_name_in_a_map_is_bounded() {
     let mut missing = Vec::new();
     for crd in sluice_crds::crds() {
         for version in &crd.spec.versions {
@@ -24,12 +24,24 @@ fn look(schema: &Value, path: &str, missing: &mut Vec<String>) {
         Some("string") => &["maxLength", "enum", "format"],
         Some("array") => &["maxItems"],
         Some("object") if has(&["additionalProperties"]) => &["maxProperties"],
-        _ => &["type", "x-kubernetes-int-or-string"],
+        _ if has(&["x-kubernetes-int-or-string"]) => &["maxLength"],
+        _ => &["type"],
     };
     if !has(bound) {
         missing.push(format!("{path}: one of {bound:?}"));
     }
+    let rules = schema["x-kubernetes-validations"].as_array().into_iter().flatten();
+    let rules: Vec<&str> = rules.filter_map(|rule| rule["rule"].as_str()).collect();
     for (name, field) in schema["properties"].as_object().into_iter().flatten() {
+        // A schema says nothing about the names in a map: a rule looks at each, or refuses the map. Those in a status are the controller's.
+        let looks = [".all(", ".map("].map(|how| format!("self.{name}{how}"));
+        let refuses = format!("!has(self.{name})");
+        let bounds =
+            |rule: &&str| looks.iter().any(|how| rule.contains(how)) || rule.split(" && ").any(|part| part == refuses);
+        let bounded = rules.iter().any(bounds);
+        if field["additionalProperties"].is_object() && !bounded && !path.contains(".status") {
+            missing.push(format!("{path}.{name}: a rule for its names"));
+        }
         let path = format!("{path}.{name}");
         if field.get("description").is_none() {
             missing.push(format!("{path}: a description"));

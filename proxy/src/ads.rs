@@ -46,7 +46,8 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
 /// For the server's first sign of life on a new stream, and for our requests to leave.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(10);
-/// One response holds all resources of a type at first; tonic's default of 4 MiB would cap the size of a cluster.
+/// Far above what the controller puts into one response, but for the endpoints of one cluster, which cannot be cut: tonic's default of
+/// 4 MiB would cap their number.
 const LARGEST_RESPONSE: usize = 64 << 20;
 /// Requests that wait to be sent: a few for each response. When it is full we wait, and then leave the stream.
 const REQUESTS: usize = 64;

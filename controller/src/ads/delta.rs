@@ -13,7 +13,10 @@ use sluice_xds::{
     unpack,
 };
 
-use super::{Variant, stream::State};
+use super::{
+    Variant,
+    stream::{LARGEST_RESPONSE, State},
+};
 use crate::mesh::View;
 
 pub(super) struct Delta;
@@ -94,12 +97,14 @@ fn rejected(status: &Status) -> Rejected {
 fn next(state: &mut State, view: &View) -> Vec<DeltaDiscoveryResponse> {
     let mut responses = Vec::new();
     for kind in TypeUrl::ALL {
-        let difference = state.difference(kind, view);
+        let mut difference = state.difference(kind, view);
         if difference.is_empty() && !state.awaits_empty(kind, view) {
             continue;
         }
         let nonce = state.nonce();
-        state.holdings(kind).sent(nonce.clone(), &difference);
+        let holdings = state.holdings(kind);
+        holdings.turn = difference.cut(LARGEST_RESPONSE, holdings.turn.take());
+        holdings.sent(nonce.clone(), &difference);
         let resources = difference.updates.into_iter().map(|(name, resource)| Resource {
             name,
             version: resource.version.to_string(),

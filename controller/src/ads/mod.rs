@@ -5,6 +5,8 @@ mod delta;
 mod members;
 mod sotw;
 mod stream;
+#[cfg(test)]
+mod tests;
 
 use std::{collections::BTreeMap, pin::Pin, sync::Arc, time::Duration};
 

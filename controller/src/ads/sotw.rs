@@ -1,5 +1,6 @@
 //! The state-of-the-world variant, for stock Envoy and proxyless gRPC, from the same snapshot: each response lists everything
-//! of its type that the client asked for.
+//! of its type that the client asked for. What is not listed is gone, so no response can be cut: a client that takes no message of that size
+//! (gRPC's default is 4 MiB) loses its stream, which nobody waits for, and has to ask for less or use the other variant.
 
 use std::{
     collections::{BTreeMap, BTreeSet, hash_map::DefaultHasher},

@@ -1,7 +1,8 @@
 //! What one stream holds and what it should be sent next: pure state, shared by both variants of the protocol.
 //!
 //! A stream has at most one unanswered response per type. What changes meanwhile is coalesced: the next response carries
-//! the newest state. So a slow client costs a bounded amount of memory and delays nobody.
+//! the newest state. So a slow client costs a bounded amount of memory and delays nobody. Where a response can be cut (delta), what does
+//! not fit into one follows its answer, by the same rules as if it had changed just then.
 //!
 //! Make before break (docs/xds.md, "Order"): clusters, endpoints, listeners, routes; a listener or a route goes out only when the
 //! clusters and endpoints that it needs are acknowledged; removals go in reverse, each type when all later ones have nothing
@@ -15,10 +16,15 @@ use std::{
 
 use sluice_xds::TypeUrl;
 
-use crate::mesh::{Resource, View};
+use crate::mesh::{LARGEST_ROUTES, Resource, View};
 
 /// Content hash of a resource.
 pub(super) type Version = Arc<str>;
+
+/// Most bytes of names and resources in one response, but for a resource that is larger by itself. Below the 4 MiB that clients of gRPC
+/// take by default, and beside the largest route that there may be is room for small ones.
+pub(super) const LARGEST_RESPONSE: usize = 3 << 20;
+const _: () = assert!(LARGEST_ROUTES < LARGEST_RESPONSE);
 
 /// What a client holds of one type, and asked for.
 #[derive(Debug, Default)]
@@ -37,6 +43,8 @@ pub(super) struct Holdings {
     pub absent: BTreeSet<String>,
     /// Sent, and neither acknowledged nor rejected.
     pub in_flight: Option<InFlight>,
+    /// Whose turn it was in the last response that was cut.
+    pub turn: Option<String>,
     /// The first request of this type has come.
     pub begun: bool,
     /// A response of this type was sent on this stream.
@@ -67,6 +75,40 @@ pub(super) struct Difference {
 impl Difference {
     pub(super) fn is_empty(&self) -> bool {
         self.updates.is_empty() && self.removals.is_empty()
+    }
+
+    /// Leaves what one response may say; the client's answer brings the rest into the next difference. Removals come first: one may
+    /// free the port that another listener gets. Of the resources, one that has its turn, the first behind `last`, so that each gets there
+    /// however often others change; then the smallest, so that large ones hold up no small one. Returns whose turn it was.
+    pub(super) fn cut(&mut self, most: usize, last: Option<String>) -> Option<String> {
+        fn size((name, resource): &(String, Resource)) -> usize {
+            name.len() + resource.body.value.len()
+        }
+        let sizes = self.removals.iter().map(String::len).chain(self.updates.iter().map(size));
+        if sizes.sum::<usize>() <= most {
+            return None;
+        }
+        let mut used = 0;
+        let mut fits = |size: usize| {
+            let fits = used == 0 || used + size <= most;
+            used += size;
+            fits
+        };
+        let removals = self.removals.iter().take_while(|name| fits(name.len())).count();
+        if removals < self.removals.len() {
+            self.removals.truncate(removals);
+            self.updates.clear();
+            return last;
+        }
+        let before = self.updates.partition_point(|(name, _)| last.as_ref().is_some_and(|last| name <= last));
+        self.updates.rotate_left(before);
+        let turn = self.updates.first().map(|(name, _)| name.clone());
+        if let [_, others @ ..] = self.updates.as_mut_slice() {
+            others.sort_by_key(size);
+        }
+        let updates = self.updates.iter().take_while(|update| fits(size(update))).count();
+        self.updates.truncate(updates);
+        if updates == 0 { last } else { turn }
     }
 }
 
@@ -100,7 +142,7 @@ impl State {
             }
         }
         if self.later_are_settled(kind, view) {
-            difference.removals.extend(holdings.held.keys().filter(|name| view.get(kind, name).is_none()).cloned());
+            difference.removals.extend(holdings.held.keys().filter(|name| !view.keeps(kind, name)).cloned());
         }
         // A name that was asked for and does not exist is answered, once: the client waits for it.
         let unknown = |name: &&String| {
@@ -129,7 +171,7 @@ impl State {
         };
         holdings.in_flight.is_none()
             && view.of(kind).all(|(name, resource)| !holdings.lacks(name, resource))
-            && holdings.held.keys().all(|name| view.get(kind, name).is_some())
+            && holdings.held.keys().all(|name| view.keeps(kind, name))
     }
 
     /// It may hold some of a type of which it has not said yet what it holds: it has come back with one type after the other.
@@ -244,6 +286,8 @@ impl Holdings {
 
 #[cfg(test)]
 mod tests {
+    use prost_types::Any;
+
     use super::*;
 
     const PORT: &str = "shop/web:80";
@@ -396,5 +440,67 @@ mod tests {
         assert!(!state.holdings(TypeUrl::Cluster).answered("0", Some(&BTreeMap::new()), ""), "a nonce of another");
         assert!(state.holdings(TypeUrl::Cluster).answered("1", Some(&BTreeMap::new()), ""));
         assert_eq!(updates(&state, TypeUrl::Cluster, &more), [NEW]);
+    }
+
+    /// Resources by name and size, the name not counted.
+    fn difference(updates: &[(&str, usize)], removals: &[&str]) -> Difference {
+        let sized = |(name, size): &(&str, usize)| {
+            let body = Any { type_url: String::new(), value: vec![0; *size] };
+            ((*name).to_owned(), Resource { body: Arc::new(body), ..resource("1", &[]) })
+        };
+        let removals = removals.iter().map(|name| (*name).to_owned()).collect();
+        Difference { updates: updates.iter().map(sized).collect(), removals }
+    }
+
+    fn names(difference: &Difference) -> Vec<&str> {
+        difference.updates.iter().map(|(name, _)| name.as_str()).collect()
+    }
+
+    #[test]
+    fn what_does_not_fit_goes_by_turns_and_the_small_never_wait_for_the_large() {
+        let mut turn = None;
+        // All of it changes again before each response.
+        for expected in [["a", "z"], ["b", "z"], ["c", "z"], ["z", "a"], ["a", "z"]] {
+            let mut all = difference(&[("a", 59), ("b", 59), ("c", 59), ("z", 9)], &[]);
+            turn = all.cut(100, turn);
+            assert_eq!(names(&all), expected);
+        }
+    }
+
+    #[test]
+    fn a_response_has_no_more_than_it_may_but_for_one_resource_that_is_larger() {
+        let mut fits = difference(&[("b", 49), ("a", 49)], &[]);
+        assert_eq!((fits.cut(100, Some("b".to_owned())), names(&fits)), (None, vec!["b", "a"]), "as it was");
+        let mut larger = difference(&[("a", 500), ("b", 9)], &[]);
+        assert_eq!((larger.cut(100, None).as_deref(), names(&larger)), (Some("a"), vec!["a"]));
+    }
+
+    #[test]
+    fn what_is_removed_goes_before_what_is_new() {
+        let gone = ["gone-aa", "gone-ab", "gone-ac"];
+        let mut first = difference(&[("a", 9), ("b", 29)], &gone);
+        assert_eq!(first.cut(40, None).as_deref(), Some("a"));
+        assert_eq!((first.removals.len(), names(&first)), (3, vec!["a"]));
+        let mut more = difference(&[("a", 9)], &gone);
+        assert_eq!(more.cut(20, Some("z".to_owned())).as_deref(), Some("z"), "nobody had a turn");
+        assert_eq!((more.removals, more.updates.len()), (vec!["gone-aa".to_owned(), "gone-ab".to_owned()], 0));
+        let mut large = difference(&[("a", 99)], &gone);
+        assert_eq!((large.cut(100, None), large.removals.len(), large.updates.len()), (None, 3, 0), "it comes next");
+    }
+
+    #[test]
+    fn what_is_withheld_is_neither_sent_nor_removed_and_holds_up_no_removal() {
+        let mut state = everything(&[OLD, NEW]);
+        settle(&mut state, &view("80/20", &[(OLD, "e1"), (NEW, "e1")]));
+        let mut now = view("100/0", &[(OLD, "e1")]);
+        for kind in [TypeUrl::Listener, TypeUrl::Route] {
+            now.resources.remove(&kind);
+            now.withheld.insert((kind, PORT.to_owned()));
+        }
+        for kind in [TypeUrl::Listener, TypeUrl::Route] {
+            assert!(state.difference(kind, &now).is_empty(), "it keeps what it holds");
+        }
+        assert_eq!(removals(&state, TypeUrl::Cluster, &now), [NEW]);
+        assert!(everything(&[OLD]).difference(TypeUrl::Listener, &now).is_empty(), "nor is it given to others");
     }
 }

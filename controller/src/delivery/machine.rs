@@ -90,6 +90,9 @@ pub struct Observation {
     pub action: Option<String>,
 }
 
+/// Reason of the [`Problem`] that the Canary's routes are not sent to the fleet.
+pub const TOO_LARGE: &str = "RoutesTooLarge";
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct Problem {
     /// CamelCase word for the condition and the event.

@@ -1,7 +1,10 @@
 //! The Services of a Canary: what forbids to take the apex Service over, and its companions `-primary`, `-canary` and
 //! `-pods`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use k8s_openapi::{
     api::core::v1::{Pod, Service, ServicePort, ServiceSpec},
@@ -14,8 +17,14 @@ use kube::{ResourceExt, api::DynamicObject};
 use serde_json::Value;
 use sluice_crds::{Canary, PortRef, labels};
 
-use super::{machine::Problem, revisions, template};
-use crate::mesh::{self, Limits, ports::PortKey};
+use super::{
+    machine::{Problem, TOO_LARGE},
+    revisions, template,
+};
+use crate::{
+    cache::CanaryKey,
+    mesh::{self, LARGEST_ROUTES, Limits},
+};
 
 /// Longest name of an apex Service: `-primary` has to fit in 63.
 const MAX_APEX_NAME: usize = 55;
@@ -214,6 +223,29 @@ pub fn capped(canary: &Canary, limits: Limits) -> Vec<Problem> {
         Some(Problem { reason: "LimitCapped", message })
     };
     fields.into_iter().filter_map(beyond).collect()
+}
+
+/// That the fleet is not told of this Canary's routes, because it would take too much of all who share it.
+#[must_use]
+pub fn too_large(canary: &Canary, apex: Option<&Service>, additional: &[Arc<Service>]) -> Option<Problem> {
+    let additional: Vec<&Service> = additional.iter().map(AsRef::as_ref).collect();
+    let services = mesh::Services { apex, additional: &additional };
+    // In the next release, and in the one under way, which has the matches that it began with.
+    let next = canary.spec.analysis.as_ref().and_then(|analysis| analysis.matches.as_deref());
+    let present = canary.status.as_ref().and_then(|status| status.traffic.as_ref()?.matches.as_deref());
+    let size = |matches| mesh::routes_size(canary, &canary.spec.service, matches, services);
+    let size = size(next).max(size(present));
+    (size > LARGEST_ROUTES).then(|| Problem {
+        reason: TOO_LARGE,
+        message: format!(
+            "Canary {}: spec.service: its routes take {} KiB of each member of the fleet, and at most {} KiB are sent: every entry of match, \
+             together with every one of spec.analysis.match, has headers, corsPolicy and fault once more, on each HTTP port of each \
+             Service. Say fewer or shorter ones. Meanwhile the fleet serves on with those before",
+            CanaryKey::of(canary),
+            size.div_ceil(1024),
+            LARGEST_ROUTES / 1024,
+        ),
+    })
 }
 
 /// What a person should know about a Service that is taken over.
@@ -509,6 +541,44 @@ mod tests {
         assert!(problem.message.contains("http2MaxRequests is 5000, but 2048 holds"), "{}", problem.message);
         assert_eq!(capped(&asks, Limits::default()), [], "nothing is limited");
         assert_eq!(capped(&canary(json!({"http2MaxRequests": 2048})), limits), []);
+    }
+
+    #[test]
+    fn routes_that_a_release_would_make_too_large_are_refused_before_it_begins() {
+        let large = |length: usize, matches: Value| {
+            let values: BTreeMap<String, String> =
+                (0..16).map(|index| (format!("x-{index}"), "v".repeat(length))).collect();
+            let mut canary = canary(json!({
+                "port": 80, "match": vec![json!({"uri": {"prefix": "/"}}); 16], "headers": {"request": {"set": values}},
+            }));
+            canary.spec.analysis =
+                serde_json::from_value(json!({"interval": "1m", "stepWeight": 10, "match": matches})).unwrap();
+            canary
+        };
+        let apex = service(json!({}));
+        let refused = |canary: &Canary, additional: &[Arc<Service>]| too_large(canary, Some(&apex), additional);
+        let eight = json!(vec![json!({"headers": {"x-user": {"exact": "insider"}}}); 8]);
+        assert_eq!(refused(&large(1024, json!(null)), &[]), None, "without one it fits");
+        let problem = refused(&large(1024, eight.clone()), &[]).unwrap();
+        assert_eq!(problem.reason, "RoutesTooLarge");
+        for words in [
+            "Canary test/podinfo: spec.service: its routes take ",
+            " and at most 2048 KiB are sent",
+            "Say fewer or shorter",
+        ] {
+            assert!(problem.message.contains(words), "{}", problem.message);
+        }
+        let mut further = apex.clone();
+        further.metadata.name = Some("further".into());
+        let further = [(); 3].map(|()| Arc::new(further.clone()));
+        assert_eq!(refused(&large(512, eight.clone()), &[]), None);
+        assert!(refused(&large(512, eight.clone()), &further).is_some(), "each Service has them");
+        // One that is under way has the matches that it began with.
+        let mut under_way = large(1024, json!(null));
+        let traffic = json!({"primary": "a", "canary": "b", "weight": 10, "match": eight});
+        under_way.status =
+            Some(sluice_crds::CanaryStatus { traffic: serde_json::from_value(traffic).unwrap(), ..Default::default() });
+        assert!(refused(&under_way, &[]).is_some());
     }
 
     #[test]

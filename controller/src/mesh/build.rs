@@ -10,7 +10,7 @@ use k8s_openapi::{
     apimachinery::pkg::util::intstr::IntOrString,
 };
 use kube::ResourceExt;
-use sluice_crds::{Backend, Canary, Traffic, labels};
+use sluice_crds::{Backend, Canary, ServiceSpec, Traffic, labels};
 use sluice_xds::{SpiffeId, TypeUrl};
 
 use super::{
@@ -20,6 +20,7 @@ use super::{
     ports::PortKey,
     route::{self, Destinations},
     service::{self, Port, Protocol},
+    size::{self, Services},
     slices, target_port,
 };
 use crate::cache::CanaryKey;
@@ -95,13 +96,19 @@ fn canary_resources(inputs: &Inputs, index: &Index<'_>, canary: &Canary, snapsho
     let additional: Vec<&Service> =
         canary.spec.additional_services().filter_map(|name| found(name.to_owned())).collect();
 
-    let spec = &canary.spec.service;
+    let traffic = status.and_then(|status| status.traffic.clone());
+    let matches = traffic.as_ref().and_then(|traffic| traffic.matches.as_deref());
+    let how = size::how(inputs, canary, matches, Services { apex: apex_service, additional: &additional });
+    if !how.is_some_and(|how| std::ptr::eq(how, &canary.spec.service)) {
+        snapshot.too_large.insert(key.clone());
+    }
+    // Where nothing that fits is known, routes are not made, and all else is.
+    let (spec, withholds) = (how.unwrap_or(&canary.spec.service), how.is_none());
     let mut ports = apex_service.map_or_else(|| service::ports_of_spec(spec), |apex| service::ports(apex, spec));
     ports.extend(additional.iter().flat_map(|service| service::ports(service, spec)));
     sidecars(inputs, index, &key, &ports, snapshot);
 
-    let (Some(mut traffic), Some(apex_service)) = (status.and_then(|status| status.traffic.clone()), apex_service)
-    else {
+    let (Some(mut traffic), Some(apex_service)) = (traffic, apex_service) else {
         return;
     };
     if inputs.cuts.contains(&key) {
@@ -115,12 +122,25 @@ fn canary_resources(inputs: &Inputs, index: &Index<'_>, canary: &Canary, snapsho
     let own = own.into_iter().filter_map(|(role, service)| Some((role, apex_service, service?)));
     let additional = additional.into_iter().map(|service| (Role::Apex, service, service));
     for (role, like, service) in own.chain(additional) {
-        let one = OneService { inputs, index, key: &key, apex, like, canary, traffic: &traffic, role, service };
+        let one = OneService {
+            inputs,
+            index,
+            key: &key,
+            apex,
+            like,
+            canary,
+            spec,
+            withholds,
+            traffic: &traffic,
+            role,
+            service,
+        };
         one.resources(&mut parts);
     }
     for (kind, name, resource) in parts.resources {
         snapshot.fleet.insert(kind, &name, resource);
     }
+    snapshot.fleet.withheld.extend(parts.withheld);
     if parts.complete {
         for carrier in &parts.carriers {
             snapshot.carriers.insert(carrier.clone(), key.clone());
@@ -132,14 +152,15 @@ fn canary_resources(inputs: &Inputs, index: &Index<'_>, canary: &Canary, snapsho
 /// What a Canary adds to the fleet view.
 struct Parts {
     resources: Vec<(TypeUrl, String, Resource)>,
+    withheld: Vec<(TypeUrl, String)>,
     carriers: BTreeSet<(TypeUrl, String)>,
-    /// Every port has a port of the fleet: else the traffic is not carried and nobody may think that it is.
+    /// Every port has a port of the fleet, and its route is sent: else the traffic is not carried and nobody may think that it is.
     complete: bool,
 }
 
 impl Default for Parts {
     fn default() -> Self {
-        Self { resources: Vec::new(), carriers: BTreeSet::new(), complete: true }
+        Self { resources: Vec::new(), withheld: Vec::new(), carriers: BTreeSet::new(), complete: true }
     }
 }
 
@@ -152,6 +173,10 @@ struct OneService<'a> {
     /// The Service that says what is behind a port: the apex for its companions, which have no Pods of their own.
     like: &'a Service,
     canary: &'a Canary,
+    /// What is done with its requests.
+    spec: &'a ServiceSpec,
+    /// What is done with its requests is not known.
+    withholds: bool,
     traffic: &'a Traffic,
     role: Role,
     service: &'a Service,
@@ -161,7 +186,7 @@ impl OneService<'_> {
     fn resources(&self, parts: &mut Parts) {
         let service_name = self.service.name_any();
         let namespace = &self.key.namespace;
-        let spec = &self.canary.spec.service;
+        let spec = self.spec;
         let own: BTreeSet<u16> = service::ports(self.service, spec).into_iter().map(|port| port.number).collect();
         for port in service::ports(self.like, spec).into_iter().filter(|port| own.contains(&port.number)) {
             let allocation = PortKey {
@@ -189,6 +214,10 @@ impl OneService<'_> {
             };
             let limits = self.inputs.settings.limits;
             match port.protocol {
+                Protocol::Http if self.withholds => {
+                    parts.complete = false;
+                    parts.withheld.extend([TypeUrl::Listener, TypeUrl::Route].map(|kind| (kind, name.clone())));
+                }
                 Protocol::Http => {
                     carry(TypeUrl::Listener, encode::http_listener(&name, fleet_port, route::filters(spec), limits));
                     carry(TypeUrl::Route, route::route(&name, destinations.as_ref(), spec));
@@ -247,7 +276,7 @@ impl OneService<'_> {
 
     fn cluster(&self, name: &str, port: &Port, backend: &Backend, parts: &mut Parts) {
         let cluster = format!("{name}/{}", backend.0);
-        let policy = self.canary.spec.service.traffic_policy.as_ref();
+        let policy = self.spec.traffic_policy.as_ref();
         let zones = policy::prefers_own_zone(policy, self.like);
         let (tls, mut addresses) = if backend.is_original() {
             (None, self.original(&port.target))

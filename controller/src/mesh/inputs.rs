@@ -62,6 +62,8 @@ pub struct Inputs {
     pub cuts: BTreeSet<CanaryKey>,
     /// EndpointSlices that are ours.
     pub slices: Vec<Arc<EndpointSlice>>,
+    /// Each Canary as it was when its routes were last not too large: what is done with requests as long as they are.
+    pub kept: Arc<BTreeMap<CanaryKey, Arc<Canary>>>,
 }
 
 impl Inputs {
@@ -77,6 +79,7 @@ impl Inputs {
             ports: BTreeMap::new(),
             cuts: BTreeSet::new(),
             slices: Vec::new(),
+            kept: Arc::default(),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! From Services, Pods and Canary statuses to one immutable [`Snapshot`] of xDS resources, and to the EndpointSlices of
-//! taken-over Services. A pure function of the cache: two replicas with the same cache make the same snapshot.
+//! taken-over Services. A pure function of the cache: two replicas with the same cache make the same snapshot, but for a Canary whose routes
+//! have become too large, which each has as it was when it last saw it smaller.
 //! Shapes and names: docs/xds.md.
 
 mod build;
@@ -11,6 +12,7 @@ pub mod ports;
 mod publisher;
 mod route;
 mod service;
+mod size;
 pub mod slices;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -32,6 +34,7 @@ pub use inputs::{Inputs, Limits, RevisionFacts, Settings, target_port};
 pub(crate) use pod::ips;
 pub use publisher::{CatchUp, CatchUpError, Publisher, PublisherHandle};
 pub use service::{Protocol, protocol};
+pub use size::{LARGEST_ROUTES, Services, routes_size};
 
 /// Everything that any proxy may be told, at one instant, and whom it is told.
 #[derive(Debug, Default, PartialEq)]
@@ -48,6 +51,8 @@ pub struct Snapshot {
     pub members: BTreeMap<String, Member>,
     /// The revision that a Pod belongs to, by the Pod's uid.
     pub pods: BTreeMap<String, RevisionKey>,
+    /// Canaries whose routes are larger than [`LARGEST_ROUTES`]. They have those of an earlier `spec.service` of theirs, or none that is sent.
+    pub too_large: BTreeSet<CanaryKey>,
 }
 
 impl Snapshot {
@@ -80,12 +85,19 @@ pub struct Member {
 #[derive(Debug, Default, Clone, PartialEq)]
 pub struct View {
     pub resources: BTreeMap<TypeUrl, BTreeMap<String, Resource>>,
+    /// Listeners and routes of which nothing can be said here, for they are too large: whoever holds one keeps it.
+    pub withheld: BTreeSet<(TypeUrl, String)>,
 }
 
 impl View {
     #[must_use]
     pub fn get(&self, kind: TypeUrl, name: &str) -> Option<&Resource> {
         self.resources.get(&kind)?.get(name)
+    }
+
+    /// Whether who holds this may go on doing so, in this version or another.
+    pub(crate) fn keeps(&self, kind: TypeUrl, name: &str) -> bool {
+        self.get(kind, name).is_some() || self.withheld.contains(&(kind, name.to_owned()))
     }
 
     /// All resources of a type, in the order of their names.

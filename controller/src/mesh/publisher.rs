@@ -58,8 +58,9 @@ struct Shared {
     gather: Gather,
     ports: Mutex<Ports>,
     cuts: Mutex<BTreeMap<CanaryKey, Cut>>,
-    /// Ports of Services for which the fleet has none left.
-    without: Mutex<BTreeMap<CanaryKey, Vec<PortKey>>>,
+    /// [`Inputs::kept`], of the snapshot before. What is here when a Canary becomes too large is lost with the process: then the fleet
+    /// keeps what it holds.
+    kept: Mutex<Arc<BTreeMap<CanaryKey, Arc<Canary>>>>,
     snapshot: watch::Sender<Arc<Snapshot>>,
     building: Mutex<()>,
     /// Canaries whose traffic a new snapshot carries otherwise than the one before.
@@ -89,7 +90,7 @@ impl PublisherHandle {
             gather: Arc::new(gather),
             ports: Mutex::default(),
             cuts: Mutex::default(),
-            without: Mutex::default(),
+            kept: Mutex::default(),
             snapshot: watch::Sender::new(Arc::default()),
             building: Mutex::default(),
             touches,
@@ -149,6 +150,7 @@ impl PublisherHandle {
         cuts.retain(|key, cut| still_cut(&inputs, key, cut));
         inputs.cuts = cuts.keys().cloned().collect();
         inputs.ports = lock(&self.0.ports).ports.clone();
+        inputs.kept = lock(&self.0.kept).clone();
         inputs
     }
 
@@ -156,10 +158,15 @@ impl PublisherHandle {
     pub fn rebuild(&self) {
         // An older snapshot must never follow a newer one, so the facts are gathered within.
         let _building = lock(&self.0.building);
-        let next = build(&self.inputs());
+        let inputs = self.inputs();
+        let next = build(&inputs);
+        self.keep(&inputs, &next);
         let published = self.0.snapshot.borrow().clone();
         if next == *published {
             return;
+        }
+        for canary in next.too_large.difference(&published.too_large) {
+            tracing::warn!(%canary, "its routes are too large to be sent; the fleet serves on with those before (docs/limits.md)");
         }
         let keys: BTreeSet<&CanaryKey> = published.canaries.keys().chain(next.canaries.keys()).collect();
         // No report will come of a member that is gone, and each may have waited for it.
@@ -171,6 +178,16 @@ impl PublisherHandle {
             self.0.touches.touch(key);
         }
         tracing::debug!("a new snapshot is published");
+    }
+
+    /// Remembers each Canary of which the snapshot has what it says.
+    fn keep(&self, inputs: &Inputs, snapshot: &Snapshot) {
+        let kept = inputs.canaries.iter().filter_map(|canary| {
+            let key = CanaryKey::of(canary);
+            let kept = if snapshot.too_large.contains(&key) { inputs.kept.get(&key)? } else { canary };
+            Some((key, kept.clone()))
+        });
+        *lock(&self.0.kept) = Arc::new(kept.collect());
     }
 
     /// Takes the ports that the ConfigMap says, and tells whether that changes anything. An older one than is known says nothing.
@@ -558,12 +575,16 @@ mod tests {
     use http::{Request, Response};
     use kube::client::Body;
     use serde_json::{Value, json};
+    use sluice_xds::TypeUrl;
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use tokio::{sync::Notify, task::JoinSet};
 
     use super::*;
-    use crate::{cache::Scope, mesh::testing::Shop};
+    use crate::{
+        cache::Scope,
+        mesh::testing::{Shop, too_large},
+    };
 
     /// A shop whose facts can be changed, and its publisher.
     fn published(shop: Shop) -> (Arc<Mutex<Shop>>, PublisherHandle, Touches) {
@@ -650,6 +671,35 @@ mod tests {
         version(&shop, "2");
         handle.rebuild();
         assert_eq!(weight(&handle), 5);
+    }
+
+    #[test]
+    fn an_edit_that_makes_routes_too_large_changes_none_and_the_canary_is_taken_back_all_the_same() {
+        let route = |handle: &PublisherHandle| {
+            handle.snapshots().borrow().fleet.get(TypeUrl::Route, "shop/web:80").map(|route| route.version.clone())
+        };
+        let mut shop = Shop::new();
+        let service = shop.canary["spec"]["service"].clone();
+        shop.traffic("aaa", Some("bbb"), 50);
+        let (shop, handle, _) = published(shop);
+        let before = route(&handle);
+        lock(&shop).canary["spec"]["service"] = too_large();
+        version(&shop, "2");
+        handle.rebuild();
+        handle.rebuild();
+        assert_eq!((route(&handle), weight(&handle)), (before.clone(), 50));
+        handle.cut(&CanaryKey::new("shop", "web"));
+        assert_eq!(weight(&handle), 0, "at once");
+        assert_ne!(route(&handle), before);
+
+        // A controller that starts anew knows of no other routes.
+        let mut again = Shop::new();
+        again.canary = lock(&shop).canary.clone();
+        let (again, started, _) = published(again);
+        assert!(route(&started).is_none() && started.snapshots().borrow().fleet.keeps(TypeUrl::Route, "shop/web:80"));
+        lock(&again).canary["spec"]["service"] = service;
+        started.rebuild();
+        assert_eq!(route(&started), before, "it is mended");
     }
 
     #[tokio::test]

@@ -89,7 +89,7 @@ pub(super) fn filters(how: &ServiceSpec) -> Vec<HttpFilter> {
     cors.chain(fault).collect()
 }
 
-fn forward(
+pub(super) fn forward(
     matcher: RouteMatch,
     split: &Split,
     mirror: Option<&(String, u32)>,
@@ -146,7 +146,7 @@ fn copies((cluster, percent): &(String, u32)) -> RequestMirrorPolicy {
 }
 
 /// All of these must hold. At most one of them names a path: the API refuses others.
-fn matcher(all: &[&HttpMatch]) -> RouteMatch {
+pub(super) fn matcher(all: &[&HttpMatch]) -> RouteMatch {
     let mut message = every_request();
     for one in all {
         if let Some(path) = one.uri.as_ref().and_then(path) {

@@ -152,6 +152,14 @@ pub(crate) fn settings() -> Arc<Settings> {
     })
 }
 
+/// A `spec.service` of which the routes are too large.
+pub(crate) fn too_large() -> Value {
+    let values: BTreeMap<String, String> = (0..16).map(|index| (format!("x-{index}"), "v".repeat(1024))).collect();
+    let all = json!({"set": values, "add": values});
+    let entries = vec![json!({"uri": {"prefix": "/"}}); 16];
+    json!({"port": 80, "targetPort": 8080, "match": entries, "headers": {"request": all, "response": all}})
+}
+
 /// Another order of the same facts.
 pub(crate) fn shuffle(inputs: &mut Inputs, seed: u64) {
     fn rotate<T>(list: &mut [T], seed: u64) {

@@ -242,6 +242,7 @@ async fn metric_templates_name_a_provider_that_exists() {
             vec![("/spec/provider/region", json!("eu-west-1"))],
             "provider.region belongs to a provider that is not supported in this version",
         ),
+        (vec![("/spec/provider/headers", json!({"X Scope": ["shop"]}))], "provider.headers takes names of headers"),
         (vec![("/spec/query", json!(""))], "spec.query in body should be at least 1 chars long"),
         (vec![("/spec/query", json!("q".repeat(8193)))], "spec.query: Too long: may not be more than 8192 bytes"),
     ];

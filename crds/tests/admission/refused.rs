@@ -106,6 +106,10 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
             "spec.service.portName: Too long: may not be more than 15 bytes",
         ),
         (
+            vec![("/spec/service/targetPort", json!("a-name-too-long-for-a-port"))],
+            "spec.service.targetPort: Too long: may not be more than 15 bytes",
+        ),
+        (
             vec![("/spec/service/headless", json!(true))],
             "spec.service.headless is refused: clients of a headless Service dial the Pods and go past the fleet",
         ),
@@ -177,6 +181,14 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
         (
             vec![("/spec/service/match", json!([{"name": "all"}]))],
             "match: say uri, method, authority, headers, withoutHeaders or queryParams; an empty one would match every request",
+        ),
+        (
+            vec![("/spec/service/match", json!([{"queryParams": {"q".repeat(257): {}}}]))],
+            "match: queryParams takes names of 1 to 256 characters",
+        ),
+        (
+            vec![("/spec/service/match", json!([{"queryParams": {"": {}}}]))],
+            "match: queryParams takes names of 1 to 256 characters",
         ),
         (
             vec![("/spec/service/match", json!([{"uri": {}}]))],
@@ -488,6 +500,15 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
                 metric(json!({"name": "e", "thresholdRange": {"max": 1}, "query": "up", "templateRef": {"name": "t"}})),
             )],
             "spec.analysis.metrics: say either templateRef or query",
+        ),
+        (
+            vec![(
+                "/spec/analysis/metrics",
+                metric(
+                    json!({"name": "e", "thresholdRange": {"max": 1}, "query": "up", "templateVariables": {"k".repeat(129): "v"}}),
+                ),
+            )],
+            "spec.analysis.metrics[].templateVariables takes names of at most 128 characters",
         ),
         (
             vec![(

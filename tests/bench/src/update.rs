@@ -308,7 +308,8 @@ impl Steps {
 }
 
 fn only(kind: TypeUrl, name: &str, resource: &Resource) -> View {
-    View { resources: BTreeMap::from([(kind, BTreeMap::from([(name.to_owned(), resource.clone())]))]) }
+    let resources = BTreeMap::from([(kind, BTreeMap::from([(name.to_owned(), resource.clone())]))]);
+    View { resources, ..View::default() }
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

@@ -6,8 +6,8 @@ use jiff::{SignedDuration, Timestamp};
 use sluice_crds::{Backend, CanaryStatus, Phase, RejectedRevision, Retiring, Stage, TemplateStatus, Traffic, Waiting};
 
 use super::{
-    Action, Event, Next, Observation, Outcome, Problem, Revision, Spec, Template, adopt, guarded, handback, release,
-    verbs,
+    Action, Event, Next, Observation, Outcome, Problem, Revision, Spec, TOO_LARGE, Template, adopt, guarded, handback,
+    release, verbs,
 };
 use crate::delivery::{plan, status};
 
@@ -17,8 +17,8 @@ pub(super) const SUSPENDED: &str = "Suspended";
 pub(super) const PAUSED: &str = "Paused";
 /// Most revisions that are remembered as rejected.
 const MOST_REJECTED: usize = 16;
-/// Problems that the target's present template has, or its analysis: no reason not to go back to an older revision.
-const TEMPLATE_PROBLEMS: [&str; 3] = ["TemplateUnsupported", "ConfigMissing", "InvalidSpec"];
+/// Problems of the target's present template, or of what the Canary says: no reason not to go back to an older revision.
+const TEMPLATE_PROBLEMS: [&str; 4] = ["TemplateUnsupported", "ConfigMissing", "InvalidSpec", TOO_LARGE];
 
 /// The state of one call.
 pub(super) struct Run<'a> {
@@ -422,6 +422,11 @@ impl<'a> Run<'a> {
                 format!("a member of the fleet rejects the configuration: {rejected}"),
                 until,
             );
+        }
+        let too_large = self.seen.problems.iter().find(|problem| problem.reason == TOO_LARGE);
+        if let Some(problem) = too_large.filter(|_| fleet.lagging.is_empty()) {
+            // Nothing was sent that could be acknowledged.
+            return self.wait(problem.reason, problem.message.clone(), until);
         }
         let message = match fleet.lagging.as_slice() {
             [] => "every member of the fleet must acknowledge the traffic that is requested".to_owned(),

@@ -99,6 +99,8 @@ pub(super) struct World {
     pub(super) members: Vec<Member>,
     pub(super) joining: bool,
     pub(super) rejects: Option<String>,
+    /// The members are told nothing of this Canary.
+    pub(super) withheld: bool,
     pub(super) reports: bool,
     /// Seconds until one more Pod is ready.
     pub(super) pods_take: u32,
@@ -181,6 +183,7 @@ impl World {
                 .collect(),
             joining: false,
             rejects: None,
+            withheld: false,
             reports: true,
             pods_take: 1,
             report: None,
@@ -347,10 +350,10 @@ impl World {
                 lagging: self
                     .members
                     .iter()
-                    .filter(|member| member.silent || member.acknowledged != configured)
+                    .filter(|member| member.silent || (!self.withheld && member.acknowledged != configured))
                     .map(|member| member.name.clone())
                     .collect(),
-                effective: self.effective(),
+                effective: self.effective().filter(|_| !self.withheld),
                 rejected: self.rejects.clone(),
                 joining: self.joining,
                 names: self.members.iter().map(|member| member.name.clone()).collect(),

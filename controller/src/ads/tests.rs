@@ -1,0 +1,237 @@
+//! The server as a member of the fleet meets it: over gRPC, with a client that takes no message above gRPC's default of 4 MiB.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::collections::BTreeSet;
+
+use jiff::Timestamp;
+use prost::Message;
+use prost_types::Any;
+use sluice_crds::{Backend, Traffic};
+use sluice_xds::{
+    PodSubject, envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
+};
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::Channel;
+
+use super::*;
+use crate::{
+    cache::{CanaryKey, Touches},
+    mesh::{LARGEST_ROUTES, Member, Resource, Routed, testing},
+};
+
+const UID: &str = "fleet-1-uid";
+/// For everything that should take milliseconds.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Services whose routes are as large as a Canary's may get.
+const LARGE: usize = 40;
+/// Of the clusters of all of them, several responses.
+const CLUSTER: usize = 200 << 10;
+
+struct Leads(watch::Receiver<Option<u64>>);
+
+impl Leadership for Leads {
+    fn term(&self) -> watch::Receiver<Option<u64>> {
+        self.0.clone()
+    }
+    fn may_write(&self) -> bool {
+        true
+    }
+    fn raise(&self, _: u64) {}
+    fn leader(&self) -> Option<String> {
+        None
+    }
+}
+
+/// The server, and the one member that it waits for.
+struct World {
+    snapshots: watch::Sender<Arc<Snapshot>>,
+    members: Arc<Members>,
+    touches: Touches,
+    client: Client,
+}
+
+/// What our proxies do, but for serving.
+struct Client {
+    requests: mpsc::Sender<DeltaDiscoveryRequest>,
+    responses: Streaming<DeltaDiscoveryResponse>,
+    acknowledged: BTreeSet<(TypeUrl, String)>,
+}
+
+/// A response that was not answered yet.
+struct Unanswered {
+    kind: TypeUrl,
+    nonce: String,
+    names: Vec<String>,
+}
+
+impl World {
+    async fn start(snapshot: Snapshot) -> Self {
+        let (snapshots, receiver) = watch::channel(Arc::new(snapshot));
+        let touches = Touches::default();
+        let members = Members::new(receiver.clone(), touches.clone(), Duration::from_secs(60));
+        let (term, leads) = watch::channel(Some(1));
+        let ads = Ads::new(testing::settings(), receiver, members.clone(), Arc::new(Leads(leads)), "controller-1");
+        let identity = PeerIdentity {
+            id: testing::settings().fleet_id.clone(),
+            pod: PodSubject { namespace: "sluice-system".into(), pod: "fleet-1".into(), uid: UID.into() },
+            expires: Timestamp::now() + jiff::SignedDuration::from_hours(1),
+        };
+        let layer = tonic::service::InterceptorLayer::new(move |mut request: Request<()>| {
+            let identity = Some(identity.clone());
+            request.extensions_mut().insert(Peer { address: ([127, 0, 0, 1], 1).into(), identity });
+            Ok(request)
+        });
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            let _term = term;
+            tonic::transport::Server::builder()
+                .layer(layer)
+                .add_service(ads.server())
+                .serve_with_incoming(TcpListenerStream::new(listener))
+                .await
+        });
+        let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
+        Self { snapshots, members, touches, client: Client::start(channel).await }
+    }
+
+    /// Waits until the fleet has acknowledged this weight of these Services.
+    async fn effective(&self, services: &[String], weight: i32) {
+        while !services.iter().all(|service| {
+            let fleet = self.members.fleet(&key(service));
+            assert_eq!(fleet.rejected, None);
+            fleet.effective == Some(traffic(weight))
+        }) {
+            tokio::time::timeout(PATIENCE, self.touches.take()).await.expect("nothing more is acknowledged");
+        }
+    }
+
+    /// Takes and answers so many resources of a type, and what comes meanwhile. Returns how many responses that took.
+    async fn take(&mut self, kind: TypeUrl, mut most: usize) -> usize {
+        let mut responses = 0;
+        while most > 0 {
+            let response = self.client.receive().await;
+            if response.kind == kind {
+                responses += 1;
+                most -= response.names.len();
+            }
+            self.client.acknowledge(response).await;
+        }
+        responses
+    }
+}
+
+impl Client {
+    async fn start(channel: Channel) -> Self {
+        let (requests, receiver) = mpsc::channel(64);
+        let mut ads = AggregatedDiscoveryServiceClient::new(channel);
+        let responses = ads.delta_aggregated_resources(ReceiverStream::new(receiver)).await.unwrap().into_inner();
+        let mut client = Self { requests, responses, acknowledged: BTreeSet::new() };
+        for kind in [TypeUrl::Cluster, TypeUrl::Listener] {
+            client.subscribe(kind, vec!["*".to_owned()]).await;
+        }
+        client
+    }
+
+    async fn subscribe(&mut self, kind: TypeUrl, names: Vec<String>) {
+        let type_url = kind.as_str().to_owned();
+        let request = DeltaDiscoveryRequest { type_url, resource_names_subscribe: names, ..Default::default() };
+        self.requests.send(request).await.unwrap();
+    }
+
+    async fn receive(&mut self) -> Unanswered {
+        let response = tokio::time::timeout(PATIENCE, self.responses.message()).await.expect("a response is missing");
+        let response = response.unwrap().expect("the stream has ended");
+        let length = response.encoded_len();
+        let names: Vec<String> = response.resources.into_iter().map(|resource| resource.name).collect();
+        // Beside the bodies it has little: names, versions, types.
+        assert!(length < stream::LARGEST_RESPONSE + 200 * (names.len() + 1), "{length} bytes for {names:?}");
+        let kind = TypeUrl::parse(&response.type_url).unwrap();
+        match kind {
+            TypeUrl::Cluster => self.subscribe(TypeUrl::Endpoints, names.clone()).await,
+            TypeUrl::Listener => self.subscribe(TypeUrl::Route, names.clone()).await,
+            TypeUrl::Endpoints => {}
+            TypeUrl::Route => {
+                let needs = names.iter().map(|name| (TypeUrl::Cluster, format!("{name}/aaa")));
+                assert!(
+                    needs.into_iter().all(|need| self.acknowledged.contains(&need)),
+                    "before its cluster: {names:?}"
+                );
+            }
+        }
+        Unanswered { kind, nonce: response.nonce, names }
+    }
+
+    async fn acknowledge(&mut self, response: Unanswered) {
+        self.acknowledged.extend(response.names.into_iter().map(|name| (response.kind, name)));
+        let type_url = response.kind.as_str().to_owned();
+        let request = DeltaDiscoveryRequest { type_url, response_nonce: response.nonce, ..Default::default() };
+        self.requests.send(request).await.unwrap();
+    }
+}
+
+fn key(service: &str) -> CanaryKey {
+    CanaryKey::new("shop", service)
+}
+
+fn traffic(weight: i32) -> Traffic {
+    let canary = Some(Backend::revision("bbb"));
+    Traffic { primary: Backend::revision("aaa"), canary, weight, mirror: 0, matches: None }
+}
+
+fn resource(kind: TypeUrl, version: &str, size: usize, needs: &[(TypeUrl, String)]) -> Resource {
+    let body = Any { type_url: kind.as_str().to_owned(), value: vec![0; size] };
+    let needs = needs.iter().cloned().collect();
+    Resource { version: version.into(), body: Arc::new(body), needs: Arc::new(needs), empty: false }
+}
+
+/// Services with routes of these sizes, all at this weight.
+fn snapshot(services: &[(String, usize)], weight: i32) -> Snapshot {
+    let mut snapshot = Snapshot::default();
+    for (service, size) in services {
+        let (port, cluster) = (format!("shop/{service}:80"), format!("shop/{service}:80/aaa"));
+        let parts = [(TypeUrl::Cluster, cluster.clone()), (TypeUrl::Endpoints, cluster.clone())];
+        snapshot.fleet.insert(TypeUrl::Cluster, &cluster, resource(TypeUrl::Cluster, "1", CLUSTER, &[]));
+        snapshot.fleet.insert(TypeUrl::Endpoints, &cluster, resource(TypeUrl::Endpoints, "1", 100, &[]));
+        let needs = [(TypeUrl::Route, port.clone())];
+        snapshot.fleet.insert(TypeUrl::Listener, &port, resource(TypeUrl::Listener, "1", 100, &needs));
+        let route = resource(TypeUrl::Route, &weight.to_string(), *size, &parts);
+        snapshot.fleet.insert(TypeUrl::Route, &port, route);
+        let carriers = BTreeSet::from([(TypeUrl::Listener, port.clone()), (TypeUrl::Route, port)]);
+        snapshot.carriers.extend(carriers.iter().map(|carrier| (carrier.clone(), key(service))));
+        snapshot.canaries.insert(key(service), Routed { traffic: traffic(weight), resources: carriers });
+    }
+    let member =
+        Member { name: "fleet-1".into(), started: true, lagging: false, in_slices: true, addresses: Vec::new() };
+    snapshot.members.insert(UID.to_owned(), member);
+    snapshot
+}
+
+#[tokio::test]
+async fn large_routes_come_in_several_responses_and_a_small_one_beside_them_does_not_wait() {
+    // The last by its name.
+    let small = ["web".to_owned()];
+    let large: Vec<String> = (0..LARGE).map(|index| format!("large-{index:02}")).collect();
+    let services: Vec<(String, usize)> =
+        large.iter().map(|name| (name.clone(), LARGEST_ROUTES)).chain([(small[0].clone(), 500)]).collect();
+    let mut world = World::start(snapshot(&services, 0)).await;
+    // A new member gets all of it, and in the end says so.
+    assert!(world.take(TypeUrl::Route, services.len()).await >= LARGE);
+    world.effective(&large, 0).await;
+    world.effective(&small, 0).await;
+
+    world.snapshots.send_replace(Arc::new(snapshot(&services, 50)));
+    let first = world.client.receive().await;
+    assert!(first.names.len() < services.len() && first.names.contains(&"shop/web:80".to_owned()), "{:?}", first.names);
+    let more = services.len() - first.names.len();
+    world.client.acknowledge(first).await;
+    let second = world.client.receive().await;
+    world.effective(&small, 50).await;
+    assert_eq!(world.members.fleet(&key(&large[LARGE - 1])).lagging, ["fleet-1"], "it serves on as it was");
+
+    let more = more - second.names.len();
+    world.client.acknowledge(second).await;
+    world.take(TypeUrl::Route, more).await;
+    world.effective(&large, 50).await;
+}
