@@ -24,9 +24,9 @@ const UID: &str = "fleet-1-uid";
 /// For everything that should take milliseconds.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Services whose routes are as large as a Canary's may get.
-const LARGE: usize = 40;
+const LARGE: usize = 12;
 /// Of the clusters of all of them, several responses.
-const CLUSTER: usize = 200 << 10;
+const CLUSTER: usize = 400 << 10;
 
 struct Leads(watch::Receiver<Option<u64>>);
 
@@ -153,11 +153,8 @@ impl Client {
             TypeUrl::Listener => self.subscribe(TypeUrl::Route, names.clone()).await,
             TypeUrl::Endpoints => {}
             TypeUrl::Route => {
-                let needs = names.iter().map(|name| (TypeUrl::Cluster, format!("{name}/aaa")));
-                assert!(
-                    needs.into_iter().all(|need| self.acknowledged.contains(&need)),
-                    "before its cluster: {names:?}"
-                );
+                let mut needs = names.iter().map(|name| (TypeUrl::Cluster, format!("{name}/aaa")));
+                assert!(needs.all(|need| self.acknowledged.contains(&need)), "before its cluster: {names:?}");
             }
         }
         Unanswered { kind, nonce: response.nonce, names }
