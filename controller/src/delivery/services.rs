@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     cache::CanaryKey,
-    mesh::{self, LARGEST_ROUTES, Limits},
+    mesh::{self, LARGEST_ROUTES, Limits, ports::PortKey},
 };
 
 /// Longest name of an apex Service: `-primary` has to fit in 63.

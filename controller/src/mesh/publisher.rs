@@ -58,6 +58,8 @@ struct Shared {
     gather: Gather,
     ports: Mutex<Ports>,
     cuts: Mutex<BTreeMap<CanaryKey, Cut>>,
+    /// Ports of Services for which the fleet has none left.
+    without: Mutex<BTreeMap<CanaryKey, Vec<PortKey>>>,
     /// [`Inputs::kept`], of the snapshot before. What is here when a Canary becomes too large is lost with the process: then the fleet
     /// keeps what it holds.
     kept: Mutex<Arc<BTreeMap<CanaryKey, Arc<Canary>>>>,
@@ -90,6 +92,7 @@ impl PublisherHandle {
             gather: Arc::new(gather),
             ports: Mutex::default(),
             cuts: Mutex::default(),
+            without: Mutex::default(),
             kept: Mutex::default(),
             snapshot: watch::Sender::new(Arc::default()),
             building: Mutex::default(),

@@ -146,7 +146,10 @@ mod tests {
         service.metadata.name = Some("cart".to_owned());
         inputs.canaries.push(canary.into());
         inputs.services.push(service.into());
-        inputs.ports = Allocation::default().settle(&wanted_ports(&inputs), Timestamp::UNIX_EPOCH).allocation.ports();
+        inputs.ports = Allocation::default()
+            .settle(&wanted_ports(&inputs).into_keys().collect(), Timestamp::UNIX_EPOCH)
+            .allocation
+            .ports();
         inputs
     }
 

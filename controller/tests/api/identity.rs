@@ -318,7 +318,7 @@ async fn another_root_is_made_known_then_signs_and_the_former_one_leaves_last() 
     let release = server::namespace(&client, "identity-rotation").await;
     let shop = server::namespace(&client, "identity-rotation-shop").await;
     // The spread is longer than a busy machine takes to write a bundle, and to look at it.
-    let times = Times { life: Duration::from_secs(3), spread: Duration::from_secs(15) };
+    let times = Times { life: Duration::from_secs(3), spread: Duration::from_secs(30) };
     let kept = Kept::new(&client, &release, times).await;
     canary_in(&client, &shop).await;
     let old = kept.authority.roots()[0].clone();

@@ -90,7 +90,7 @@ fn inputs(canary: Canary, apex: Service) -> Inputs {
     }));
     inputs.canaries = vec![Arc::new(canary)];
     inputs.services = vec![Arc::new(apex)];
-    inputs.ports = wanted_ports(&inputs).into_iter().zip(20_000..).collect::<BTreeMap<_, _>>();
+    inputs.ports = wanted_ports(&inputs).into_keys().zip(20_000..).collect::<BTreeMap<_, _>>();
     assert_eq!(inputs.ports.len(), 1);
     inputs
 }

@@ -94,6 +94,7 @@ impl Mesh for PlayedFleet {
             rejected: None,
             joining: false,
             names: vec!["fleet-1".into()],
+            without_port: Vec::new(),
         }
     }
 

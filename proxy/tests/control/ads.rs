@@ -137,6 +137,7 @@ async fn a_renewed_certificate_opens_the_stream_anew_at_once_with_what_is_held()
     let renewed = Certificate {
         client: ClientCertificate { chain, key },
         roots: held.roots.clone(),
+        received: held.received,
         not_after: held.not_after + Duration::from_secs(3600),
     };
     bench.certificate.send_replace(Some(Arc::new(renewed)));

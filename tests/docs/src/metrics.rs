@@ -92,6 +92,7 @@ fn status() -> CanaryStatus {
     let status = json!({
         "phase": "Progressing", "service": "cart", "requestedWeight": 10, "effectiveWeight": 10,
         "traffic": {"primary": "one", "canary": "two", "weight": 10},
+        "waiting": {"reason": "Reason", "message": ""},
         "gates": [{"name": "gate", "verdict": "Pass", "value": 1.0, "time": now}],
         "plan": {
             "revision": "two", "primary": "one", "startedAt": now, "steps": [{"weight": 10}],

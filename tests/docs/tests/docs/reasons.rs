@@ -53,7 +53,7 @@ pub fn sources(folder: &Path) -> Vec<(PathBuf, String)> {
             } else if path.extension().is_some_and(|extension| extension == "rs") && !tests {
                 let text = std::fs::read_to_string(&path).unwrap();
                 // Tests are at a file's end.
-                let code = text.split("#[cfg(test)]\nmod tests").next().unwrap().to_owned();
+                let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap().to_owned();
                 found.push((path, code));
             }
         }

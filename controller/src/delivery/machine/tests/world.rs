@@ -357,6 +357,7 @@ impl World {
                 rejected: self.rejects.clone(),
                 joining: self.joining,
                 names: self.members.iter().map(|member| member.name.clone()).collect(),
+                without_port: Vec::new(),
             },
             report: self.report.clone(),
             breach: self.breach.clone(),
