@@ -222,6 +222,8 @@ fn parse_request(bytes: &Bytes, headers: HeaderMap, of: Peer) -> Result<RequestH
     }
 }
 
+/// Not inlined: the space for many lines, 20 KiB of the stack, is for those alone that have so many.
+#[inline(never)]
 fn parse_request_of<const LINES: usize>(bytes: &Bytes, mut headers: HeaderMap) -> Result<RequestHead, Malformed> {
     let mut lines = [const { MaybeUninit::uninit() }; LINES];
     let mut parsed = httparse::Request::new(&mut []);
@@ -275,6 +277,8 @@ fn parse_answer(bytes: &Bytes, to_head: bool, headers: HeaderMap, of: Peer) -> R
     }
 }
 
+/// Not inlined, as [`parse_request_of`].
+#[inline(never)]
 fn parse_answer_of<const LINES: usize>(
     bytes: &Bytes,
     to_head: bool,
