@@ -205,7 +205,12 @@ pub struct Rewrite {
     pub uri_regex_rewrite: Option<RegexRewrite>,
     /// In place of the host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 255), regex(pattern = "^([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\])(:[0-9]{1,5})?$"))]
+    #[schemars(
+        length(min = 1, max = 255),
+        regex(
+            pattern = "^([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\])(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?$"
+        )
+    )]
     pub authority: Option<String>,
     /// Refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -221,7 +226,7 @@ pub struct RegexRewrite {
     #[x_kube(validation = Rule::new("''.matches(self) ? true : true").message("spec.service.rewrite.uriRegexRewrite.match is no regular expression of RE2"))]
     pub r#match: String,
     /// With `\\1` for the first group, up to `\\9`; `\\0` is all of the match.
-    #[schemars(length(max = 1024), regex(pattern = "^[!-~]*$"))]
+    #[schemars(length(max = 1024), regex(pattern = "^([!\"$-;=?-\\[\\]-_a-z{|}~]|\\\\[0-9\\\\])*$"))]
     pub rewrite: String,
 }
 

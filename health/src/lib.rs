@@ -1,7 +1,7 @@
 //! The ports that the kubelet, Prometheus and people ask: HTTP/1.1 in the clear, from whoever reaches them.
 //!
 //! Nobody keeps others from an answer by holding connections. Each is accepted at once, has one request, and a bounded life; and
-//! where there are too many the oldest gives way to the newest. Who asks and reads needs milliseconds.
+//! where there are too many the oldest gives way to the newest ([`Places`]). Who asks and reads needs milliseconds.
 #![forbid(unsafe_code)]
 
 use std::{
@@ -105,21 +105,23 @@ async fn connection<S, B>(
     }
 }
 
-/// As many places as there are, held by connections in the order in which they came.
-struct Places {
+/// As many places as there are, held by connections in the order in which they got them.
+pub struct Places {
     most: usize,
     /// Each as long as its connection is open.
     held: VecDeque<Weak<Notify>>,
 }
 
 impl Places {
-    fn new(most: usize) -> Self {
+    #[must_use]
+    pub fn new(most: usize) -> Self {
         Self { most, held: VecDeque::new() }
     }
 
-    /// Where there is none left the oldest gives way.
-    fn give(&mut self, to: &Arc<Notify>) {
-        self.held.retain(|held| held.strong_count() > 0);
+    /// To a connection, which has it as long as it has `to`, and is told by it to give way: the oldest is, where there is none left. Who
+    /// has one becomes the newest.
+    pub fn give(&mut self, to: &Arc<Notify>) {
+        self.held.retain(|held| held.strong_count() > 0 && held.as_ptr() != Arc::as_ptr(to));
         if self.held.len() >= self.most
             && let Some(oldest) = self.held.pop_front().and_then(|held| held.upgrade())
         {

@@ -14,7 +14,6 @@ pub mod identity;
 pub mod metrics;
 pub mod outcomes;
 pub mod overload;
-pub mod pattern;
 pub mod process;
 pub mod refused;
 pub mod snapshot;

@@ -7,8 +7,9 @@
 use std::{collections::BTreeMap, net::SocketAddr, ops::Range, sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue, StatusCode, uri::Authority};
+use sluice_pattern::{Pattern, Piece};
 
-use crate::{metrics::GrpcStatus, pattern::Pattern};
+use crate::metrics::GrpcStatus;
 
 /// All listeners that should be open, by name.
 #[derive(Debug, Default)]
@@ -290,13 +291,6 @@ pub enum PathRewrite {
     Whole(String),
     /// In place of each match, one after another.
     Regex { pattern: Pattern, with: Vec<Piece> },
-}
-
-#[derive(Debug, Clone, PartialEq)]
-pub enum Piece {
-    Text(String),
-    /// What this group of the expression has matched; 0 is all of it. Not more than the expression has.
-    Group(usize),
 }
 
 /// Which other origins' scripts may read the answers of a route, and what they are told.

@@ -1,6 +1,12 @@
 //! The webhook: HTTPS with the controller's own certificate, `AdmissionReview` v1.
 
-use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    pin::pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use axum::{
     Router,
@@ -10,7 +16,10 @@ use axum::{
     response::{IntoResponse, Response},
     routing::post,
 };
-use hyper::server::conn::http1;
+use hyper::{
+    server::conn::http1,
+    service::{Service as _, service_fn},
+};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
@@ -20,9 +29,10 @@ use kube::{
     core::admission::{AdmissionRequest, AdmissionResponse, AdmissionReview},
 };
 use rustls::{ServerConfig, crypto::CryptoProvider, server::NoServerSessionStorage};
+use sluice_health::Places;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    sync::{Notify, Semaphore},
     task::JoinSet,
     time::timeout,
 };
@@ -37,7 +47,8 @@ const HANDSHAKE: Duration = Duration::from_secs(5);
 const REQUEST: Duration = Duration::from_secs(3);
 /// Of a connection without a request. Longer than the 90 s for which an API server keeps one, so that it is the one to close.
 const IDLE: Duration = Duration::from_secs(120);
-/// More wait in the kernel's backlog.
+/// Whoever reaches the port may open more, and no API server is to wait behind them: the one that began, or had its last request, the
+/// longest ago gives way.
 const MAX_CONNECTIONS: usize = 256;
 /// An object has at most 3 MiB in a request to the API server, and a review holds the old one too.
 const MAX_BODY: usize = 8 * 1024 * 1024;
@@ -102,7 +113,7 @@ impl Webhook {
     pub async fn serve(self, stop: CancellationToken) {
         let acceptor = TlsAcceptor::from(self.tls);
         let app = Router::new().route(PATH, post(review)).with_state(self.state);
-        let free = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let places = Arc::new(Mutex::new(Places::new(MAX_CONNECTIONS)));
         let mut connections = JoinSet::new();
         let closing = CancellationToken::new();
         let mut end = pin!(async {
@@ -111,21 +122,24 @@ impl Webhook {
         });
         loop {
             while connections.try_join_next().is_some() {}
-            let accepted = async {
-                let permit = Arc::clone(&free).acquire_owned().await;
-                (self.listener.accept().await, permit)
-            };
-            let (accepted, permit) = tokio::select! {
+            let accepted = tokio::select! {
                 () = &mut end => break,
-                accepted = accepted => accepted,
+                accepted = self.listener.accept() => accepted,
             };
             match accepted {
                 Ok((stream, address)) => {
-                    let serving = connection(acceptor.clone(), stream, address, app.clone(), closing.clone());
-                    connections.spawn(async move {
-                        serving.await;
-                        drop(permit);
-                    });
+                    let place = Place { all: Arc::clone(&places), gives_way: Arc::default() };
+                    place.take();
+                    connections.spawn(connection(
+                        acceptor.clone(),
+                        stream,
+                        address,
+                        app.clone(),
+                        place,
+                        closing.clone(),
+                    ));
+                    // See `sluice_health::serve`.
+                    tokio::task::yield_now().await;
                 }
                 Err(error) => {
                     // Most often a lack of file descriptors, which passes.
@@ -139,11 +153,42 @@ impl Webhook {
     }
 }
 
+/// What a connection has of [`MAX_CONNECTIONS`].
+#[derive(Clone)]
+struct Place {
+    all: Arc<Mutex<Places>>,
+    gives_way: Arc<Notify>,
+}
+
+impl Place {
+    /// Begins, or has a request.
+    fn take(&self) {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner).give(&self.gives_way);
+    }
+}
+
 async fn connection(
     acceptor: TlsAcceptor,
     stream: TcpStream,
     address: SocketAddr,
     app: Router,
+    place: Place,
+    closing: CancellationToken,
+) {
+    let gives_way = Arc::clone(&place.gives_way);
+    tokio::select! {
+        () = exchange(acceptor, stream, address, app, place, closing) => {}
+        () = gives_way.notified() => tracing::info!(%address, "a connection to the webhook gave way to a newer one"),
+    }
+}
+
+/// All of a connection.
+async fn exchange(
+    acceptor: TlsAcceptor,
+    stream: TcpStream,
+    address: SocketAddr,
+    app: Router,
+    place: Place,
     closing: CancellationToken,
 ) {
     let _ = stream.set_nodelay(true);
@@ -154,7 +199,12 @@ async fn connection(
     };
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(IDLE);
-    let mut serving = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(app)));
+    let app = TowerToHyperService::new(app);
+    let reviewing = service_fn(move |request| {
+        place.take();
+        app.call(request)
+    });
+    let mut serving = pin!(builder.serve_connection(TokioIo::new(stream), reviewing));
     let served = tokio::select! {
         served = &mut serving => served,
         () = closing.cancelled() => {

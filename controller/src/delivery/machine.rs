@@ -91,7 +91,7 @@ pub struct Observation {
 }
 
 /// Reason of the [`Problem`] that the Canary's routes are not sent to the fleet.
-pub const TOO_LARGE: &str = "RoutesTooLarge";
+pub const UNSENDABLE: &str = "RoutesUnsupported";
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Problem {

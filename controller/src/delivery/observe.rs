@@ -99,7 +99,7 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
         template
     });
 
-    problems.extend(services::too_large(canary, apex.as_deref(), &additional));
+    problems.extend(services::unsendable(canary, apex.as_deref(), &additional));
     for service in apex.iter().chain(&additional) {
         problems.extend(services::refusals(service, canary, pod_template));
         warnings.extend(services::warnings(service, canary));

@@ -18,12 +18,12 @@ use serde_json::Value;
 use sluice_crds::{Canary, PortRef, labels};
 
 use super::{
-    machine::{Problem, TOO_LARGE},
+    machine::{Problem, UNSENDABLE},
     revisions, template,
 };
 use crate::{
     cache::CanaryKey,
-    mesh::{self, LARGEST_ROUTES, Limits, ports::PortKey},
+    mesh::{self, Limits, ports::PortKey},
 };
 
 /// Longest name of an apex Service: `-primary` has to fit in 63.
@@ -225,27 +225,20 @@ pub fn capped(canary: &Canary, limits: Limits) -> Vec<Problem> {
     fields.into_iter().filter_map(beyond).collect()
 }
 
-/// That the fleet is not told of this Canary's routes, because it would take too much of all who share it.
+/// That the fleet is not told of this Canary's routes, because a proxy would not take them, or they would take too much of all who
+/// share it.
 #[must_use]
-pub fn too_large(canary: &Canary, apex: Option<&Service>, additional: &[Arc<Service>]) -> Option<Problem> {
+pub fn unsendable(canary: &Canary, apex: Option<&Service>, additional: &[Arc<Service>]) -> Option<Problem> {
     let additional: Vec<&Service> = additional.iter().map(AsRef::as_ref).collect();
     let services = mesh::Services { apex, additional: &additional };
     // In the next release, and in the one under way, which has the matches that it began with.
     let next = canary.spec.analysis.as_ref().and_then(|analysis| analysis.matches.as_deref());
     let present = canary.status.as_ref().and_then(|status| status.traffic.as_ref()?.matches.as_deref());
-    let size = |matches| mesh::routes_size(canary, &canary.spec.service, matches, services);
-    let size = size(next).max(size(present));
-    (size > LARGEST_ROUTES).then(|| Problem {
-        reason: TOO_LARGE,
-        message: format!(
-            "Canary {}: spec.service: its routes take {} KiB of each member of the fleet, and at most {} KiB are sent: every entry of match, \
-             together with every one of spec.analysis.match, has headers, corsPolicy and fault once more, on each HTTP port of each \
-             Service. Say fewer or shorter ones. Meanwhile the fleet serves on with those before",
-            CanaryKey::of(canary),
-            size.div_ceil(1024),
-            LARGEST_ROUTES / 1024,
-        ),
-    })
+    let found = |matches| mesh::unsendable(canary, &canary.spec.service, matches, services);
+    let why = found(next).or_else(|| found(present))?;
+    let key = CanaryKey::of(canary);
+    let message = format!("Canary {key}: {why}. Meanwhile the fleet serves on with those before");
+    Some(Problem { reason: UNSENDABLE, message })
 }
 
 /// What a person should know about a Service that is taken over.
@@ -556,11 +549,11 @@ mod tests {
             canary
         };
         let apex = service(json!({}));
-        let refused = |canary: &Canary, additional: &[Arc<Service>]| too_large(canary, Some(&apex), additional);
+        let refused = |canary: &Canary, additional: &[Arc<Service>]| unsendable(canary, Some(&apex), additional);
         let eight = json!(vec![json!({"headers": {"x-user": {"exact": "insider"}}}); 8]);
         assert_eq!(refused(&large(1024, json!(null)), &[]), None, "without one it fits");
         let problem = refused(&large(1024, eight.clone()), &[]).unwrap();
-        assert_eq!(problem.reason, "RoutesTooLarge");
+        assert_eq!(problem.reason, "RoutesUnsupported");
         for words in [
             "Canary test/podinfo: spec.service: its routes take ",
             " and at most 2048 KiB are sent",

@@ -19,8 +19,9 @@ use super::{
     pod, policy,
     ports::PortKey,
     route::{self, Destinations},
+    sendable,
     service::{self, Port, Protocol},
-    size::{self, Services},
+    size::Services,
     slices, target_port,
 };
 use crate::cache::CanaryKey;
@@ -98,11 +99,11 @@ fn canary_resources(inputs: &Inputs, index: &Index<'_>, canary: &Canary, snapsho
 
     let traffic = status.and_then(|status| status.traffic.clone());
     let matches = traffic.as_ref().and_then(|traffic| traffic.matches.as_deref());
-    let how = size::how(inputs, canary, matches, Services { apex: apex_service, additional: &additional });
+    let how = sendable::how(inputs, canary, matches, Services { apex: apex_service, additional: &additional });
     if !how.is_some_and(|how| std::ptr::eq(how, &canary.spec.service)) {
-        snapshot.too_large.insert(key.clone());
+        snapshot.unsendable.insert(key.clone());
     }
-    // Where nothing that fits is known, routes are not made, and all else is.
+    // Where nothing that can be sent is known, routes are not made, and all else is.
     let (spec, withholds) = (how.unwrap_or(&canary.spec.service), how.is_none());
     let mut ports = apex_service.map_or_else(|| service::ports_of_spec(spec), |apex| service::ports(apex, spec));
     ports.extend(additional.iter().flat_map(|service| service::ports(service, spec)));

@@ -1,6 +1,6 @@
 //! From Services, Pods and Canary statuses to one immutable [`Snapshot`] of xDS resources, and to the EndpointSlices of
 //! taken-over Services. A pure function of the cache: two replicas with the same cache make the same snapshot, but for a Canary whose routes
-//! have become too large, which each has as it was when it last saw it smaller.
+//! can no longer be sent, which each has as it was when it last saw them otherwise.
 //! Shapes and names: docs/xds.md.
 
 mod build;
@@ -11,6 +11,7 @@ mod policy;
 pub mod ports;
 mod publisher;
 mod route;
+mod sendable;
 mod service;
 mod size;
 pub mod slices;
@@ -33,8 +34,9 @@ pub use build::{build, wanted_ports};
 pub use inputs::{Inputs, Limits, RevisionFacts, Settings, target_port};
 pub(crate) use pod::ips;
 pub use publisher::{CatchUp, CatchUpError, Publisher, PublisherHandle};
+pub use sendable::{LARGEST_ROUTES, Unsendable, unsendable};
 pub use service::{Protocol, protocol};
-pub use size::{LARGEST_ROUTES, Services, routes_size};
+pub use size::Services;
 
 /// Everything that any proxy may be told, at one instant, and whom it is told.
 #[derive(Debug, Default, PartialEq)]
@@ -51,8 +53,8 @@ pub struct Snapshot {
     pub members: BTreeMap<String, Member>,
     /// The revision that a Pod belongs to, by the Pod's uid.
     pub pods: BTreeMap<String, RevisionKey>,
-    /// Canaries whose routes are larger than [`LARGEST_ROUTES`]. They have those of an earlier `spec.service` of theirs, or none that is sent.
-    pub too_large: BTreeSet<CanaryKey>,
+    /// Canaries whose routes are [`Unsendable`]. They have those of an earlier `spec.service` of theirs, or none that is sent.
+    pub unsendable: BTreeSet<CanaryKey>,
 }
 
 impl Snapshot {
@@ -85,7 +87,7 @@ pub struct Member {
 #[derive(Debug, Default, Clone, PartialEq)]
 pub struct View {
     pub resources: BTreeMap<TypeUrl, BTreeMap<String, Resource>>,
-    /// Listeners and routes of which nothing can be said here, for they are too large: whoever holds one keeps it.
+    /// Listeners and routes of which nothing can be said here, for they are [`Unsendable`]: whoever holds one keeps it.
     pub withheld: BTreeSet<(TypeUrl, String)>,
 }
 

@@ -168,8 +168,8 @@ impl PublisherHandle {
         if next == *published {
             return;
         }
-        for canary in next.too_large.difference(&published.too_large) {
-            tracing::warn!(%canary, "its routes are too large to be sent; the fleet serves on with those before (docs/limits.md)");
+        for canary in next.unsendable.difference(&published.unsendable) {
+            tracing::warn!(%canary, "its routes cannot be sent, as its status says; the fleet serves on with those before");
         }
         let keys: BTreeSet<&CanaryKey> = published.canaries.keys().chain(next.canaries.keys()).collect();
         // No report will come of a member that is gone, and each may have waited for it.
@@ -187,7 +187,7 @@ impl PublisherHandle {
     fn keep(&self, inputs: &Inputs, snapshot: &Snapshot) {
         let kept = inputs.canaries.iter().filter_map(|canary| {
             let key = CanaryKey::of(canary);
-            let kept = if snapshot.too_large.contains(&key) { inputs.kept.get(&key)? } else { canary };
+            let kept = if snapshot.unsendable.contains(&key) { inputs.kept.get(&key)? } else { canary };
             Some((key, kept.clone()))
         });
         *lock(&self.0.kept) = Arc::new(kept.collect());

@@ -1,8 +1,6 @@
 //! How large the routes of a Canary get. Each entry of `spec.service.match`, also together with each of `spec.analysis.match`, repeats
 //! headers, CORS and faults, on every port of HTTP of every Service: some KiB that a person wrote may be many MiB for every proxy.
 
-use std::collections::BTreeMap;
-
 use k8s_openapi::api::core::v1::Service;
 use kube::ResourceExt;
 use prost::Message;
@@ -10,14 +8,9 @@ use sluice_crds::{Canary, HttpMatch, ServiceSpec, StringMatch};
 use sluice_xds::envoy::config::route::v3::RouteMatch;
 
 use super::{
-    Inputs, route,
+    route, sendable,
     service::{self, Port, Protocol},
 };
-use crate::cache::CanaryKey;
-
-/// Most bytes that all routes of a Canary may take: far more than one needs that somebody wrote, and less than one response of xDS may
-/// have. Larger ones are not sent.
-pub const LARGEST_ROUTES: usize = 2 << 20;
 
 /// What frames a route in its configuration, the cookie of `sessionAffinity` among it.
 const FRAME: usize = 256;
@@ -34,24 +27,14 @@ pub struct Services<'a> {
     pub additional: &'a [&'a Service],
 }
 
-/// What is done with requests: as the Canary says, or where its routes would be too large, as it said before. `None` if it did not.
-pub(super) fn how<'a>(
-    inputs: &'a Inputs,
-    canary: &'a Canary,
-    matches: Option<&[HttpMatch]>,
-    services: Services<'_>,
-) -> Option<&'a ServiceSpec> {
-    let fits = |how: &&ServiceSpec| routes_size(canary, how, matches, services) <= LARGEST_ROUTES;
-    Some(&canary.spec.service).filter(fits).or_else(|| {
-        let kept = inputs.kept.get(&CanaryKey::of(canary)).filter(|kept| kept.metadata.uid == canary.metadata.uid);
-        kept.map(|kept| &kept.spec.service).filter(fits)
-    })
-}
-
 /// How many bytes all routes of a Canary take at most, if `how` says what is done with requests and `matches` which of them are
 /// released. Makes none of them.
-#[must_use]
-pub fn routes_size(canary: &Canary, how: &ServiceSpec, matches: Option<&[HttpMatch]>, services: Services<'_>) -> usize {
+pub(super) fn routes_size(
+    canary: &Canary,
+    how: &ServiceSpec,
+    matches: Option<&[HttpMatch]>,
+    services: Services<'_>,
+) -> usize {
     let namespace = canary.namespace().unwrap_or_default();
     let apex = canary.spec.service_name();
     let additional = || services.additional.iter().copied();
@@ -64,9 +47,9 @@ pub fn routes_size(canary: &Canary, how: &ServiceSpec, matches: Option<&[HttpMat
     let rewrites = how.rewrite.as_ref().is_some_and(|rewrite| rewrite.uri_regex_rewrite.is_some());
     let one = FRAME
         + route::forward(RouteMatch::default(), &split, Some(&mirror), None, how).encoded_len()
-        + PATTERN * (patterns(of_every_route(how)) + usize::from(rewrites));
+        + PATTERN * (patterns(sendable::of_every_route(how)) + usize::from(rewrites));
 
-    let length = |one: &HttpMatch| route::matcher(&[one]).encoded_len() + PATTERN * patterns(of_match(one));
+    let length = |one: &HttpMatch| route::matcher(&[one]).encoded_len() + PATTERN * patterns(sendable::of_match(one));
     let length = |all: &[HttpMatch]| all.iter().map(length).sum::<usize>();
     let everything = [HttpMatch::default()];
     let admitted = how.matches.as_deref().unwrap_or(&everything);
@@ -84,37 +67,18 @@ pub fn routes_size(canary: &Canary, how: &ServiceSpec, matches: Option<&[HttpMat
     (own + others) * (plain + release) + 2 * own * plain
 }
 
-fn patterns<'a>(texts: impl Iterator<Item = &'a StringMatch>) -> usize {
-    texts.filter(|text| text.regex.is_some()).count()
-}
-
-fn of_match(one: &HttpMatch) -> impl Iterator<Item = &StringMatch> {
-    let HttpMatch { uri, method, authority, headers, without_headers, query_params, .. } = one;
-    let maps = [headers, without_headers, query_params].into_iter().flat_map(BTreeMap::values);
-    [uri, method, authority].into_iter().flatten().chain(maps)
-}
-
-fn of_every_route(how: &ServiceSpec) -> impl Iterator<Item = &StringMatch> {
-    let origins = how.cors_policy.iter().flat_map(|policy| &policy.allow_origins);
-    origins.chain(how.fault.iter().flat_map(|fault| fault.headers.values()))
+fn patterns<'a>(texts: impl Iterator<Item = (sendable::Place<'a>, &'a StringMatch)>) -> usize {
+    texts.filter(|(_, text)| text.regex.is_some()).count()
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::collections::BTreeSet;
-
-    use jiff::Timestamp;
     use serde_json::{Value, json};
     use sluice_xds::{TypeUrl, envoy::config::route::v3::RouteConfiguration, unpack};
 
     use super::*;
-    use crate::mesh::{
-        build,
-        ports::Allocation,
-        testing::{Shop, too_large},
-        wanted_ports,
-    };
+    use crate::mesh::{build, sendable::LARGEST_ROUTES, testing::Shop};
 
     fn counted(shop: &Shop) -> usize {
         let inputs = shop.inputs();
@@ -132,71 +96,6 @@ mod tests {
             (route.body.value.len(), config.virtual_hosts[0].routes.len())
         });
         all.fold((0, 0), |(bytes, routes), (more, one)| (bytes + more, routes + one))
-    }
-
-    /// Beside Canary `web` another one, `cart`, which has only its apex.
-    fn with_another(shop: &Shop) -> Inputs {
-        let mut inputs = shop.inputs();
-        let mut small = Shop::new();
-        small.traffic("ccc", None, 0);
-        let mut canary = Canary::clone(&small.inputs().canaries[0]);
-        canary.metadata.name = Some("cart".to_owned());
-        canary.spec.target_ref.name = "cart".to_owned();
-        let mut service = Service::clone(&small.inputs().services[0]);
-        service.metadata.name = Some("cart".to_owned());
-        inputs.canaries.push(canary.into());
-        inputs.services.push(service.into());
-        inputs.ports = Allocation::default()
-            .settle(&wanted_ports(&inputs).into_keys().collect(), Timestamp::UNIX_EPOCH)
-            .allocation
-            .ports();
-        inputs
-    }
-
-    #[test]
-    fn routes_that_are_too_large_are_withheld_and_nothing_else_is() {
-        let mut shop = Shop::new();
-        shop.more_ports.push(json!({"port": 3306, "name": "mysql", "targetPort": 3306}));
-        shop.traffic("aaa", Some("bbb"), 30);
-        let usual = build(&with_another(&shop));
-        shop.canary["spec"]["service"] = too_large();
-        let snapshot = build(&with_another(&shop));
-        assert_eq!(snapshot.too_large, BTreeSet::from([shop.key()]));
-        assert!(!snapshot.canaries.contains_key(&shop.key()), "nobody may think that it has this traffic");
-        let http = ["shop/web-canary:80", "shop/web-primary:80", "shop/web:80"];
-        let both =
-            http.into_iter().flat_map(|name| [TypeUrl::Listener, TypeUrl::Route].map(|kind| (kind, name.to_owned())));
-        assert_eq!(snapshot.fleet.withheld, both.collect());
-
-        let mut others = usual.fleet.clone();
-        for (kind, name) in &snapshot.fleet.withheld {
-            assert!(others.resources.get_mut(kind).unwrap().remove(name).is_some());
-        }
-        assert_eq!(snapshot.fleet.resources, others.resources, "TCP, clusters, endpoints, and all of the other Canary");
-        let cart = CanaryKey::new("shop", "cart");
-        assert_eq!(snapshot.canaries[&cart], usual.canaries[&cart]);
-        assert_eq!(snapshot.sidecars, usual.sidecars);
-    }
-
-    #[test]
-    fn in_place_of_routes_that_are_too_large_there_are_those_before_with_the_weights_of_now() {
-        let mut shop = Shop::new();
-        shop.canary["spec"]["service"]["timeout"] = json!("7s");
-        shop.traffic("aaa", Some("bbb"), 30);
-        let before = shop.inputs().canaries[0].clone();
-        shop.traffic("aaa", Some("bbb"), 0);
-        let expected = build(&shop.inputs());
-        shop.canary["spec"]["service"] = too_large();
-        let mut inputs = shop.inputs();
-        inputs.kept = BTreeMap::from([(shop.key(), before)]).into();
-        let snapshot = build(&inputs);
-        assert_eq!(snapshot.too_large, BTreeSet::from([shop.key()]));
-        assert_eq!((&snapshot.fleet, &snapshot.canaries), (&expected.fleet, &expected.canaries));
-
-        // Of another Canary that had this name.
-        shop.canary["metadata"]["uid"] = json!("another");
-        let snapshot = build(&Inputs { kept: inputs.kept, ..shop.inputs() });
-        assert!(snapshot.canaries.is_empty() && !snapshot.fleet.withheld.is_empty());
     }
 
     #[test]

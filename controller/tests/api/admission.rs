@@ -13,17 +13,26 @@ use kube::{
     api::{DeleteParams, Patch, PatchParams, PostParams},
     core::NamespaceResourceScope,
 };
+use rustls::pki_types::{CertificateDer, ServerName, pem::PemObject as _};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use sluice_controller::{
-    admission::{Effective, Keeper, Protection, Report, Webhook, objects::Address},
+    admission::{
+        Effective, Keeper, Protection, Report, Webhook,
+        objects::{Address, PATH},
+    },
     cache::Cache,
     delivery::actions::LeaseGuard,
     identity::{Authority, OwnCertificate, Subject, Times},
 };
 use sluice_crds::{Canary, labels};
 use sluice_xds::{PodSubject, SpiffeId};
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    sync::watch,
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::server::{self, Server};
@@ -307,6 +316,61 @@ fn compared<K: Resource + Clone + Serialize>(object: &K) -> Value {
     let mut object = object.clone();
     object.meta_mut().managed_fields = None;
     serde_json::to_value(object).unwrap()
+}
+
+/// As an API server: a connection, and what is asked on it.
+struct Asking(tokio_rustls::client::TlsStream<TcpStream>);
+
+impl Asking {
+    async fn connect(address: &str, ca: &str) -> Self {
+        let mut roots = rustls::RootCertStore::empty();
+        for root in CertificateDer::pem_slice_iter(ca.as_bytes()) {
+            roots.add(root.unwrap()).unwrap();
+        }
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+        let config = config.unwrap().with_root_certificates(roots).with_no_client_auth();
+        let tcp = TcpStream::connect(address).await.unwrap();
+        let name = ServerName::try_from("localhost").unwrap();
+        Self(tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, tcp).await.unwrap())
+    }
+
+    async fn is_answered(&mut self) -> bool {
+        let request = format!("POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n{{}}");
+        self.0.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        while !String::from_utf8_lossy(&answer).contains("not an AdmissionReview") {
+            if self.0.read_buf(&mut answer).await.unwrap() == 0 {
+                return false;
+            }
+        }
+        true
+    }
+}
+
+/// Whoever reaches the webhook's port may hold connections to it.
+#[tokio::test]
+async fn silent_connections_keep_no_api_server_waiting() {
+    let Some(guard) = guard(Protection::Webhook).await else { return };
+    let (own, _) = guard.server.client(None).await;
+    let mut tasks = JoinSet::new();
+    let (Address::Url(url), ca) = webhook(&own, &mut tasks).await else { panic!("it is no Service") };
+    let address = url.trim_start_matches("https://");
+    let within = async {
+        let mut kept = Asking::connect(address, &ca).await;
+        let mut silent = Vec::new();
+        for _ in 0..2 {
+            for _ in 0..200 {
+                silent.push(TcpStream::connect(address).await.unwrap());
+            }
+            // Who asks stays.
+            assert!(kept.is_answered().await);
+        }
+        assert!(Asking::connect(address, &ca).await.is_answered().await);
+        // The oldest of those that do not is gone.
+        assert!(silent.swap_remove(0).read_u8().await.is_err());
+    };
+    tokio::time::timeout(PATIENCE, within).await.unwrap();
 }
 
 #[tokio::test]

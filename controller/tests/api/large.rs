@@ -58,7 +58,7 @@ async fn a_canary_as_large_as_it_may_be_takes_nothing_over_until_it_is_smaller()
     let Some(world) = World::new("large").await else { return };
     world.running_application("web").await;
     world.canary("web", largest()).await;
-    let message = world.until_stalled("web", "RoutesTooLarge").await;
+    let message = world.until_stalled("web", "RoutesUnsupported").await;
     assert!(message.starts_with("Canary large/web: spec.service: its routes take "), "{message}");
     let selector = || async { world.api::<Service>().get("web").await.unwrap().spec.unwrap().selector.unwrap() };
     assert!(!selector().await.contains_key(labels::FLEET));
@@ -68,7 +68,7 @@ async fn a_canary_as_large_as_it_may_be_takes_nothing_over_until_it_is_smaller()
     let traffic = json!({"primary": "aaa", "canary": "bbb", "weight": 10, "match": canary.spec.analysis.as_ref().unwrap().matches});
     canary.status.as_mut().unwrap().traffic = serde_json::from_value(traffic).unwrap();
     let snapshot = build(&inputs(canary, world.api::<Service>().get("web").await.unwrap()));
-    assert_eq!(snapshot.too_large, [CanaryKey::new("large", "web")].into());
+    assert_eq!(snapshot.unsendable, [CanaryKey::new("large", "web")].into());
     assert_eq!(snapshot.fleet.of(TypeUrl::Route).count(), 0);
 
     let smaller = json!({"spec": {

@@ -1,6 +1,5 @@
+use sluice_pattern::{PatternError, SubstitutionError};
 use sluice_xds::UnpackError;
-
-use crate::pattern::PatternError;
 
 /// Why a resource is rejected. The text goes to the controller, which shows it in the status of the release.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -13,6 +12,8 @@ pub enum ConfigError {
     Invalid { field: String, value: String, rule: &'static str },
     #[error("{field} is '{value}', but {reason}")]
     Pattern { field: String, value: String, reason: PatternError },
+    #[error("{field} is '{value}', but {reason}")]
+    Substitution { field: String, value: String, reason: SubstitutionError },
     #[error("{field} cannot be read: {source}")]
     Encoding { field: String, source: UnpackError },
     #[error("it waits for {missing}, which this proxy does not have")]
@@ -36,6 +37,10 @@ impl ConfigError {
 
     pub(super) fn pattern(field: String, value: &str, reason: PatternError) -> Self {
         Self::Pattern { field, value: shorten(value.to_owned()), reason }
+    }
+
+    pub(super) fn substitution(field: String, value: &str, reason: SubstitutionError) -> Self {
+        Self::Substitution { field, value: shorten(value.to_owned()), reason }
     }
 }
 

@@ -1,6 +1,7 @@
 //! `RouteMatch`: which requests a route is for.
 
 use http::HeaderName;
+use sluice_pattern::{Pattern, PatternError};
 use sluice_xds::envoy::{
     config::route::v3::{
         HeaderMatcher, QueryParameterMatcher, RouteMatch as Message, header_matcher::HeaderMatchSpecifier,
@@ -10,10 +11,7 @@ use sluice_xds::envoy::{
 };
 
 use super::ConfigError;
-use crate::{
-    pattern::{Pattern, PatternError},
-    snapshot::{Field, HeaderMatch, HeaderRule, QueryMatch, QueryRule, RouteMatch, StringMatch, StringRule},
-};
+use crate::snapshot::{Field, HeaderMatch, HeaderRule, QueryMatch, QueryRule, RouteMatch, StringMatch, StringRule};
 
 /// `field` is where the message stands.
 pub(super) fn parse(message: Option<&Message>, field: &str) -> Result<RouteMatch, ConfigError> {

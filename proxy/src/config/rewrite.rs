@@ -1,19 +1,14 @@
 //! `RouteAction.prefix_rewrite` and its like: what a request is made to ask for.
 
-use http::{
-    HeaderValue,
-    uri::{Authority, PathAndQuery},
-};
+use http::{HeaderValue, uri::Authority};
+use sluice_pattern::{Pattern, is_part_of_target, pieces};
 use sluice_xds::envoy::{
     config::route::v3::{RouteAction, route_action::HostRewriteSpecifier},
     r#type::matcher::v3::RegexMatchAndSubstitute,
 };
 
 use super::{ConfigError, matching};
-use crate::{
-    pattern::Pattern,
-    snapshot::{HostRewrite, PathRewrite, Piece, Rewrite, StringMatch, StringRule},
-};
+use crate::snapshot::{HostRewrite, PathRewrite, Rewrite, StringMatch, StringRule};
 
 /// `path` is the rule that the request's path matched, `field` where the action stands.
 pub(super) fn parse(action: &RouteAction, path: &StringMatch, field: &str) -> Result<Option<Rewrite>, ConfigError> {
@@ -73,43 +68,6 @@ fn regex(message: &RegexMatchAndSubstitute, field: &str) -> Result<PathRewrite, 
     };
     let pattern = matching::compiled(pattern, Pattern::part, &format!("{field}.pattern"))?;
     let with = pieces(&message.substitution, pattern.groups())
-        .map_err(|rule| ConfigError::invalid(format!("{field}.substitution"), &message.substitution, rule))?;
+        .map_err(|error| ConfigError::substitution(format!("{field}.substitution"), &message.substitution, error))?;
     Ok(PathRewrite::Regex { pattern, with })
-}
-
-/// A text with `\1` for what the first group has matched, `\0` for the whole, and `\\` (RE2's `Rewrite`).
-fn pieces(substitution: &str, groups: usize) -> Result<Vec<Piece>, &'static str> {
-    let mut pieces = Vec::new();
-    let mut text = String::new();
-    let mut rest = substitution.chars();
-    while let Some(next) = rest.next() {
-        if next != '\\' {
-            text.push(next);
-            continue;
-        }
-        match rest.next() {
-            Some('\\') => text.push('\\'),
-            Some(digit @ '0'..='9') => {
-                let group = usize::from(digit as u8 - b'0');
-                if group >= groups {
-                    return Err("it must name groups that the pattern has");
-                }
-                pieces.push(Piece::Text(std::mem::take(&mut text)));
-                pieces.push(Piece::Group(group));
-            }
-            Some(_) | None => return Err("a \\ must be followed by the number of a group or another \\"),
-        }
-    }
-    pieces.push(Piece::Text(text));
-    pieces.retain(|piece| !matches!(piece, Piece::Text(text) if text.is_empty()));
-    let is_good = |piece: &Piece| match piece {
-        Piece::Text(text) => is_part_of_target(text),
-        Piece::Group(_) => true,
-    };
-    if pieces.iter().all(is_good) { Ok(pieces) } else { Err("it must be part of a path") }
-}
-
-/// A fragment is never sent (RFC 9112, 3.2).
-fn is_part_of_target(text: &str) -> bool {
-    !text.contains('#') && PathAndQuery::try_from(format!("/{text}")).is_ok()
 }

@@ -209,6 +209,7 @@ fn names_a_field(error: &ConfigError) {
         | ConfigError::Unsupported { field, .. }
         | ConfigError::Invalid { field, .. }
         | ConfigError::Pattern { field, .. }
+        | ConfigError::Substitution { field, .. }
         | ConfigError::Encoding { field, .. } => assert!(!field.is_empty(), "{error:?}"),
         ConfigError::Incomplete { .. } | ConfigError::NotApplied { .. } => panic!("no such check: {error:?}"),
     }

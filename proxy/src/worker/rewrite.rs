@@ -5,11 +5,12 @@ use http::{
     HeaderName, HeaderValue, Uri, Version, header, request,
     uri::{Authority, PathAndQuery},
 };
+use sluice_pattern::Piece;
 
 use super::matching::joined;
 use crate::{
     failure::Failure,
-    snapshot::{HostRewrite, PathRewrite, Piece, Rewrite},
+    snapshot::{HostRewrite, PathRewrite, Rewrite},
 };
 
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
+use sluice_pattern::{Pattern, Piece};
 use sluice_proxy::{
-    pattern::Pattern,
     snapshot::{
-        Action, Asked, CorsPolicy, Field, HeaderChanges, HeaderMatch, HeaderRule, HostRewrite, PathRewrite, Piece,
-        Policy, Protocol, QueryMatch, QueryRule, Rewrite, Route, RouteMatch, StringMatch, StringRule,
+        Action, Asked, CorsPolicy, Field, HeaderChanges, HeaderMatch, HeaderRule, HostRewrite, PathRewrite, Policy,
+        Protocol, QueryMatch, QueryRule, Rewrite, Route, RouteMatch, StringMatch, StringRule,
     },
     workers::Role,
 };

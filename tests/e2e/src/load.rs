@@ -78,6 +78,14 @@ impl Load {
         buckets.iter().filter(|bucket| bucket.first_ms >= from_ms).cloned().collect()
     }
 
+    /// What began and ended between these times: drawn by what was in force all the while, however long an answer took.
+    #[must_use]
+    pub fn within(&self, from_ms: u64, to_ms: u64) -> Vec<Bucket> {
+        let mut within = self.since(from_ms);
+        within.retain(|bucket| bucket.first_ms.saturating_sub(bucket.max_ms) > from_ms && bucket.last_ms < to_ms);
+        within
+    }
+
     /// Requests that no version of the application answered, since `from_ms`.
     #[must_use]
     pub fn failures_since(&self, from_ms: u64) -> Vec<Bucket> {

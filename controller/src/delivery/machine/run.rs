@@ -6,7 +6,7 @@ use jiff::{SignedDuration, Timestamp};
 use sluice_crds::{Backend, CanaryStatus, Phase, RejectedRevision, Retiring, Stage, TemplateStatus, Traffic, Waiting};
 
 use super::{
-    Action, Event, Next, Observation, Outcome, Problem, Revision, Spec, TOO_LARGE, Template, adopt, guarded, handback,
+    Action, Event, Next, Observation, Outcome, Problem, Revision, Spec, Template, UNSENDABLE, adopt, guarded, handback,
     release, verbs,
 };
 use crate::delivery::{plan, status};
@@ -18,7 +18,7 @@ pub(super) const PAUSED: &str = "Paused";
 /// Most revisions that are remembered as rejected.
 const MOST_REJECTED: usize = 16;
 /// Problems of the target's present template, or of what the Canary says: no reason not to go back to an older revision.
-const TEMPLATE_PROBLEMS: [&str; 4] = ["TemplateUnsupported", "ConfigMissing", "InvalidSpec", TOO_LARGE];
+const TEMPLATE_PROBLEMS: [&str; 4] = ["TemplateUnsupported", "ConfigMissing", "InvalidSpec", UNSENDABLE];
 
 /// The state of one call.
 pub(super) struct Run<'a> {
@@ -423,8 +423,8 @@ impl<'a> Run<'a> {
                 until,
             );
         }
-        let too_large = self.seen.problems.iter().find(|problem| problem.reason == TOO_LARGE);
-        if let Some(problem) = too_large.filter(|_| fleet.lagging.is_empty()) {
+        let unsendable = self.seen.problems.iter().find(|problem| problem.reason == UNSENDABLE);
+        if let Some(problem) = unsendable.filter(|_| fleet.lagging.is_empty()) {
             // Nothing was sent that could be acknowledged.
             return self.wait(problem.reason, problem.message.clone(), until);
         }

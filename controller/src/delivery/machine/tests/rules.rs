@@ -12,7 +12,7 @@ use serde_json::json;
 use sluice_crds::{Backend, InconclusiveAction, Phase, Retiring, Stage, VerdictStatus};
 
 use super::{
-    super::{Action, Autoscaler, Problem, TOO_LARGE, step},
+    super::{Action, Autoscaler, Problem, UNSENDABLE, step},
     world::{FIRST, Quality, Running, Target, World},
 };
 use crate::analysis::DryRun;

@@ -4,7 +4,7 @@ use jiff::SignedDuration;
 use sluice_crds::{ActionOutcome, InconclusiveAction, Phase, Stage};
 
 use super::{
-    super::{Action, Problem, TOO_LARGE},
+    super::{Action, Problem, UNSENDABLE},
     world::{FIRST, Quality, World},
 };
 
@@ -659,7 +659,7 @@ mod rollback {
 
     #[test]
     fn a_broken_template_or_none_at_all_does_not_stand_in_its_way() {
-        for reason in ["ConfigMissing", "TemplateUnsupported", "InvalidSpec", TOO_LARGE] {
+        for reason in ["ConfigMissing", "TemplateUnsupported", "InvalidSpec", UNSENDABLE] {
             let mut world = twice_promoted();
             world.problems.push(Problem { reason, message: "mend it".into() });
             accepted(&mut world, "rollback:v1");

@@ -49,11 +49,11 @@ fn a_target_that_cannot_run_leaves_the_fleet_serving_and_is_named() {
 #[test]
 fn a_hand_back_of_which_the_fleet_is_told_nothing_says_why() {
     let mut world = World::adopted();
-    world.problems.push(Problem { reason: TOO_LARGE, message: "say less".into() });
+    world.problems.push(Problem { reason: UNSENDABLE, message: "say less".into() });
     world.withheld = true;
     world.deleting = true;
     world.pass_time(60);
-    assert_eq!((world.status.stage, world.waiting()), (Stage::ReturnSwitch, TOO_LARGE));
+    assert_eq!((world.status.stage, world.waiting()), (Stage::ReturnSwitch, UNSENDABLE));
     world.problems.clear();
     world.withheld = false;
     world.settle();

@@ -1,10 +1,17 @@
-//! Regular expressions of routes, in linear time as Envoy's (<https://github.com/google/re2/wiki/Syntax>).
+//! Regular expressions of routes, in linear time as Envoy's (<https://github.com/google/re2/wiki/Syntax>). Proxies compile them, and the
+//! controller refuses beforehand what they would not take.
 //!
 //! Linear in the length of the text, times the size of the expression: there are some whose automaton does not fit into any cache, and
 //! then each byte is a step for each of their states. Both come from outside, so both are bounded
 //! (<https://docs.rs/regex/latest/regex/#untrusted-input>).
 
-use regex::bytes::{Captures, Regex, RegexBuilder};
+#![forbid(unsafe_code)]
+
+mod substitution;
+
+pub use regex::bytes::Captures;
+use regex::bytes::{Regex, RegexBuilder};
+pub use substitution::{Piece, SubstitutionError, is_part_of_target, pieces};
 
 /// Of a compiled expression, in bytes. A state takes 32 of them at least, so it has a few hundred. The 256 characters that a Canary may
 /// say hardly take as much, unless they repeat by a number: `.` takes 80 bytes, and `[^/]{1,64}` 8 KiB.
@@ -67,13 +74,14 @@ impl Pattern {
     }
 
     /// A text of more than 8 KiB matches nothing.
-    pub(crate) fn is_match(&self, text: &[u8]) -> bool {
+    #[must_use]
+    pub fn is_match(&self, text: &[u8]) -> bool {
         text.len() <= LONGEST && self.0.is_match(text)
     }
 
     /// Shows each place in a text, from left to right. `None`: not all, because the text is too long, or has too many of them for its
     /// length.
-    pub(crate) fn each<'t>(&self, text: &'t [u8], mut show: impl FnMut(&Captures<'t>)) -> Option<()> {
+    pub fn each<'t>(&self, text: &'t [u8], mut show: impl FnMut(&Captures<'t>)) -> Option<()> {
         if text.len() > LONGEST {
             return None;
         }
