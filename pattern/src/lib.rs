@@ -1,13 +1,17 @@
-//! Regular expressions of routes, in linear time as Envoy's (<https://github.com/google/re2/wiki/Syntax>). Proxies compile them, and the
-//! controller refuses beforehand what they would not take.
+//! Texts of routes that proxies take or refuse, and that the controller refuses beforehand: regular expressions, what is put in place of
+//! their matches, and hosts.
 //!
+//! Expressions are matched in linear time, as Envoy's (<https://github.com/google/re2/wiki/Syntax>).
 //! Linear in the length of the text, times the size of the expression: there are some whose automaton does not fit into any cache, and
 //! then each byte is a step for each of their states. Both come from outside, so both are bounded
 //! (<https://docs.rs/regex/latest/regex/#untrusted-input>).
 
 #![forbid(unsafe_code)]
 
+mod host;
 mod substitution;
+
+pub use host::authority;
 
 pub use regex::bytes::Captures;
 use regex::bytes::{Regex, RegexBuilder};

@@ -135,7 +135,16 @@ pub fn digest(content: &str) -> String {
 /// or `secret/NAME`). What Sluice adds is no part of it, so that an upgrade of Sluice starts no release.
 #[must_use]
 pub fn revision_hash(template: &Value, tracked: &BTreeMap<String, String>) -> String {
-    digest(&canonical(&json!({"sluice.dev/revision": "v1", "template": template, "configs": tracked})))
+    host_label(digest(&canonical(&json!({"sluice.dev/revision": "v1", "template": template, "configs": tracked}))))
+}
+
+/// A revision is the last label of the SNI by which its Pods are reached, and a host's name does not end in digits alone (RFC 3696,
+/// section 2).
+fn host_label(mut hash: String) -> String {
+    while hash.bytes().all(|byte| byte.is_ascii_digit()) {
+        hash = digest(&hash);
+    }
+    hash
 }
 
 /// Whether Pods of this template can have our sidecar.
@@ -459,6 +468,13 @@ mod tests {
             assert_eq!(digest.len(), 10);
             assert!(digest.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit()), "{digest}");
         }
+    }
+
+    #[test]
+    fn a_revision_has_a_letter_in_its_name() {
+        assert_eq!(host_label("24567b9245".to_owned()), "24567b9245");
+        let other = host_label("2456789245".to_owned());
+        assert_eq!((other.len(), other.bytes().any(|byte| byte.is_ascii_lowercase())), (10, true), "{other}");
     }
 
     #[test]

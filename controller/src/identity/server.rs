@@ -15,10 +15,11 @@ use rustls::{
     crypto::CryptoProvider,
     server::{NoServerSessionStorage, WebPkiClientVerifier},
 };
+use sluice_health::Places;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc, watch},
+    sync::{Notify, futures::OwnedNotified, mpsc, watch},
     time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -33,8 +34,9 @@ use super::{Authority, IdentityError, OwnCertificate, Peer, PeerIdentity};
 
 /// From the accepted connection to the end of its handshake.
 const HANDSHAKE: Duration = Duration::from_secs(5);
-/// More wait in the kernel's backlog.
-const MAX_HANDSHAKES: usize = 256;
+/// Connections that have shown no certificate, handshakes among them. Each takes some 50 KiB, so whoever reaches the port cannot have more,
+/// and no proxy is to wait behind them: the oldest gives way. A proxy that comes for its certificate needs a moment.
+const MAX_STRANGERS: usize = 256;
 /// docs/xds.md, "Keepalive".
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
@@ -187,12 +189,9 @@ fn tls_config(
 async fn accept(listener: TcpListener, mut tls: Tls, connections: mpsc::Sender<Connection>) {
     let trust_domain: Arc<str> = tls.authority.trust_domain().into();
     let mut handshakes = tokio::task::JoinSet::new();
-    let free = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let mut strangers = Places::new(MAX_STRANGERS);
     loop {
         while handshakes.try_join_next().is_some() {}
-        let Ok(permit) = Arc::clone(&free).acquire_owned().await else {
-            return;
-        };
         let (stream, address) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -208,27 +207,36 @@ async fn accept(listener: TcpListener, mut tls: Tls, connections: mpsc::Sender<C
         let acceptor = tls.acceptor();
         let trust_domain = Arc::clone(&trust_domain);
         let connections = connections.clone();
+        let place = Arc::new(Notify::new());
+        strangers.give(&place);
         handshakes.spawn(async move {
-            match timeout(HANDSHAKE, handshake(acceptor, stream, address, &trust_domain)).await {
-                Ok(Ok(connection)) => {
-                    drop(permit);
-                    // Fails only when the server stops.
-                    connections.send(connection).await.ok();
-                }
+            let gives_way = Arc::clone(&place);
+            let shaken = tokio::select! {
+                shaken = timeout(HANDSHAKE, handshake(acceptor, stream, address, &trust_domain, place)) => shaken,
+                () = gives_way.notified() => Ok(Err(GAVE_WAY.to_owned())),
+            };
+            drop(gives_way);
+            match shaken {
+                // Fails only when the server stops.
+                Ok(Ok(connection)) => drop(connections.send(connection).await),
                 Ok(Err(why)) => tracing::info!(%address, "refused a connection: {why}"),
-                Err(_) => {
-                    tracing::info!(%address, "refused a connection: no TLS handshake within 5 s")
-                }
+                Err(_) => tracing::info!(%address, "refused a connection: no TLS handshake within 5 s"),
             }
         });
+        // See `sluice_health::serve`.
+        tokio::task::yield_now().await;
     }
 }
 
+const GAVE_WAY: &str = "it has shown no certificate, and gave way to a newer one";
+
+/// `place`: of a stranger.
 async fn handshake(
     acceptor: TlsAcceptor,
     stream: TcpStream,
     address: SocketAddr,
     trust_domain: &str,
+    place: Arc<Notify>,
 ) -> Result<Connection, String> {
     stream.set_nodelay(true).map_err(|e| e.to_string())?;
     let stream = acceptor.accept(stream).await.map_err(|error| format!("TLS: {error}"))?;
@@ -239,13 +247,16 @@ async fn handshake(
         .map(|certificate| PeerIdentity::read(certificate, trust_domain))
         .transpose()
         .map_err(|error| format!("client certificate: {error}"))?;
-    Ok(Connection { stream, peer: Peer { address, identity } })
+    let gives_way = identity.is_none().then(|| Box::pin(place.notified_owned()));
+    Ok(Connection { stream, peer: Peer { address, identity }, gives_way })
 }
 
 /// A connection whose handshake is done.
 struct Connection {
     stream: TlsStream<TcpStream>,
     peer: Peer,
+    /// Of a stranger: the end of its place.
+    gives_way: Option<Pin<Box<OwnedNotified>>>,
 }
 
 impl Connected for Connection {
@@ -258,6 +269,11 @@ impl Connected for Connection {
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if let Some(gives_way) = &mut self.gives_way
+            && gives_way.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(Err(io::Error::other(GAVE_WAY)));
+        }
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }

@@ -18,7 +18,8 @@ use sluice_xds::{
     },
     sluice::identity::v1::{SignRequest, SignResponse, certificate_service_client::CertificateServiceClient},
 };
-use tokio::net::TcpStream;
+use tokio::{io::AsyncReadExt, net::TcpStream};
+use tokio_rustls::TlsConnector;
 use tokio_stream::Empty;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::{
@@ -133,11 +134,8 @@ async fn start() -> Running {
     }
 }
 
-/// A client that trusts the server's roots, with or without a certificate of its own.
-async fn connect(
-    server: &Running,
-    certificate: Option<(CertificateDer<'static>, KeyPair)>,
-) -> Result<Channel, tonic::transport::Error> {
+/// Of a client that trusts the server's roots, with or without a certificate of its own.
+fn tls(server: &Running, certificate: Option<(CertificateDer<'static>, KeyPair)>) -> TlsConnector {
     let mut roots = RootCertStore::empty();
     roots.add(server.authority.roots()[0].clone()).unwrap();
     let config = ClientConfig::builder_with_provider(provider())
@@ -152,7 +150,14 @@ async fn connect(
         }
     };
     config.alpn_protocols = vec![b"h2".to_vec()];
-    let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+    TlsConnector::from(Arc::new(config))
+}
+
+async fn connect(
+    server: &Running,
+    certificate: Option<(CertificateDer<'static>, KeyPair)>,
+) -> Result<Channel, tonic::transport::Error> {
+    let connector = tls(server, certificate);
     let port = server.port;
     let connect = tower::service_fn(move |_| {
         let connector = connector.clone();
@@ -272,6 +277,27 @@ async fn a_client_without_certificate_may_ask_for_one_and_nothing_else() {
     let server = start().await;
     let refused = who(&server, None).await.unwrap_err();
     assert!(refused.contains("needs a client certificate"), "{refused}");
+}
+
+/// Whoever reaches the port may hold connections to it.
+#[tokio::test]
+async fn connections_that_show_no_certificate_keep_nobody_from_one() {
+    let server = start().await;
+    let new = || async { TcpStream::connect((Ipv4Addr::LOCALHOST, server.port)).await.unwrap() };
+    let name = ServerName::try_from(HOST).unwrap();
+    let mut stranger = tls(&server, None).connect(name, new().await).await.unwrap();
+    let mut silent = Vec::new();
+    for _ in 0..300 {
+        silent.push(new().await);
+    }
+    let within = async {
+        sign(&server, "good", csr(&new_key())).await.unwrap();
+        // The oldest have given way, the others have not waited for it.
+        let _ = stranger.read_to_end(&mut Vec::new()).await;
+        silent[0].read_u8().await.unwrap_err();
+        assert_eq!(silent[200].try_read(&mut [0]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    };
+    tokio::time::timeout(Duration::from_secs(30), within).await.unwrap();
 }
 
 #[tokio::test]

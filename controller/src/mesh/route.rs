@@ -145,7 +145,7 @@ fn copies((cluster, percent): &(String, u32)) -> RequestMirrorPolicy {
     }
 }
 
-/// All of these must hold. At most one of them names a path: the API refuses others.
+/// All of these must hold. At most one of them names a path: others are not sent (`sendable`).
 pub(super) fn matcher(all: &[&HttpMatch]) -> RouteMatch {
     let mut message = every_request();
     for one in all {

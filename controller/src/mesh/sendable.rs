@@ -8,7 +8,7 @@ use std::{
 };
 
 use sluice_crds::{Canary, HttpMatch, ServiceSpec, StringMatch};
-use sluice_pattern::{Pattern, PatternError, SubstitutionError, pieces};
+use sluice_pattern::{Pattern, PatternError, SubstitutionError, authority, pieces};
 
 use super::{
     Inputs,
@@ -37,6 +37,15 @@ pub enum Unsendable {
     Regex { field: String, text: String, reason: PatternError },
     #[error("spec.service.rewrite.uriRegexRewrite.rewrite is {text:?}, but {reason}. Say another one")]
     Rewrite { text: String, reason: SubstitutionError },
+    #[error(
+        "spec.service.rewrite.authority is {text:?}, which is no host, with a port from 1 to 65535 or without. Say another one"
+    )]
+    Host { text: String },
+    #[error(
+        "{field} names a path, and so does the spec.analysis.match with which the release began. A request has one path: say it when the \
+         release is over"
+    )]
+    Paths { field: &'static str },
 }
 
 /// What is done with requests: as the Canary says, or where that cannot be sent, as it said before. `None` if it did not.
@@ -65,28 +74,49 @@ pub fn unsendable(
     if bytes > LARGEST_ROUTES {
         return Some(Unsendable::Size { bytes });
     }
+    two_paths(how, matches).or_else(|| regexes(how, matches)).or_else(|| rewrites(how))
+}
+
+/// The schema forbids them in what is written at one time. A release keeps the matches with which it began.
+fn two_paths(how: &ServiceSpec, matches: Option<&[HttpMatch]>) -> Option<Unsendable> {
+    let names_path = |matches: Option<&[HttpMatch]>| matches.is_some_and(|all| all.iter().any(|one| one.uri.is_some()));
+    if !names_path(matches) {
+        return None;
+    }
+    let rewrites = how.rewrite.as_ref().is_some_and(|rewrite| rewrite.uri.is_some());
+    let rewrites = rewrites.then_some("spec.service.rewrite.uri");
+    let field = names_path(how.matches.as_deref()).then_some("spec.service.match").or(rewrites)?;
+    Some(Unsendable::Paths { field })
+}
+
+fn regexes(how: &ServiceSpec, matches: Option<&[HttpMatch]>) -> Option<Unsendable> {
     let texts = of_every_route(how).map(|(place, text)| (Within::Service, place, text));
     let mut texts = texts
         .chain(entries(Within::ServiceMatch, how.matches.as_deref()))
         .chain(entries(Within::AnalysisMatch, matches));
-    let refused = texts.find_map(|(within, place, text)| {
+    texts.find_map(|(within, place, text)| {
         let text = text.regex.as_ref()?;
         let reason = groups(text).err()?;
         Some(Unsendable::Regex { field: format!("{within}.{place}.regex"), text: text.clone(), reason })
-    });
-    refused.or_else(|| {
-        let rewrite = how.rewrite.as_ref()?.uri_regex_rewrite.as_ref()?;
-        match groups(&rewrite.r#match) {
-            Ok(groups) => {
-                let reason = pieces(&rewrite.rewrite, groups).err()?;
-                Some(Unsendable::Rewrite { text: rewrite.rewrite.clone(), reason })
-            }
-            Err(reason) => {
-                let field = "spec.service.rewrite.uriRegexRewrite.match".to_owned();
-                Some(Unsendable::Regex { field, text: rewrite.r#match.clone(), reason })
-            }
-        }
     })
+}
+
+fn rewrites(how: &ServiceSpec) -> Option<Unsendable> {
+    let rewrite = how.rewrite.as_ref()?;
+    if let Some(text) = rewrite.authority.as_ref().filter(|name| authority(name).is_none()) {
+        return Some(Unsendable::Host { text: text.clone() });
+    }
+    let rewrite = rewrite.uri_regex_rewrite.as_ref()?;
+    match groups(&rewrite.r#match) {
+        Ok(groups) => {
+            let reason = pieces(&rewrite.rewrite, groups).err()?;
+            Some(Unsendable::Rewrite { text: rewrite.rewrite.clone(), reason })
+        }
+        Err(reason) => {
+            let field = "spec.service.rewrite.uriRegexRewrite.match".to_owned();
+            Some(Unsendable::Regex { field, text: rewrite.r#match.clone(), reason })
+        }
+    }
 }
 
 /// How many groups an expression has, the whole match among them. Remembered, because each is asked for with every snapshot.
@@ -300,6 +330,22 @@ mod tests {
                 rewrite(r"/v2/\2"),
                 json!([]),
                 r#"spec.service.rewrite.uriRegexRewrite.rewrite is "/v2/\\2", but it must name groups that the pattern has. Say"#,
+            ),
+            (json!({"rewrite": {"authority": "[::1]:8080"}}), json!([]), ""),
+            (
+                json!({"rewrite": {"authority": "web.shop:80800"}}),
+                json!([]),
+                r#"spec.service.rewrite.authority is "web.shop:80800", which is no host"#,
+            ),
+            (
+                json!({"match": [{"uri": {"prefix": "/"}}]}),
+                json!([{"uri": {"prefix": "/beta"}}]),
+                "spec.service.match names a path, and so does the spec.analysis.match with which the release began",
+            ),
+            (
+                json!({"rewrite": {"uri": "/"}}),
+                json!([{"uri": {"prefix": "/beta"}}]),
+                "spec.service.rewrite.uri names a path, and so does",
             ),
         ];
         for (service, matches, expected) in table {

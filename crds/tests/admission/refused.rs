@@ -168,7 +168,15 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
         ),
         (
             vec![("/spec/service/rewrite", json!({"authority": "web:http"}))],
-            "spec.service.rewrite.authority in body should match '^([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\])(:[0-9]{1,5})?$'",
+            "spec.service.rewrite.authority in body should match '^([A-Za-z0-9._-]+|\\[[0-9A-Fa-f:.]+\\])(:(",
+        ),
+        (
+            vec![("/spec/service/rewrite", json!({"authority": "web:65536"}))],
+            "spec.service.rewrite.authority in body should match",
+        ),
+        (
+            vec![("/spec/service/rewrite", json!({"uriRegexRewrite": {"match": "a", "rewrite": "\\x"}}))],
+            "spec.service.rewrite.uriRegexRewrite.rewrite in body should match",
         ),
         (
             vec![("/spec/service/trafficPolicy", json!({"loadBalancer": {"simple": "ROUND_ROBIN"}}))],

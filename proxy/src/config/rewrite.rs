@@ -1,7 +1,7 @@
 //! `RouteAction.prefix_rewrite` and its like: what a request is made to ask for.
 
-use http::{HeaderValue, uri::Authority};
-use sluice_pattern::{Pattern, is_part_of_target, pieces};
+use http::HeaderValue;
+use sluice_pattern::{Pattern, authority, is_part_of_target, pieces};
 use sluice_xds::envoy::{
     config::route::v3::{RouteAction, route_action::HostRewriteSpecifier},
     r#type::matcher::v3::RegexMatchAndSubstitute,
@@ -32,11 +32,7 @@ pub(super) fn parse(action: &RouteAction, path: &StringMatch, field: &str) -> Re
 }
 
 fn host(name: &str, note_original: bool, field: &str) -> Result<HostRewrite, ConfigError> {
-    let authority = Authority::try_from(name).ok().filter(|authority| {
-        let port = name.strip_prefix(authority.host());
-        port.is_some_and(|port| port.is_empty() || authority.port_u16().is_some())
-    });
-    match (authority, HeaderValue::from_str(name)) {
+    match (authority(name), HeaderValue::from_str(name)) {
         (Some(authority), Ok(value)) => Ok(HostRewrite { authority, value, note_original }),
         (None, _) | (_, Err(_)) => {
             let rule = "it must be a host, or a host and a port";

@@ -1,6 +1,7 @@
 //! What a route may say: what is served of it, and what is refused, by its field.
 
-use sluice_proxy::snapshot::{Field, PathRewrite, Piece, Protocol, StringRule};
+use sluice_pattern::Piece;
+use sluice_proxy::snapshot::{Field, PathRewrite, Protocol, StringRule};
 use sluice_xds::{
     TypeUrl,
     envoy::{
