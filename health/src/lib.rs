@@ -2,7 +2,13 @@
 //!
 //! Nobody keeps others from an answer by holding connections. Each is accepted at once, has one request, and a bounded life; and
 //! where there are too many the oldest gives way to the newest ([`Places`]). Who asks and reads needs milliseconds.
+//!
+//! And how any port of ours is listened on ([`listen`]).
 #![forbid(unsafe_code)]
+
+mod listen;
+
+pub use listen::{listen, listen_with};
 
 use std::{
     collections::VecDeque,

@@ -15,7 +15,6 @@ use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header::CONTENT_TYPE};
 use http_body_util::Full;
 use hyper::{body::Incoming, service::service_fn};
-use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
@@ -167,35 +166,12 @@ pub fn certificate_series(received: SystemTime, not_after: SystemTime) -> String
     )
 }
 
-/// A listening socket for the health port: on every address of both families, or of IPv4 where there is no IPv6.
-///
-/// # Errors
-/// When the port is taken.
-pub fn listen_everywhere(port: u16) -> io::Result<TcpListener> {
-    let both = || {
-        let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP))?;
-        socket.set_only_v6(false)?;
-        listen_on(&socket, SocketAddr::from(([0_u16; 8], port)))?;
-        TcpListener::from_std(socket.into())
-    };
-    both().or_else(|_| listen(SocketAddr::from(([0_u8; 4], port))))
-}
-
-/// A listening socket on one address.
+/// A listening socket for these ports.
 ///
 /// # Errors
 /// When the address is taken or not ours.
 pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-    listen_on(&socket, address)?;
-    TcpListener::from_std(socket.into())
-}
-
-fn listen_on(socket: &Socket, address: SocketAddr) -> io::Result<()> {
-    socket.set_reuse_address(true)?;
-    socket.set_nonblocking(true)?;
-    socket.bind(&address.into())?;
-    socket.listen(128)
+    TcpListener::from_std(sluice_health::listen(address, 128)?)
 }
 
 fn text(status: StatusCode, text: impl Into<String>) -> Response<Full<Bytes>> {

@@ -171,7 +171,9 @@ impl RevisionShard {
         let [served @ .., failed] = &self.requests;
         let bad = served.iter().flat_map(|class| BAD_GRPC.iter().map(|grpc| class[*grpc].get()));
         Outcomes {
-            requests: self.requests.iter().flatten().map(Cell::get).sum(),
+            // With those that were given up, which have a time and no class. Requests are drawn at random, and nobody gives up at random:
+            // without them, one side would be judged by a choice of its requests.
+            requests: self.duration.buckets.iter().map(Cell::get).sum(),
             bad: bad.chain(failed.iter().map(Cell::get)).sum(),
             slow: slow.map(Cell::get).sum(),
         }
@@ -210,6 +212,11 @@ impl RevisionMetrics {
         if let Some(first_byte) = first_byte {
             shard.first_byte.observe(first_byte);
         }
+    }
+
+    /// A request that its client gave up after so long, before an answer had begun. Nobody saw it end well or badly, so it has no class.
+    pub fn given_up(&self, waited: Duration) {
+        self.series.shards[self.thread].duration.observe(waited);
     }
 }
 
@@ -483,8 +490,9 @@ impl Metrics {
         MirrorMetrics { series, thread }
     }
 
-    /// How the requests of a revision have ended so far; 0 while it is not configured. A request is slow that lasted longer than
-    /// the first bound that is not below `slow_above`; none is if that is 0, or above the last bound.
+    /// How the requests of a revision have ended so far; 0 while it is not configured. Those that were given up before an answer had
+    /// begun are among them, and not bad. A request is slow that lasted longer than the first bound that is not below `slow_above`; none
+    /// is if that is 0, or above the last bound.
     #[must_use]
     pub fn outcomes(&self, labels: &MetricLabels, slow_above: Duration) -> Outcomes {
         let series = {
@@ -564,7 +572,7 @@ impl Metrics {
         histogram(
             &mut out,
             "sluice_request_duration_seconds",
-            "From the request's headers received to the last byte from the upstream.",
+            "From the request's headers received to the last byte from the upstream, or to when it was given up unanswered.",
             &revisions,
             |shard| &shard.duration,
         );

@@ -290,12 +290,9 @@ fn tracer(role: Role, settings: &Settings, metrics: &Arc<Metrics>) -> Result<Opt
 }
 
 fn listen(settings: &Settings) -> Result<(tokio::net::TcpListener, tokio::net::TcpListener), ProcessError> {
-    let health = match settings.health_address {
-        Some(address) => admin::listen(address),
-        None => admin::listen_everywhere(HEALTH_PORT),
-    };
-    let health = health.map_err(|source| ProcessError::Listen {
-        address: settings.health_address.map_or_else(|| format!("port {HEALTH_PORT}"), |it| it.to_string()),
+    let health = settings.health_address.unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], HEALTH_PORT)));
+    let health = admin::listen(health).map_err(|source| ProcessError::Listen {
+        address: health.to_string(),
         what: "health and metrics",
         source,
     })?;

@@ -15,7 +15,6 @@ use std::{
 };
 
 use rustls::pki_types::ServerName;
-use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     runtime::{Builder, LocalOptions},
     sync::{Mutex, mpsc, oneshot},
@@ -413,13 +412,7 @@ pub(crate) const BACKLOG: i32 = 4096;
 
 /// A listening socket that shares its port with those of the other threads.
 fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_reuse_address(true)?;
-    socket.set_reuse_port(true)?;
-    socket.set_nonblocking(true)?;
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    Ok(socket.into())
+    sluice_health::listen_with(address, BACKLOG, |socket| socket.set_reuse_port(true))
 }
 
 fn unbound(address: SocketAddr, error: &io::Error) -> String {

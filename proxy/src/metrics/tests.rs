@@ -122,6 +122,27 @@ fn outcomes_are_counted_as_the_gates_count_them() {
 }
 
 #[test]
+fn a_request_that_was_given_up_has_a_time_and_no_class() {
+    let metrics = Metrics::new("m", 1);
+    let revision = metrics.revision(&labels(), 0);
+    revision.record(StatusCode::OK, None, Duration::from_millis(1), Some(Duration::from_millis(1)));
+    revision.given_up(Duration::from_millis(5));
+    revision.given_up(Duration::from_secs(1));
+    let outcomes = metrics.outcomes(&labels(), Duration::from_millis(500));
+    assert_eq!(outcomes, Outcomes { requests: 3, bad: 0, slow: 1 });
+    let text = metrics.render();
+    let labels = "{destination_namespace=\"shop\",destination_service=\"cart\",revision=\"abc\"";
+    for series in [
+        format!("sluice_request_duration_seconds_count{labels}}} 3\n"),
+        format!("sluice_request_duration_seconds_bucket{labels},le=\"0.005\"}} 2\n"),
+        format!("sluice_request_first_byte_seconds_count{labels}}} 1\n"),
+        format!("sluice_requests_total{labels},code_class=\"2xx\",grpc_status=\"\"}} 1\n"),
+    ] {
+        assert!(text.contains(&series), "{series} is missing in\n{text}");
+    }
+}
+
+#[test]
 fn series_of_a_revision_and_a_listener_are_as_many_as_the_documents_say() {
     let metrics = Metrics::new("m", 2);
     let count = || metrics.render().lines().filter(|line| !line.starts_with('#')).count();

@@ -248,6 +248,11 @@ impl Connection {
         self.wake();
     }
 
+    /// Whether it was ended at once, with all that was open on it.
+    pub(super) fn is_cut(&self) -> bool {
+        self.cut.get()
+    }
+
     /// Whether cutting it would lose something.
     pub(super) fn is_in_use(&self) -> bool {
         self.active.get() > 0 || self.tunnel.get()

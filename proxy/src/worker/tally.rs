@@ -17,7 +17,7 @@ use crate::{
     access_log::{Entry, Outcome},
     excerpt::Excerpt,
     failure::{Failure, Flag},
-    metrics::GrpcStatus,
+    metrics::{GrpcStatus, RevisionMetrics},
     refused::Refused,
 };
 
@@ -199,7 +199,7 @@ impl Tally {
             return;
         }
         self.ended = Some(now);
-        if let Some(metrics) = self.cluster.as_ref().and_then(|cluster| cluster.metrics.as_ref()) {
+        if let Some(metrics) = self.revision() {
             // A 5xx is bad by its class already; with a bad grpc_status too, a sum over both would count it twice.
             let grpc = (self.grpc && self.status.as_u16() < 500)
                 .then(|| self.grpc_status.unwrap_or_else(|| GrpcStatus::of_http(self.status)));
@@ -207,6 +207,11 @@ impl Tally {
             metrics.record(self.status, grpc, now.duration_since(self.started), first_byte);
         }
         self.tell(now);
+    }
+
+    /// The series of the revision that was drawn.
+    fn revision(&self) -> Option<&RevisionMetrics> {
+        self.cluster.as_ref().and_then(|cluster| cluster.metrics.as_ref())
     }
 
     /// The request has ended after its answer. What is counted of it is without that.
@@ -265,6 +270,23 @@ impl Tally {
         self.connection.slot.metrics.refused(Refused::AnswerTimeout);
         self.flag = Some(flag);
         self.finish_uncounted(now);
+    }
+
+    /// The client has gone. If it was waiting for the revision, of which no answer had begun, the time so far is measured: clients give up
+    /// on the slowest answers first, and a revision that hangs would look as fast as what it does answer.
+    ///
+    /// However short the time is: it is less than the answer would have taken, so no quantile comes out above the true one. To measure
+    /// the long ones alone would leave requests out for being fast, and make a revision look slower than it is.
+    fn gone(&self, now: Instant) {
+        // It broke its own request, or had not sent all that somebody waited for; or it was we who ended its connection.
+        let waited_for_nobody =
+            self.flag == Some(Flag::DownstreamTermination) || self.progress.awaits_client() || self.connection.is_cut();
+        if self.first_byte.is_none()
+            && !waited_for_nobody
+            && let Some(metrics) = self.revision()
+        {
+            metrics.given_up(now.duration_since(self.started));
+        }
     }
 
     /// The request became a tunnel: neither its outcome nor its duration says anything about the revision.
@@ -330,11 +352,13 @@ impl Drop for Tally {
             self.broken_off(by);
         }
         if !self.finished {
+            let now = Instant::now();
             self.connection.slot.metrics.client_aborted();
+            self.gone(now);
             // Patience with a fault of ours is not expected.
             let delayed = self.flag == Some(Flag::DelayInjected);
             self.flag = Some(Flag::DownstreamTermination);
-            self.tell(Instant::now());
+            self.tell(now);
             if self.first_byte.is_none() && !delayed {
                 self.connection.given_up_unanswered(self.started);
             }

@@ -91,6 +91,23 @@ async fn what_is_still_in_use_at_the_deadline_is_cut_and_counted() {
 }
 
 #[tokio::test]
+async fn an_answer_that_ends_with_its_connection_is_not_whole_at_the_deadline() {
+    let (app, frames) = held().await;
+    let proxy = Proxy::start(Role::Sidecar);
+    proxy.serve(http_to([(cluster("a", &[app.address]), 100)])).await;
+    let mut old = TcpStream::connect(proxy.address).await.unwrap();
+    old.write_all(b"GET /held HTTP/1.0\r\n\r\n").await.unwrap();
+    frames.try_send("begin".into()).unwrap();
+    let mut came = Vec::new();
+    while !came.ends_with(b"begin") {
+        soon("the beginning", old.read_buf(&mut came)).await.unwrap();
+    }
+    assert_eq!(proxy.workers.drain(Duration::from_millis(200)).await.unwrap().cut, 1);
+    let end = soon("the end", old.read_u8()).await.unwrap_err();
+    assert_eq!(end.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[tokio::test]
 async fn new_connections_are_served_until_the_settle_time_is_over() {
     let app = App::named("a").await;
     let proxy = Proxy::with(Role::Fleet, Default::default(), |options| {

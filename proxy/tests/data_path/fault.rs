@@ -9,8 +9,8 @@ use http::{Request, StatusCode};
 use sluice_proxy::{
     metrics::{GrpcStatus, Metrics},
     snapshot::{
-        Abort, Action, Cluster, Fault, Field, HeaderMatch, HeaderRule, Limits, MetricLabels, Policy, Protocol, Share,
-        Split, StringMatch, StringRule, TrafficPolicy,
+        Abort, Action, Cluster, Fault, Field, HeaderMatch, HeaderRule, Limits, Policy, Protocol, Share, Split,
+        StringMatch, StringRule, TrafficPolicy,
     },
     workers::Role,
 };
@@ -42,9 +42,7 @@ fn delay(by: Duration) -> Fault {
 }
 
 fn outcomes(proxy: &Proxy) -> Outcomes {
-    let labels =
-        MetricLabels { destination_namespace: "shop".into(), destination_service: "cart".into(), revision: "a".into() };
-    proxy.metrics.outcomes(&labels, Duration::from_millis(1))
+    proxy.outcomes("a", Duration::from_millis(1))
 }
 
 #[tokio::test]

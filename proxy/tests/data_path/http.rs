@@ -250,7 +250,7 @@ async fn an_upgrade_that_the_application_declines_is_an_ordinary_answer() {
 }
 
 #[tokio::test]
-async fn a_client_that_gives_up_is_not_counted_against_the_revision() {
+async fn a_client_that_gives_up_in_the_middle_of_an_answer_is_not_counted_against_the_revision() {
     let app = App::start(own_ip(), 8080, |_| async {
         let data = futures::stream::iter([Ok(Frame::data(Bytes::from("begin")))]);
         Response::new(StreamBody::new(futures::StreamExt::chain(data, futures::stream::pending())).boxed())
@@ -268,6 +268,7 @@ async fn a_client_that_gives_up_is_not_counted_against_the_revision() {
     for class in ["2xx", "3xx", "4xx", "5xx"] {
         assert_eq!(proxy.counted("a", class, ""), 0);
     }
+    assert_eq!((proxy.measured("a"), proxy.outcomes("a", Duration::from_millis(1)).requests), (0, 0));
 }
 
 #[tokio::test]

@@ -172,6 +172,8 @@ async fn content_that_an_upstream_does_not_read_waits_with_its_client_and_a_rese
     let reset = soon("the reset", poll_fn(|cx| respond.poll_reset(cx))).await;
     assert_eq!(reset.unwrap(), Reason::CANCEL);
     eventually("the release", || proxy.metric(ACTIVE) == 0).await;
+    // Its request was not whole, but it was the upstream that was waited for.
+    assert_eq!(proxy.measured("a"), 1);
     drop((request, respond));
     // What it occupied of both connections' windows is free again: twice as much passes.
     let (answer, content) = client.send_request(to(Method::POST), false).unwrap();

@@ -10,6 +10,7 @@ mod early;
 mod fault;
 mod floods;
 mod frames;
+mod given_up;
 mod heads;
 mod http;
 mod http2;

@@ -39,6 +39,7 @@ use sluice_proxy::{
     tls::IdentityHandle,
     workers::{Options, Role, Timing, Workers},
 };
+use sluice_xds::sluice::guard::v1::Outcomes;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -221,6 +222,24 @@ impl Proxy {
         let series = format!("sluice_refused_total{{listener=\"{listener}\",reason=\"{reason}\"}} ");
         let text = self.metrics.render();
         text.lines().find_map(|line| line.strip_prefix(&series)).map_or(0, |value| value.parse().unwrap())
+    }
+
+    /// Requests of a revision of `shop/cart` whose duration was measured.
+    pub(crate) fn measured(&self, revision: &str) -> u64 {
+        self.metric(&format!(
+            "sluice_request_duration_seconds_count{{destination_namespace=\"shop\",destination_service=\"cart\",\
+             revision=\"{revision}\"}}"
+        ))
+    }
+
+    /// What the guard hears of a revision of `shop/cart`.
+    pub(crate) fn outcomes(&self, revision: &str, slow_above: Duration) -> Outcomes {
+        let labels = MetricLabels {
+            destination_namespace: "shop".into(),
+            destination_service: "cart".into(),
+            revision: revision.into(),
+        };
+        self.metrics.outcomes(&labels, slow_above)
     }
 
     /// Requests of a revision of `shop/cart`.

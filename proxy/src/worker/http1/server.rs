@@ -190,6 +190,11 @@ impl Connection {
                 None if self.asked.version == Version::HTTP_10 => Encoder::UntilClose,
                 None => Encoder::chunked(self.asked.takes_trailers.then_some(&parts.headers)),
             };
+            if encoder == Encoder::UntilClose {
+                // Where the end of the connection is that of the body, only a reset says that it is not whole, also when this is
+                // dropped or the process killed.
+                io.stream.reset_when_closed(true);
+            }
             // A body that nobody has read to its end, or will, hides where the next request starts.
             self.asked.keep_alive &= encoder != Encoder::UntilClose
                 && (io.body.is_ended() || io.held)
@@ -231,11 +236,14 @@ impl Connection {
         match sent.await {
             Some(true) if switches => Sent::Switched(Box::new(message.body)),
             Some(true) => {
+                if message.encoder == Encoder::UntilClose {
+                    self.io.borrow().stream.reset_when_closed(false);
+                }
                 poll_fn(|cx| message.body.poll_request_over(cx)).await;
                 Sent::Whole
             }
             Some(false) => {
-                self.break_off(&message.encoder);
+                self.break_off();
                 Sent::Broken
             }
             None => {
@@ -247,15 +255,10 @@ impl Connection {
         }
     }
 
-    /// What the client has must not look whole to it. Where the end of the connection is that of the body, only a reset
-    /// says so.
-    fn break_off(&self, encoder: &Encoder) {
+    /// What has come of an answer before it broke off may tell the client why.
+    fn break_off(&self) {
         let io = &mut *self.io.borrow_mut();
-        // What has come of it before it broke off may tell the client why.
         let _ = io.output.poll_write(&mut Context::from_waker(Waker::noop()), &mut io.stream);
-        if *encoder == Encoder::UntilClose {
-            io.stream.reset_when_closed(true);
-        }
     }
 
     /// Ends the connection in order. Closing it with unread bytes would reset it, and the reset may overtake the answer
