@@ -25,6 +25,9 @@ const NO_VERDICT: &str = "too_large|busy|cancelled";
 /// Upper bound of the last bucket in milliseconds: a p99 that reaches it may be any number above.
 const LAST_BOUND: f64 = 60_000.0;
 
+/// The share of the requests that may take longer than a p99.
+pub(crate) const MAY_BE_SLOWER: f64 = 0.01;
+
 /// What a gate measures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Builtin {
@@ -103,8 +106,8 @@ impl Series {
 
     /// The gate's value by revision.
     pub(crate) fn value(&self, gate: Builtin, window: Window) -> String {
-        self.each(|of| match gate {
-            Builtin::SuccessRate => {
+        match gate {
+            Builtin::SuccessRate => self.each(|of| {
                 let good = match of {
                     Of::Users => format!(",code_class!=\"5xx\",grpc_status!~\"{BAD_GRPC}\""),
                     Of::Copies => format!(",outcome=~\"{GOOD_COPY}\""),
@@ -114,11 +117,18 @@ impl Series {
                     self.growth(of, requests(of), &good, window),
                     self.samples_of(of, gate, window)
                 )
-            }
-            Builtin::Duration => format!(
-                "1000 * histogram_quantile(0.99, sum by (revision, le) ({}))",
+            }),
+            Builtin::Duration => self.duration(1.0 - MAY_BE_SLOWER, window),
+        }
+    }
+
+    /// What so large a share of the requests does not exceed, by revision, in milliseconds.
+    pub(crate) fn duration(&self, quantile: f64, window: Window) -> String {
+        self.each(|of| {
+            format!(
+                "1000 * histogram_quantile({quantile}, sum by (revision, le) ({}))",
                 self.growth(of, &format!("{}_bucket", durations(of)), "", window)
-            ),
+            )
         })
     }
 
@@ -219,10 +229,26 @@ pub(crate) fn judge(gate: &Metric, value: Option<f64>, samples: Option<f64>) -> 
     }
 }
 
+/// Whether a success rate that is out of range on so large a `share` of a window would be so on the whole of it, if requests went on
+/// coming and none failed any more. One failure among the first ten requests says little, and half of them much.
+pub(crate) fn fails_anyway(gate: &Metric, value: f64, share: f64) -> bool {
+    gate.threshold_range.and_then(|range| range.min).is_some_and(|min| (100.0 - value) * share > 100.0 - min)
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn a_part_of_a_window_fails_a_rate_only_if_the_whole_of_it_would() {
+        let rate = gate("request-success-rate", Some(99.0), None);
+        for (value, share, fails) in
+            [(50.0, 0.021, true), (50.0, 0.019, false), (98.0, 0.51, true), (98.0, 0.49, false)]
+        {
+            assert_eq!(fails_anyway(&rate, value, share), fails, "{value} on {share}");
+        }
+    }
 
     fn gate(name: &str, min: Option<f64>, max: Option<f64>) -> Metric {
         let range = serde_json::json!({"name": name, "thresholdRange": {"min": min, "max": max}});

@@ -255,9 +255,27 @@ impl Measurer {
         };
         let value = number(&values, &task.canary_revision);
         let samples = number(&samples, &task.canary_revision);
-        let (verdict, mut message) = gate::judge(gate, value, samples);
-        if verdict == VerdictStatus::Pass && !judged.whole {
-            message = so_far(judged.length, length);
+        let (mut verdict, mut message) = gate::judge(gate, value, samples);
+        if !judged.whole {
+            match verdict {
+                VerdictStatus::Pass => message = so_far(judged.length, length),
+                VerdictStatus::Fail => {
+                    let share = seconds(judged.length) / seconds(length);
+                    let fails = match builtin {
+                        Builtin::SuccessRate => Ok(value.is_some_and(|value| gate::fails_anyway(gate, value, share))),
+                        Builtin::Duration => self.slow_anyway(endpoint, &series, task, gate, judged, share).await,
+                    };
+                    match fails {
+                        Ok(true) => {}
+                        Ok(false) => {
+                            verdict = VerdictStatus::Inconclusive;
+                            message = format!("out of range, but only {}", so_far(judged.length, length));
+                        }
+                        Err(error) => return failed(gate, &error.into(), &query),
+                    }
+                }
+                VerdictStatus::Inconclusive | VerdictStatus::Error => {}
+            }
         }
         let status = GateStatus {
             value,
@@ -270,6 +288,25 @@ impl Measurer {
             ..blank(gate, verdict, judged.end)
         };
         Measured { status, whole: judged.whole }
+    }
+
+    /// As [`gate::fails_anyway`], of a p99: what so many of the requests exceed that they are too many for the whole window.
+    async fn slow_anyway(
+        &self,
+        endpoint: &Endpoint,
+        series: &Series,
+        task: &Task,
+        gate: &Metric,
+        judged: Window,
+        share: f64,
+    ) -> Result<bool, QueryError> {
+        let quantile = 1.0 - gate::MAY_BE_SLOWER / share;
+        let Some(max) = gate.threshold_range.and_then(|range| range.max).filter(|_| quantile > 0.0) else {
+            return Ok(false);
+        };
+        let query = series.duration(quantile, judged);
+        let values = self.prometheus.query(endpoint, &query, Some(judged.end)).await?.vector()?;
+        Ok(number(&values, &task.canary_revision).is_some_and(|value| value > max))
     }
 
     async fn values(

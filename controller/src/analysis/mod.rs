@@ -83,7 +83,7 @@ pub struct Report {
     pub at: Timestamp,
     /// One for each gate of the task, in its order.
     pub gates: Vec<GateStatus>,
-    /// Every window lies wholly after the acknowledgement: a pass counts only then. A failure counts at once.
+    /// Every window lies wholly after the acknowledgement: a pass counts only then. A failure counts before, where what is bad is too much for the whole window.
     pub whole: bool,
 }
 

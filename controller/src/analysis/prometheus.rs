@@ -282,6 +282,8 @@ impl Prometheus {
         let client = self.client(endpoint)?;
         let mut form = endpoint.query_url();
         form.query_pairs_mut().append_pair("query", query);
+        // VictoriaMetrics would answer as of 30 s ago (`-search.latencyOffset`), which is before the step that is judged. Others ignore it.
+        form.query_pairs_mut().append_pair("nocache", "1");
         if let Some(time) = time {
             form.query_pairs_mut()
                 .append_pair("time", &format!("{}.{:03}", time.div_euclid(1000), time.rem_euclid(1000)));
@@ -523,7 +525,7 @@ mod tests {
         assert_eq!(answer.number().unwrap(), Some(2.0));
         let seen = seen.recv().await.unwrap();
         assert_eq!(seen.method, "GET");
-        assert_eq!(seen.url, "/prom/api/v1/query?query=sum%28x%7Ba%3D%22b%22%7D%29&time=1700000000.042");
+        assert_eq!(seen.url, "/prom/api/v1/query?query=sum%28x%7Ba%3D%22b%22%7D%29&nocache=1&time=1700000000.042");
     }
 
     #[tokio::test]

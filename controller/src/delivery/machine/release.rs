@@ -380,6 +380,9 @@ fn held(run: &mut Run<'_>) -> Option<Next> {
     if run.seen.template.is_none() && !run.status.plan.as_ref().is_some_and(plan::is_manual_rollback) {
         return Some(adopt::target_not_found(run));
     }
+    if report(run).is_some_and(|report| report.verdict() == VerdictStatus::Fail) {
+        return Some(run.wait("GateFails", "the weight is not raised while a gate fails".into(), None));
+    }
     (!run.acknowledged()).then(|| run.wait_for_fleet(None))
 }
 
@@ -548,7 +551,11 @@ fn judge(run: &mut Run<'_>) -> Next {
         }
         (Some(report), Some(VerdictStatus::Inconclusive)) => {
             run.status.error_since = None;
-            if report.whole || report.at >= earliest {
+            if passes_so_far {
+                // Windows begin anew with each member of the fleet that joins, which may be after any of them could have been whole.
+                run.status.inconclusive_since = None;
+                earliest.max(report.at)
+            } else if report.whole || report.at >= earliest {
                 *run.status.inconclusive_since.get_or_insert(report.at)
             } else {
                 run.status.inconclusive_since.unwrap_or(earliest)
@@ -556,12 +563,14 @@ fn judge(run: &mut Run<'_>) -> Next {
         }
         (Some(report), Some(VerdictStatus::Error)) => {
             let since = *run.status.error_since.get_or_insert(report.at);
-            return out_of_reach(run, &judgement, since);
+            return out_of_reach(run, &judgement, run.seen_since(since));
         }
         (None, _) | (_, None) => {
+            // Not since it was due: who leads now may have forgotten what was heard meanwhile.
             if run.now >= earliest {
-                *run.status.inconclusive_since.get_or_insert(earliest)
+                *run.status.inconclusive_since.get_or_insert(run.now)
             } else {
+                run.look_at(earliest);
                 earliest
             }
         }
@@ -577,7 +586,7 @@ fn judge(run: &mut Run<'_>) -> Next {
     if passes_so_far {
         prepare_next(run, acknowledged_at, earliest);
     }
-    let deadline = after(silent_since, judgement.inconclusive_after);
+    let deadline = after(run.seen_since(silent_since), judgement.inconclusive_after);
     if run.now >= deadline {
         return inconclusive(run, &judgement);
     }

@@ -64,6 +64,44 @@ fn a_time_without_any_leader_does_not_count_against_a_version() {
 }
 
 #[test]
+fn a_time_without_any_leader_is_no_silence_of_a_step() {
+    for before in [VerdictStatus::Pass, VerdictStatus::Inconclusive, VerdictStatus::Error] {
+        let mut world = judging("v2");
+        world.reports = false;
+        world.pass_time(6);
+        world.hear(before);
+        world.reconcile();
+        // For longer than inconclusive.after and errorDeadline; then somebody leads who has heard nothing yet.
+        world.now += SignedDuration::from_mins(30);
+        world.leading_since = Some(world.now);
+        world.report = None;
+        world.reconcile();
+        assert_eq!(world.status.stage, Stage::Judge, "{before:?}");
+        world.hear(before);
+        world.reconcile();
+        assert!(world.status.rollback.is_none(), "{before:?}");
+        world.reports = true;
+        world.settle();
+        assert_eq!(world.status.phase, Phase::Succeeded, "{before:?}");
+    }
+}
+
+#[test]
+fn what_was_heard_before_is_no_silence_when_somebody_else_measures() {
+    let mut world = judging("v2");
+    world.reports = false;
+    for _ in 0..120 {
+        world.pass_time(10);
+        world.hear(VerdictStatus::Pass);
+        world.report.as_mut().unwrap().whole = false;
+    }
+    assert_eq!(world.status.stage, Stage::Judge, "passes so far, on windows that began anew all the time");
+    world.report = None;
+    world.pass_time(30);
+    assert_eq!((world.status.stage, &world.status.rollback), (Stage::Judge, &None));
+}
+
+#[test]
 fn a_step_lasts_its_interval_although_it_passes_from_the_start() {
     let mut world = judging("v2");
     let since = world.status.acknowledged_at.unwrap();
@@ -200,6 +238,31 @@ fn failures_count_while_the_next_step_waits_for_capacity() {
     world.hear(VerdictStatus::Fail);
     world.reconcile();
     assert_eq!((world.status.stage, world.weight()), (Stage::RollBack, 0));
+}
+
+#[test]
+fn no_weight_rises_while_a_gate_fails_although_the_step_before_has_passed() {
+    let mut world = World::new(json!({
+        "interval": "10s", "threshold": 3, "stepWeights": [10, 90],
+        "metrics": [{"name": "request-success-rate", "interval": "5s", "thresholdRange": {"min": 99}}],
+    }));
+    world.settle();
+    world.pods_take = 20;
+    world.apply("v2");
+    world.until("the second step is prepared", |world| {
+        world.status.stage == Stage::Scale && world.status.step == Some(1)
+    });
+    world.reports = false;
+    world.tick();
+    world.hear(VerdictStatus::Fail);
+    world.reconcile();
+    // The Pods come.
+    world.pods_take = 1;
+    world.pass_time(8);
+    assert_eq!((world.status.stage, world.weight(), world.waiting()), (Stage::Scale, 10, "GateFails"));
+    world.reports = true;
+    world.settle();
+    assert_eq!((world.status.phase, world.status.failed_checks), (Phase::Succeeded, 1));
 }
 
 #[test]
