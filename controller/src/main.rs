@@ -96,8 +96,8 @@ async fn run(settings: Settings, provider: Arc<CryptoProvider>) -> anyhow::Resul
     let (election, lease) = Election::new(client.clone(), settings.lease())?;
     let cache = Cache::start(&watches, &settings.scope(), &mut tasks);
     let metrics = Metrics::new(cache.touches.clone(), lease.watch(), &calls);
-    let listener = tokio::net::TcpListener::bind(settings.http_address)
-        .await
+    let listener = sluice_health::listen(settings.http_address, 128)
+        .and_then(tokio::net::TcpListener::from_std)
         .with_context(|| format!("cannot listen on {}", settings.http_address))?;
     let http = tokio::spawn(web::serve(listener, metrics.clone(), stop.clone()));
 

@@ -120,7 +120,7 @@ impl Scope {
     }
 
     fn object(&self, kind: Kind, version: &str, purpose: &str, field: &str, content: Value) -> (Kind, Value) {
-        let object = json!({
+        let mut object = json!({
             "apiVersion": format!("{GROUP}/{version}"),
             "kind": kind.kind,
             "metadata": {
@@ -129,6 +129,11 @@ impl Scope {
             },
             field: content,
         });
+        if kind == WEBHOOK_CONFIGURATION {
+            // AKS edits the namespaces of webhooks otherwise, after each write, for which the keeper would write again, and so on
+            // (<https://learn.microsoft.com/azure/aks/faq>, "Admissions Enforcer").
+            object["metadata"]["labels"]["admissions.enforcer/disabled"] = json!("true");
+        }
         (kind, object)
     }
 }

@@ -50,6 +50,8 @@ const IDLE: Duration = Duration::from_secs(120);
 /// Whoever reaches the port may open more, and no API server is to wait behind them: the one that began, or had its last request, the
 /// longest ago gives way.
 const MAX_CONNECTIONS: usize = 256;
+/// That wait to be accepted.
+const BACKLOG: i32 = 1024;
 /// An object has at most 3 MiB in a request to the API server, and a review holds the old one too.
 const MAX_BODY: usize = 8 * 1024 * 1024;
 /// Bodies in memory at once; further ones wait.
@@ -98,7 +100,8 @@ impl Webhook {
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
-        let listener = TcpListener::bind(address).await.map_err(|source| WebhookError::Listen { address, source })?;
+        let listener = sluice_health::listen(address, BACKLOG).and_then(TcpListener::from_std);
+        let listener = listener.map_err(|source| WebhookError::Listen { address, source })?;
         let state = Answering { cache, bodies: Arc::new(Semaphore::new(MAX_BODIES)) };
         Ok(Self { listener, tls: Arc::new(config), state })
     }

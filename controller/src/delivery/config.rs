@@ -226,23 +226,33 @@ impl Content {
 /// What a template's configuration was found to be.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Tracked {
-    /// Digest of each ConfigMap and Secret that is part of the revision.
+    /// Digest of each ConfigMap and Secret that is there and part of the revision.
     pub digests: BTreeMap<ConfigRef, String>,
-    /// Those that are not there and without which no Pod starts.
-    pub missing: Vec<ConfigRef>,
+    /// Those that are not there and without which no Pod starts, with the digest that each had last, if that is known. It stays part
+    /// of the revision: whoever deletes and makes one again as it was (`kubectl replace --force`) changes nothing.
+    pub missing: BTreeMap<ConfigRef, Option<String>>,
 }
 
 impl Tracked {
     /// As in `status.template.trackedConfigs`.
     #[must_use]
     pub fn status(&self) -> BTreeMap<String, String> {
-        self.digests.iter().map(|(reference, digest)| (reference.status_key(), digest.clone())).collect()
+        let gone = self.missing.iter().filter_map(|(reference, digest)| Some((reference, digest.as_ref()?)));
+        self.digests.iter().chain(gone).map(|(reference, digest)| (reference.status_key(), digest.clone())).collect()
     }
 
     /// Name of the pinned copy of each.
     #[must_use]
     pub fn pins(&self, revision: &str) -> Pins {
-        self.digests.keys().map(|reference| (reference.clone(), reference.pinned_name(revision))).collect()
+        let gone = self.missing.iter().filter_map(|(reference, digest)| digest.as_ref().map(|_| reference));
+        let all = self.digests.keys().chain(gone);
+        all.map(|reference| (reference.clone(), reference.pinned_name(revision))).collect()
+    }
+
+    /// Notes one that is not there. `before` is what the status says.
+    fn lacks(&mut self, reference: ConfigRef, before: &BTreeMap<String, String>) {
+        let digest = before.get(&reference.status_key()).cloned();
+        self.missing.insert(reference, digest);
     }
 }
 
@@ -281,7 +291,7 @@ impl Reader {
     /// Digests of what `template` refers to. Reads only what changed since the last call.
     ///
     /// An API server that does not answer must not stand in the way of a rollback: then what was known last counts, and
-    /// where nothing is known, what the status says (`before`).
+    /// where nothing is known, what the status says (`before`). The same is said of what is not there.
     ///
     /// # Errors
     /// If something cannot be read of which nothing is known.
@@ -306,7 +316,7 @@ impl Reader {
             };
             let Some(metadata) = metadata else {
                 if required {
-                    tracked.missing.push(reference);
+                    tracked.lacks(reference, before);
                 }
                 continue;
             };
@@ -322,7 +332,7 @@ impl Reader {
                     Ok(Some(content)) => Known::of(&content),
                     // Gone since the cache saw it; a touch follows.
                     Ok(None) if required => {
-                        tracked.missing.push(reference);
+                        tracked.lacks(reference, before);
                         continue;
                     }
                     Ok(None) => continue,
@@ -505,6 +515,21 @@ mod tests {
         assert!(tracks_secret(&secret("Opaque", None)));
         assert!(!tracks_secret(&secret("kubernetes.io/tls", None)));
         assert!(tracks_secret(&secret("kubernetes.io/tls", Some("enabled"))));
+    }
+
+    #[test]
+    fn what_is_deleted_and_made_again_as_it_was_is_part_of_the_revision_meanwhile() {
+        let (settings, new) = (ConfigRef::config_map("settings"), ConfigRef::secret("new"));
+        let mut before = Tracked::default();
+        before.digests.insert(settings.clone(), "abc".into());
+        before.digests.insert(ConfigRef::config_map("other"), "def".into());
+        let mut gone = before.clone();
+        gone.digests.remove(&settings);
+        gone.lacks(settings, &before.status());
+        assert_eq!((gone.status(), gone.pins("r")), (before.status(), before.pins("r")), "the same revision");
+        gone.lacks(new.clone(), &before.status());
+        assert_eq!(gone.status(), before.status(), "nobody knows what is in it");
+        assert!(gone.missing.contains_key(&new) && gone.missing.len() == 2, "and both are said to be missing");
     }
 
     #[test]

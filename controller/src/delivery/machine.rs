@@ -30,6 +30,7 @@ mod verbs;
 mod tests;
 
 use run::Run;
+pub(super) use run::mentions;
 
 /// The spec, parsed: what the machine reads of it. Made by `spec::parse`, which refuses what it cannot mean.
 #[derive(Clone, Debug, PartialEq)]
@@ -92,6 +93,8 @@ pub struct Observation {
 
 /// Reason of the [`Problem`] that the Canary's routes are not sent to the fleet.
 pub const UNSENDABLE: &str = "RoutesUnsupported";
+/// Reason of the [`Problem`] that the target's owner holds its changes back (`spec.paused`).
+pub const TARGET_PAUSED: &str = "TargetPaused";
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Problem {
@@ -112,6 +115,8 @@ pub struct Template {
     pub replicas: u32,
     /// The wish that `sluice.dev/replicas` says, if it is there.
     pub wish: Option<u32>,
+    /// It has a label or an annotation of ours: it was not made anew since it rests.
+    pub marked: bool,
     /// Ready Pods that the target owns.
     pub ready: u32,
     /// All Pods that the target owns and that are not gone, terminating ones included.
@@ -123,6 +128,8 @@ pub struct Template {
 pub struct Service {
     /// The apex is there.
     pub exists: bool,
+    /// It is, or a further one.
+    pub any_exists: bool,
     /// `-primary`, `-canary` and `-pods` are there and as they should be.
     pub companions: bool,
     /// The selector of each that is there has our key.
@@ -133,8 +140,10 @@ pub struct Service {
     pub slices: bool,
     /// Ready endpoints in slices that are not ours, of all together.
     pub native_endpoints: u32,
-    /// One has no such endpoint.
+    /// One whose selector, without our key, finds the target's Pods has no such endpoint.
     pub no_native_endpoint: bool,
+    /// The selector of one does not find them, or it has none.
+    pub unmatched: bool,
 }
 
 /// Our copy of the autoscaler that `spec.autoscalerRef` names.
@@ -155,13 +164,14 @@ pub struct Revision {
     pub number: i64,
     /// `spec.replicas` of its Deployment; `None` when there is none.
     pub desired: Option<u32>,
-    /// Pods that are ready, sidecar included, and in the fleet's endpoints.
+    /// Pods that are ready, sidecar included, and in the fleet's endpoints: none where the port of a Service that the Canary names
+    /// leads to a name that no container of this revision has.
     pub ready: u32,
     /// Available by the Deployment's own status (minReadySeconds), at its observed generation.
     pub available: u32,
     /// Its Deployment lacks an owner that it was made with, and so would outlive the Canary.
     pub disowned: bool,
-    /// Why its Pods do not come up, for people: image pull, crash loop, unschedulable, quota.
+    /// Why its Pods do not come up, for people: image pull, crash loop, unschedulable, quota, a named port that it has not.
     pub trouble: Option<String>,
 }
 
@@ -218,7 +228,7 @@ pub enum Action {
     MarkPromoted { revision: String },
     /// Deletes a revision's record, with everything that it owns.
     DeleteRevision { revision: String },
-    /// Sets the target to 0 and keeps the wish in its annotation (`None`: sets it to the wish and removes the annotation).
+    /// Sets the target to 0 and keeps the wish in its annotation.
     RestTemplate { wish: u32 },
     /// Hand-back: sets the target to this many replicas and removes the annotation.
     WakeTemplate { replicas: u32 },

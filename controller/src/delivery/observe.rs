@@ -14,16 +14,16 @@ use sluice_crds::{Canary, labels};
 use super::{
     autoscaler::{self, Scaling},
     config::{ConfigRef, Kind, Tracked},
-    machine::{self, Observation, Problem},
+    machine::{self, Observation, Problem, TARGET_PAUSED},
     revisions,
-    services::{self, Role},
+    services::{self, Role, Unreached},
     template,
 };
 use crate::{
     analysis::Report,
     cache::{Cache, CanaryKey, deployment_resource},
     guard::Breach,
-    mesh::Limits,
+    mesh::{Limits, RevisionFacts},
 };
 
 /// The observation, and the objects that it was made from: actions are carried out on exactly these.
@@ -90,7 +90,7 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
 
     let template = target.as_ref().zip(pod_template).map(|(target, pod_template)| {
         let template = template_of(cache, target, pod_template, &tracked, &pods);
-        problems.extend(template_problems(canary, pod_template, &tracked));
+        problems.extend(template_problems(target, pod_template, &tracked));
         problems.extend(taken_names(cache, canary, &template.revision, &tracked));
         let all = cache
             .services
@@ -133,13 +133,21 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
         .into_iter()
         .filter_map(|record| Some((record.labels().get(labels::REVISION)?.clone(), record)))
         .collect();
+    let traffic = canary.status.as_ref().and_then(|status| status.traffic.as_ref());
     let mut deployments = BTreeMap::new();
     let mut revisions = BTreeMap::new();
     for (revision, record) in &records {
+        let own = apex.iter().chain(&additional).map(AsRef::as_ref);
+        let unreached = unreached(own, canary, revision, record);
+        if traffic.is_some_and(|traffic| machine::mentions(traffic, revision)) {
+            let warn = |unreached: &Unreached| Problem { reason: "PortNotFound", message: unreached.why.clone() };
+            warnings.extend(unreached.iter().map(warn));
+        }
         let deployment = deployment(cache, canary, &record.name_any()).filter(|deployment| {
             revisions::ours(&**deployment, canary, revision) && deployment.metadata.deletion_timestamp.is_none()
         });
-        revisions.insert(revision.clone(), revision_of(canary, revision, record, deployment.as_deref(), &pods));
+        let seen = revision_of(canary, revision, record, deployment.as_deref(), &unreached, &pods);
+        revisions.insert(revision.clone(), seen);
         if let Some(deployment) = deployment {
             deployments.insert(revision.clone(), deployment);
         }
@@ -161,7 +169,7 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
         finalizer: canary.finalizers().iter().any(|finalizer| finalizer == labels::FINALIZER),
         namespace_terminating: cache.is_terminating(&key.namespace),
         template,
-        service: service_of(canary, apex.as_deref(), &additional, current, &slices),
+        service: service_of(canary, apex.as_deref(), &additional, current, pod_template, &slices),
         revisions,
         fleet: reports.fleet,
         report: reports.report,
@@ -211,25 +219,35 @@ fn template_of(
         tracked_configs: configs,
         replicas: desired_replicas(target),
         wish: target.annotations().get(labels::REPLICAS).and_then(|wish| wish.parse().ok()),
+        marked: target.labels().contains_key(labels::CANARY) || target.annotations().contains_key(labels::REPLICAS),
         ready: count(own.clone().filter(|pod| is_ready(pod))),
         pods: count(own),
     }
 }
 
-fn template_problems(canary: &Canary, pod_template: &Value, tracked: &Tracked) -> Vec<Problem> {
-    let target = &canary.spec.target_ref.name;
+fn template_problems(target: &DynamicObject, pod_template: &Value, tracked: &Tracked) -> Vec<Problem> {
+    let name = target.name_any();
     let mut problems = Vec::new();
     if let Err(refused) = template::check(pod_template) {
         problems.push(Problem {
             reason: "TemplateUnsupported",
-            message: format!("Deployment {target} cannot run behind the fleet: {refused}"),
+            message: format!("Deployment {name} cannot run behind the fleet: {refused}"),
         });
     }
-    for missing in &tracked.missing {
+    for missing in tracked.missing.keys() {
         problems.push(Problem {
             reason: "ConfigMissing",
             message: format!(
-                "{missing}, which the pod template of Deployment {target} uses, is not there; create it, or mark the reference as optional"
+                "{missing}, which the pod template of Deployment {name} uses, is not there; create it, or mark the reference as optional"
+            ),
+        });
+    }
+    if target.data.pointer("/spec/paused") == Some(&Value::Bool(true)) {
+        let namespace = target.namespace().unwrap_or_default();
+        problems.push(Problem {
+            reason: TARGET_PAUSED,
+            message: format!(
+                "Deployment {name} is paused (spec.paused), so its changes are not released; to go on: kubectl rollout resume deployment/{name} -n {namespace}"
             ),
         });
     }
@@ -300,10 +318,17 @@ fn service_of(
     apex: Option<&Service>,
     additional: &[Arc<Service>],
     companions: bool,
+    pod_template: Option<&Value>,
     slices: &[Arc<EndpointSlice>],
 ) -> machine::Service {
-    let mut seen =
-        machine::Service { exists: apex.is_some(), companions, key: true, slices: true, ..machine::Service::default() };
+    let mut seen = machine::Service {
+        exists: apex.is_some(),
+        any_exists: apex.is_some() || !additional.is_empty(),
+        companions,
+        key: true,
+        slices: true,
+        ..machine::Service::default()
+    };
     for service in apex.into_iter().chain(additional.iter().map(AsRef::as_ref)) {
         let name = service.name_any();
         let of_it = slices.iter().map(AsRef::as_ref).filter(|slice| service_name(slice) == Some(name.as_str()));
@@ -314,11 +339,13 @@ fn service_of(
                 endpoint.conditions.as_ref().and_then(|conditions| conditions.ready) != Some(false)
             }));
         let key = services::has_key(service, canary);
+        let matched = pod_template.is_none_or(|template| services::selects(service, canary, template));
         seen.key &= key;
         seen.any_key |= key;
         seen.slices &= carries_every_port(service, &ours);
         seen.native_endpoints += native;
-        seen.no_native_endpoint |= native == 0;
+        seen.no_native_endpoint |= matched && native == 0;
+        seen.unmatched |= !matched;
     }
     seen.key &= seen.exists;
     seen.slices &= seen.exists;
@@ -351,13 +378,28 @@ fn service_name(slice: &EndpointSlice) -> Option<&str> {
     slice.labels().get("kubernetes.io/service-name").map(String::as_str)
 }
 
+/// What Services of the Canary do not reach of a revision.
+fn unreached<'a>(
+    services: impl Iterator<Item = &'a Service>,
+    canary: &Canary,
+    revision: &str,
+    record: &ControllerRevision,
+) -> Vec<Unreached> {
+    // As the fleet is told.
+    let Some(template) = record.data.as_ref().and_then(|data| data.0.get("template")) else { return Vec::new() };
+    let facts = RevisionFacts::of_template(template);
+    services.filter_map(|service| services::unreached(service, canary, revision, &facts)).collect()
+}
+
 fn revision_of(
     canary: &Canary,
     revision: &str,
     record: &ControllerRevision,
     deployment: Option<&DynamicObject>,
+    unreached: &[Unreached],
     pods: &[Arc<Pod>],
 ) -> machine::Revision {
+    let unreached = unreached.iter().find(|unreached| unreached.entirely);
     let name = canary.name_any();
     let own = pods.iter().filter(|pod| {
         pod.labels().get(labels::CANARY) == Some(&name)
@@ -371,14 +413,14 @@ fn revision_of(
         promoted: record.annotations().contains_key(labels::PROMOTED),
         number: record.revision,
         desired,
-        ready: count(own.clone().filter(|pod| is_ready(pod))),
+        ready: if unreached.is_some() { 0 } else { count(own.clone().filter(|pod| is_ready(pod))) },
         // Only replicas ever change, so an older status is right as far as it goes, but for what was scaled away since.
         available: reported.min(desired.unwrap_or(0)),
         disowned: deployment
             .is_some_and(|deployment| !revisions::has_owners(deployment, &revisions::owners(canary, record))),
-        trouble: own
-            .filter(|pod| !is_ready(pod))
-            .find_map(|pod| pod_trouble(pod))
+        trouble: unreached
+            .map(|unreached| unreached.why.clone())
+            .or_else(|| own.filter(|pod| !is_ready(pod)).find_map(|pod| pod_trouble(pod)))
             .or_else(|| deployment.and_then(quota_trouble)),
     }
 }
@@ -570,7 +612,7 @@ mod tests {
         let canary = canary("a", "x", Some("web"), "2026-01-01T00:00:00Z");
         let see = |slices: &[EndpointSlice]| {
             let slices: Vec<_> = slices.iter().cloned().map(Arc::new).collect();
-            service_of(&canary, Some(&apex), &[], true, &slices)
+            service_of(&canary, Some(&apex), &[], true, None, &slices)
         };
         let both = ["http", "grpc"];
         assert!(see(&[slice("sluice.dev", "now", &both, Some(true))]).slices);
@@ -601,7 +643,7 @@ mod tests {
         };
         let canary = canary("a", "x", Some("web"), "2026-01-01T00:00:00Z");
         let see = |second: bool, slices: &[Arc<EndpointSlice>]| {
-            service_of(&canary, Some(&service("web", true)), &[service("more", second)], true, slices)
+            service_of(&canary, Some(&service("web", true)), &[service("more", second)], true, None, slices)
         };
         let ours = [of("web", "sluice.dev"), of("more", "sluice.dev")];
         let both = see(true, &ours);
@@ -610,6 +652,77 @@ mod tests {
         assert!(!one.key && one.any_key && !one.slices);
         let native = see(true, &[of("more", "endpointslice-controller.k8s.io")]);
         assert!(native.native_endpoints == 1 && native.no_native_endpoint, "the first has none yet");
+    }
+
+    #[test]
+    fn endpoints_are_missed_of_those_services_only_that_find_the_targets_pods() {
+        let service = |name: &str, app: &str| -> Arc<Service> {
+            let service = json!({"metadata": {"name": name}, "spec": {"selector": {"app": app}}});
+            Arc::new(serde_json::from_value(service).unwrap())
+        };
+        let canary = canary("a", "x", Some("web"), "2026-01-01T00:00:00Z");
+        let template = json!({"metadata": {"labels": {"app": "web"}}});
+        let see = |apex: Option<&str>, more: &[Arc<Service>]| {
+            let apex = apex.map(|app| service("web", app));
+            let seen = service_of(&canary, apex.as_deref(), more, true, Some(&template), &[]);
+            (seen.any_exists, seen.no_native_endpoint, seen.unmatched)
+        };
+        assert_eq!(see(Some("web"), &[]), (true, true, false));
+        assert_eq!(see(Some("other"), &[]), (true, false, true));
+        assert_eq!(see(Some("other"), &[service("more", "web")]), (true, true, true));
+        assert_eq!(see(None, &[service("more", "web")]), (true, true, false));
+        assert_eq!(see(None, &[]), (false, false, false));
+    }
+
+    #[test]
+    fn a_revision_that_a_service_does_not_reach_has_no_ready_pods_however_many_there_are() {
+        let canary = canary("a", "x", Some("web"), "2026-01-01T00:00:00Z");
+        let service = |target: Value, more: Value| -> Service {
+            let ports = json!([
+                {"name": "http", "port": 80, "targetPort": target}, {"name": "more", "port": 81, "targetPort": more},
+            ]);
+            serde_json::from_value(json!({"metadata": {"name": "web"}, "spec": {"ports": ports}})).unwrap()
+        };
+        let template =
+            json!({"spec": {"containers": [{"name": "app", "ports": [{"name": "http", "containerPort": 8080}]}]}});
+        let record: ControllerRevision = serde_json::from_value(json!({
+            "metadata": {"name": "x-v1"}, "revision": 1, "data": {"template": template, "deployment": {}},
+        }))
+        .unwrap();
+        let pod = json!({
+            "metadata": {"name": "x-v1-1", "labels": revisions::labels_of("a", "v1")},
+            "status": {"podIP": "10.1.0.1", "conditions": [{"type": "Ready", "status": "True"}]},
+        });
+        let pods = [Arc::new(serde_json::from_value(pod).unwrap())];
+        let see = |service: &Service| {
+            let unreached = unreached(std::iter::once(service), &canary, "v1", &record);
+            let seen = revision_of(&canary, "v1", &record, None, &unreached, &pods);
+            (seen.ready, seen.trouble, unreached.len())
+        };
+        assert_eq!(see(&service(json!("http"), json!(9090))), (1, None, 0));
+        let (ready, trouble, _) = see(&service(json!("web"), json!(9090)));
+        assert_eq!(ready, 0);
+        assert!(trouble.unwrap().starts_with("Service web leads port 80 to the container port named \"web\""));
+        // Another port than the Canary's: it serves, and that is worth a warning.
+        assert_eq!(see(&service(json!("http"), json!("metrics"))), (1, None, 1));
+    }
+
+    #[test]
+    fn a_target_whose_owner_has_paused_it_says_how_to_go_on() {
+        let target = |paused: Value| -> DynamicObject {
+            serde_json::from_value(json!({
+                "apiVersion": "apps/v1", "kind": "Deployment",
+                "metadata": {"name": "web", "namespace": "shop"}, "spec": {"replicas": 0, "paused": paused},
+            }))
+            .unwrap()
+        };
+        let template = json!({"spec": {"containers": [{"name": "app"}]}});
+        let found = |paused: Value| template_problems(&target(paused), &template, &Tracked::default());
+        assert_eq!(found(json!(null)), []);
+        assert_eq!(found(json!(false)), []);
+        let [problem] = &found(json!(true))[..] else { panic!() };
+        assert_eq!(problem.reason, TARGET_PAUSED);
+        assert!(problem.message.ends_with("kubectl rollout resume deployment/web -n shop"), "{}", problem.message);
     }
 
     #[test]

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     cache::CanaryKey,
-    mesh::{self, Limits, ports::PortKey},
+    mesh::{self, Limits, RevisionFacts, ports::PortKey},
 };
 
 /// Longest name of an apex Service: `-primary` has to fit in 63.
@@ -188,6 +188,48 @@ pub fn refusals(apex: &Service, canary: &Canary, pod_template: Option<&Value>) -
         }
     }
     problems
+}
+
+/// Whether Kubernetes finds the Pods of a template by this Service's selector, once our key is out of it.
+#[must_use]
+pub fn selects(service: &Service, canary: &Canary, pod_template: &Value) -> bool {
+    let external = service.spec.as_ref().and_then(|spec| spec.type_.as_deref()) == Some("ExternalName");
+    // The key of another Canary stays.
+    let is_ours = |key: &str| key == labels::FLEET && has_key(service, canary);
+    let mut wanted = selector(service).into_iter().flatten().filter(|(key, _)| !is_ours(key)).peekable();
+    let pod_labels = pod_labels(pod_template);
+    let has = |key: &str, value: &str| pod_labels.get(key).and_then(Value::as_str) == Some(value);
+    !external && wanted.peek().is_some() && wanted.all(|(key, value)| has(key, value))
+}
+
+/// Ports of a Service lead to a container port by a name that a revision has not. As with any Service, they lead nowhere then: the
+/// fleet has no endpoint of that revision there.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Unreached {
+    /// Names the first of them.
+    pub why: String,
+    /// The one that the Canary names is among them, or, where the Service has no such port, all of them are.
+    pub entirely: bool,
+}
+
+/// What a Service does not reach of a revision, if there is something.
+#[must_use]
+pub fn unreached(service: &Service, canary: &Canary, revision: &str, facts: &RevisionFacts) -> Option<Unreached> {
+    let lost = |port: &ServicePort| port.target_port.as_ref().is_some_and(|target| facts.port(target).is_none());
+    let tcp = |port: &&ServicePort| port.protocol.as_deref().is_none_or(|protocol| protocol == "TCP");
+    let ports: Vec<&ServicePort> =
+        service.spec.iter().flat_map(|spec| spec.ports.iter().flatten()).filter(tcp).collect();
+    let first = ports.iter().find(|port| lost(port))?;
+    let Some(IntOrString::String(target)) = &first.target_port else { return None };
+    let mut named = ports.iter().filter(|port| port.port == canary.spec.service.port).peekable();
+    let entirely =
+        if named.peek().is_some() { named.all(|port| lost(port)) } else { ports.iter().all(|port| lost(port)) };
+    let why = format!(
+        "Service {} leads port {} to the container port named {target:?}, which revision {revision} has not; lead it to a name or a number that it has",
+        service.name_any(),
+        first.port,
+    );
+    Some(Unreached { why, entirely })
 }
 
 /// A Service of `spec.service.additional` that is not there.
@@ -491,6 +533,54 @@ mod tests {
         assert_eq!(refusals(&service(json!({})), &canary, Some(&pods())), []);
         let taken_over = json!({"selector": {"app": "podinfo", "sluice.dev/fleet": "podinfo"}});
         assert_eq!(refusals(&service(taken_over), &canary, Some(&pods())), []);
+    }
+
+    #[test]
+    fn a_service_leads_to_the_pods_that_have_every_label_of_its_selector_but_for_our_key() {
+        let canary = canary(json!({"port": 80}));
+        for (changes, expected) in [
+            (json!({}), true),
+            (json!({"selector": {"app": "podinfo", "sluice.dev/fleet": "podinfo"}}), true),
+            (json!({"clusterIP": "None"}), true),
+            (json!({"selector": {"app": "podinfo", "sluice.dev/fleet": "api"}}), false),
+            (json!({"selector": {"sluice.dev/fleet": "podinfo"}}), false),
+            (json!({"selector": {"app": "podinfo", "track": "blue"}}), false),
+            (json!({"selector": {}}), false),
+            (json!({"selector": null}), false),
+            (json!({"type": "ExternalName", "externalName": "example.com"}), false),
+        ] {
+            assert_eq!(selects(&service(changes.clone()), &canary, &pods()), expected, "{changes}");
+        }
+    }
+
+    #[test]
+    fn a_revision_is_not_reached_by_a_port_name_that_it_has_not() {
+        let canary = canary(json!({"port": 80}));
+        let facts = RevisionFacts::of_template(&pods());
+        let port = |number: u16, target: Value| json!({"port": number, "protocol": "TCP", "targetPort": target});
+        let udp = json!({"port": 53, "protocol": "UDP", "targetPort": "dns"});
+        let web = || port(80, json!("web"));
+        for (ports, expected) in [
+            (vec![port(80, json!("http"))], None),
+            (vec![port(80, json!(1234)), port(81, json!("admin"))], None),
+            (vec![json!({"port": 80})], None),
+            (vec![port(80, json!("http")), udp], None),
+            (vec![web()], Some((80, true))),
+            (vec![web(), port(81, json!("admin"))], Some((80, true))),
+            (vec![port(80, json!("http")), port(81, json!("metrics"))], Some((81, false))),
+            (vec![port(8080, json!("web")), port(81, json!("admin"))], Some((8080, false))),
+            (vec![port(8080, json!("web")), port(81, json!("metrics"))], Some((8080, true))),
+        ] {
+            let found = unreached(&service(json!({"ports": ports})), &canary, "v1", &facts);
+            let Some((port, entirely)) = expected else {
+                assert_eq!(found, None, "{ports:?}");
+                continue;
+            };
+            let found = found.unwrap();
+            assert_eq!(found.entirely, entirely, "{ports:?}");
+            let words = format!("Service podinfo leads port {port} to ");
+            assert!(found.why.starts_with(&words) && found.why.contains("revision v1"), "{}", found.why);
+        }
     }
 
     #[test]

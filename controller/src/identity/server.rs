@@ -37,6 +37,8 @@ const HANDSHAKE: Duration = Duration::from_secs(5);
 /// Connections that have shown no certificate, handshakes among them. Each takes some 50 KiB, so whoever reaches the port cannot have more,
 /// and no proxy is to wait behind them: the oldest gives way. A proxy that comes for its certificate needs a moment.
 const MAX_STRANGERS: usize = 256;
+/// That wait to be accepted.
+const BACKLOG: i32 = 1024;
 /// docs/xds.md, "Keepalive".
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
@@ -74,7 +76,8 @@ impl GrpcPort {
         provider: Arc<CryptoProvider>,
     ) -> Result<Self, ServeError> {
         let tls = Tls::new(authority, own, provider)?;
-        let listener = TcpListener::bind(address).await.map_err(|source| ServeError::Listen { address, source })?;
+        let listener = sluice_health::listen(address, BACKLOG).and_then(TcpListener::from_std);
+        let listener = listener.map_err(|source| ServeError::Listen { address, source })?;
         Ok(Self { listener, tls })
     }
 

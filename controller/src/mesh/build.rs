@@ -109,18 +109,20 @@ fn canary_resources(inputs: &Inputs, index: &Index<'_>, canary: &Canary, snapsho
     ports.extend(additional.iter().flat_map(|service| service::ports(service, spec)));
     sidecars(inputs, index, &key, &ports, snapshot);
 
-    let (Some(mut traffic), Some(apex_service)) = (traffic, apex_service) else {
+    let Some(mut traffic) = traffic else { return };
+    if apex_service.is_none() && additional.is_empty() {
+        // Nobody comes to the fleet, and nobody may think that it carries the traffic.
         return;
-    };
+    }
     if inputs.cuts.contains(&key) {
         traffic.weight = 0;
         traffic.mirror = 0;
     }
     let mut parts = Parts::default();
     let companion = |suffix| found(format!("{apex}-{suffix}")).filter(|service| slices::is_companion(service, &key));
-    let own =
-        [(Role::Apex, Some(apex_service)), (Role::Primary, companion("primary")), (Role::Canary, companion("canary"))];
-    let own = own.into_iter().filter_map(|(role, service)| Some((role, apex_service, service?)));
+    let own = [(Role::Apex, apex_service), (Role::Primary, companion("primary")), (Role::Canary, companion("canary"))];
+    // Without the apex it is not known what is behind the ports of its companions. Further Services know it of themselves.
+    let own = own.into_iter().filter_map(|(role, service)| Some((role, apex_service?, service?)));
     let additional = additional.into_iter().map(|service| (Role::Apex, service, service));
     for (role, like, service) in own.chain(additional) {
         let one = OneService {
@@ -596,6 +598,37 @@ mod tests {
         assert!(format!("{:?}", cluster.metadata).contains("StringValue(\"web\")"), "{:?}", cluster.metadata);
         let sidecar = &snapshot.sidecars[&RevisionKey { canary: shop.key(), revision: "aaa".into() }];
         assert!(sidecar.get(TypeUrl::Cluster, "local/9090").is_some(), "the sidecar leads to its port");
+    }
+
+    #[test]
+    fn while_the_apex_is_missing_a_further_service_is_served_as_before_and_without_any_no_traffic_is_claimed() {
+        let mut shop = Shop::new();
+        shop.canary["spec"]["service"]["additional"] = json!([{"name": "web-internal"}]);
+        shop.traffic("aaa", Some("bbb"), 30);
+        let mut inputs = shop.inputs();
+        let further = json!({
+            "metadata": {"namespace": "shop", "name": "web-internal", "uid": "more"},
+            "spec": {"ports": [{"port": 80, "name": "http", "protocol": "TCP", "targetPort": 8080}], "type": "ClusterIP"},
+        });
+        inputs.services.push(std::sync::Arc::new(serde_json::from_value(further).unwrap()));
+        inputs.ports = wanted_ports(&inputs).into_keys().zip(20_001..).collect();
+        let whole = build(&inputs);
+
+        inputs.services.retain(|service| service.name_any() != "web");
+        let without = build(&inputs);
+        let name = "shop/web-internal:80";
+        let carriers = [TypeUrl::Listener, TypeUrl::Route].map(|kind| (kind, name.to_owned()));
+        for (kind, name) in &carriers {
+            assert_eq!(
+                without.fleet.of(*kind).collect::<Vec<_>>(),
+                [(name.as_str(), whole.fleet.get(*kind, name).unwrap())]
+            );
+        }
+        assert_eq!(without.canaries[&shop.key()].resources, BTreeSet::from(carriers), "its acknowledgement is enough");
+
+        inputs.services.retain(|service| service.name_any() != "web-internal");
+        let none = build(&inputs);
+        assert!(none.fleet.resources.is_empty() && none.canaries.is_empty());
     }
 
     #[test]

@@ -297,9 +297,8 @@ mod tests {
         let rewrite =
             |rewrite: &str| json!({"rewrite": {"uriRegexRewrite": {"match": "^/v1/([a-z]+)", "rewrite": rewrite}}});
         let abort = json!({"percentage": {"value": 1}, "httpStatus": 503});
-        let fine = json!([{"uri": {"regex": "/[a-z]+"}}]);
         let table = [
-            (json!({"match": fine}), fine.clone(), ""),
+            (json!({"match": [{"uri": {"regex": "/[a-z]+"}}]}), json!([{"method": {"regex": "GET|POST"}}]), ""),
             (rewrite(r"/v2/\1"), json!([]), ""),
             (
                 json!({"match": [{"uri": {"prefix": "/"}}, {"uri": {"regex": r"/\p{Greek}+"}}]}),

@@ -160,6 +160,28 @@ async fn further_services_are_taken_over_and_handed_back_with_the_first() {
 }
 
 #[tokio::test]
+async fn a_deployment_that_is_made_anew_without_replicas_scales_nothing_down() {
+    let Some(world) = World::new("made-anew").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({})).await;
+    let revision = world.until_settled("web").await.primary_revision.unwrap();
+    world.deployments().delete("web", &DeleteParams::background()).await.unwrap();
+    let mut anew = deployment("web");
+    anew["spec"].as_object_mut().unwrap().remove("replicas");
+    let anew = serde_json::from_value(anew).unwrap();
+    world.deployments().create(&PostParams::default(), &anew).await.unwrap();
+    let rests = || async {
+        let target = world.deployments().get("web").await.unwrap();
+        (target.data["spec"]["replicas"] == 0).then(|| target.annotations()[labels::REPLICAS].clone())
+    };
+    assert_eq!(world.until("it rests again", rests).await, "2", "the wish of before");
+    world.until_settled("web").await;
+    assert_eq!(world.get("web").await.spec.replicas, Some(2));
+    let serving = world.deployments().get(&format!("web-{revision}")).await.unwrap();
+    assert_eq!(serving.data["spec"]["replicas"], 2);
+}
+
+#[tokio::test]
 async fn somebody_who_writes_all_the_time_delays_but_does_not_stop_a_takeover() {
     let Some(world) = World::new("conflict").await else { return };
     world.running_application("web").await;

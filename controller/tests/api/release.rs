@@ -3,7 +3,7 @@
 use k8s_openapi::api::{apps::v1::ControllerRevision, core::v1::ConfigMap};
 use kube::{
     ResourceExt,
-    api::{Patch, PatchParams},
+    api::{DeleteParams, Patch, PatchParams},
 };
 use serde_json::json;
 use sluice_crds::{Canary, CanaryStatus, Phase, VerdictStatus, labels};
@@ -61,6 +61,24 @@ async fn a_change_of_a_config_map_alone_is_a_release_with_new_copies() {
         async move { api.get(&format!("web-{revision}")).await.unwrap().data.unwrap()["color"].clone() }
     };
     assert_eq!((color(first).await, color(second).await), ("blue".to_owned(), "green".to_owned()));
+}
+
+/// As `kubectl replace --force` does it.
+#[tokio::test]
+async fn a_config_map_that_is_deleted_and_made_again_as_it_was_changes_nothing() {
+    let Some(world) = World::new("config-anew").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({})).await;
+    let before = world.until_settled("web").await.template.unwrap();
+    world.api::<ConfigMap>().delete("web", &DeleteParams::default()).await.unwrap();
+    world.until_stalled("web", "ConfigMissing").await;
+    world.create::<ConfigMap>(json!({"metadata": {"name": "web"}, "data": {"color": "blue"}})).await;
+    let goes_on = |status: &CanaryStatus| {
+        status.conditions.iter().any(|condition| condition.kind == "Ready" && condition.reason == "Initialized")
+    };
+    let after = world.until_status("web", "it goes on", goes_on).await.template.unwrap();
+    assert_eq!((after.revision, after.tracked_configs), (before.revision, before.tracked_configs));
+    assert!(!world.told.reasons().contains(&"NewRevision"));
 }
 
 #[tokio::test]

@@ -153,7 +153,7 @@ fn switch(run: &mut Run<'_>) -> Next {
 }
 
 fn rest(run: &mut Run<'_>) -> Next {
-    let resting = run.status.template.as_ref().is_some_and(|known| !known.name.is_empty());
+    let resting = run.target_rests();
     let has_pods = run.seen.template.as_ref().is_some_and(|template| template.replicas > 0);
     let end = run.stage_end(run.spec.drain);
     if has_pods && !resting && run.now < end {

@@ -106,12 +106,20 @@ fn switch(run: &mut Run<'_>) -> Next {
     if run.seen.template.is_none() {
         return nothing_to_hand_back_to(run);
     }
-    // With no member left nobody goes through the fleet, and nobody will ever acknowledge.
-    let no_fleet = run.seen.fleet.members == 0 && !run.seen.fleet.joining;
-    if !run.acknowledged() && !no_fleet {
+    if !run.acknowledged() && !nobody_comes(run) {
         return run.wait_for_fleet(None);
     }
     run.enter(Stage::ReturnService)
+}
+
+fn no_fleet(run: &Run<'_>) -> bool {
+    run.seen.fleet.members == 0 && !run.seen.fleet.joining
+}
+
+/// With no member left, or no Service, nobody goes through the fleet, and nobody will ever acknowledge. The Services are not made
+/// again at hand-back.
+fn nobody_comes(run: &Run<'_>) -> bool {
+    no_fleet(run) || !run.seen.service.any_exists
 }
 
 fn nothing_to_hand_back_to(run: &mut Run<'_>) -> Next {
@@ -131,12 +139,12 @@ fn service(run: &mut Run<'_>) -> Next {
         .filter_map(|(hash, desired, ready)| (desired || ready).then_some((hash, desired)))
         .collect();
     if run.seen.template.is_some() && !stops.is_empty() {
-        let no_fleet = run.seen.fleet.members == 0 && !run.seen.fleet.joining;
-        if !run.acknowledged() && !no_fleet {
+        if !run.acknowledged() && !nobody_comes(run) {
             return run.wait_for_fleet(None);
         }
         let end = run.stage_end(run.spec.drain);
-        if !no_fleet && run.now < end {
+        // Streams outlive the Service that they came by.
+        if !no_fleet(run) && run.now < end {
             return run.wait("Drain", "the streams that Pods of revisions still have may end".into(), Some(end));
         }
         for (revision, _) in stops.iter().filter(|(_, desired)| *desired) {
@@ -160,7 +168,23 @@ fn service(run: &mut Run<'_>) -> Next {
             format!("Service {} finds the Pods of Deployment {} by its selector", run.spec.service, run.spec.target);
         return run.wait("NativeEndpoints", message, None);
     }
+    if service.unmatched {
+        tell_unmatched(run);
+    }
     run.enter(Stage::ReturnSettle)
+}
+
+/// Its owner changed it since the takeover. No waiting of ours brings the target's Pods behind it.
+fn tell_unmatched(run: &mut Run<'_>) {
+    let which = match run.spec.additional.as_slice() {
+        [] => format!("Service {}", run.spec.service),
+        further => format!("one of Services {}, {}", run.spec.service, further.join(", ")),
+    };
+    let target = &run.spec.target;
+    let message = format!(
+        "{which} does not select the Pods of Deployment {target}, so it does not lead to them; if it should, give it their labels as its selector"
+    );
+    run.tell(true, "ServiceNotHandedBack", message);
 }
 
 fn settle(run: &mut Run<'_>) -> Next {

@@ -6,8 +6,8 @@ use jiff::{SignedDuration, Timestamp};
 use sluice_crds::{Backend, CanaryStatus, Phase, RejectedRevision, Retiring, Stage, TemplateStatus, Traffic, Waiting};
 
 use super::{
-    Action, Event, Next, Observation, Outcome, Problem, Revision, Spec, Template, UNSENDABLE, adopt, guarded, handback,
-    release, verbs,
+    Action, Event, Next, Observation, Outcome, Problem, Revision, Spec, TARGET_PAUSED, Template, UNSENDABLE, adopt,
+    guarded, handback, release, verbs,
 };
 use crate::delivery::{plan, status};
 
@@ -18,7 +18,7 @@ pub(super) const PAUSED: &str = "Paused";
 /// Most revisions that are remembered as rejected.
 const MOST_REJECTED: usize = 16;
 /// Problems of the target's present template, or of what the Canary says: no reason not to go back to an older revision.
-const TEMPLATE_PROBLEMS: [&str; 4] = ["TemplateUnsupported", "ConfigMissing", "InvalidSpec", UNSENDABLE];
+const TEMPLATE_PROBLEMS: [&str; 5] = ["TemplateUnsupported", "ConfigMissing", "InvalidSpec", UNSENDABLE, TARGET_PAUSED];
 
 /// The state of one call.
 pub(super) struct Run<'a> {
@@ -205,7 +205,19 @@ impl<'a> Run<'a> {
     /// Replicas that the target's owner says now, by its own field or by what was kept of it.
     pub(super) fn owners_wish(&self) -> Option<u32> {
         let template = self.seen.template.as_ref()?;
-        if template.replicas > 0 { Some(template.replicas) } else { template.wish }
+        let says = template.replicas > 0 && !self.nobodys(template);
+        if says { Some(template.replicas) } else { template.wish }
+    }
+
+    /// Kubernetes puts 1 where a Deployment says no `replicas`. Of one that was made anew while it should rest, nobody was asked who
+    /// would know whether it does, and taken for a wish it would scale what serves down to one Pod.
+    fn nobodys(&self, template: &Template) -> bool {
+        template.replicas == 1 && !template.marked && self.target_rests()
+    }
+
+    /// The target is only the template: it was taken over, and is to be at 0 replicas.
+    pub(super) fn target_rests(&self) -> bool {
+        self.status.template.as_ref().is_some_and(|template| !template.name.is_empty())
     }
 
     /// The wish that was taken over into `spec.replicas` last.
@@ -295,11 +307,15 @@ impl<'a> Run<'a> {
         after(self.status.stage_since.unwrap_or(self.now), length)
     }
 
-    /// When the time is over that something may take to come about. It counts from the beginning of this replica's term at the
-    /// earliest: while no controller reached the API server, nothing could come about, and that is no fault of the version.
+    /// When the time is over that something may take to come about.
     pub(super) fn progress_end(&self) -> Timestamp {
-        let since = self.status.stage_since.unwrap_or(self.now);
-        after(self.seen.leading_since.map_or(since, |leading| leading.max(since)), self.spec.progress_deadline)
+        after(self.seen_since(self.status.stage_since.unwrap_or(self.now)), self.spec.progress_deadline)
+    }
+
+    /// Since when this replica could have seen what is missing since then: from the beginning of its term at the earliest. While no
+    /// controller reached the API server, nothing could come about, and that is no fault of the version.
+    pub(super) fn seen_since(&self, since: Timestamp) -> Timestamp {
+        self.seen.leading_since.map_or(since, |leading| leading.max(since))
     }
 
     /// Raises wait: for `spec.suspend` to end, or for somebody to resume this release.
@@ -337,7 +353,13 @@ impl<'a> Run<'a> {
             },
             |pending| pending.unjudged == plan::ROLLBACK,
         );
-        self.seen.problems.iter().find(|problem| !back || !TEMPLATE_PROBLEMS.contains(&problem.reason))
+        // What is asked for serves, or was refused: there is no change that its owner could hold back.
+        let unchanged = self.status.stage == Stage::Settled && self.status.phase != Phase::Waiting;
+        self.seen.problems.iter().find(|problem| {
+            let passed =
+                (back && TEMPLATE_PROBLEMS.contains(&problem.reason)) || (unchanged && problem.reason == TARGET_PAUSED);
+            !passed
+        })
     }
 
     // What is decided.
@@ -505,7 +527,7 @@ impl<'a> Run<'a> {
 }
 
 /// Whether requests go to a revision, or may by `NAME-canary`.
-pub(super) fn mentions(traffic: &Traffic, hash: &str) -> bool {
+pub(in crate::delivery) fn mentions(traffic: &Traffic, hash: &str) -> bool {
     traffic.primary.0 == hash || traffic.canary.as_ref().is_some_and(|canary| canary.0 == hash)
 }
 

@@ -3,7 +3,7 @@
 
 use sluice_crds::Stage;
 
-use super::{Action, Run, run::mentions};
+use super::{Action, Run, TARGET_PAUSED, run::mentions};
 use crate::delivery::plan;
 
 /// Adds what is to be done beside the stage.
@@ -19,10 +19,10 @@ pub(super) fn keep(run: &mut Run<'_>) {
         }
         return;
     }
-    if run.seen.problems.is_empty() && !run.seen.finalizer {
+    if !forbidden(run) && !run.seen.finalizer {
         run.act(Action::AddFinalizer);
     }
-    if adopting(run.status.stage) && !run.seen.problems.is_empty() {
+    if adopting(run.status.stage) && forbidden(run) {
         // Nothing is ours yet.
         return;
     }
@@ -34,11 +34,38 @@ pub(super) fn keep(run: &mut Run<'_>) {
     capacity(run);
     promoted(run);
     retiring(run);
-    if run.status.stage == Stage::Settled {
-        strays(run);
-        history(run);
+    match run.status.stage {
+        Stage::Settled => {
+            strays(run);
+            history(run);
+        }
+        // Under a quota, the first revision of a template that was mended waits for what the broken one takes.
+        Stage::AdoptRevision => strays(run),
+        Stage::AdoptFleet
+        | Stage::AdoptService
+        | Stage::AdoptSettle
+        | Stage::AdoptSwitch
+        | Stage::AdoptRest
+        | Stage::Scale
+        | Stage::Shift
+        | Stage::Judge
+        | Stage::PromoteScale
+        | Stage::PromoteShift
+        | Stage::Finalise
+        | Stage::RollBack
+        | Stage::Paused
+        | Stage::ReturnScale
+        | Stage::ReturnSwitch
+        | Stage::ReturnService
+        | Stage::ReturnSettle => {}
     }
     owners(run);
+}
+
+/// Whether something forbids to make what is ours. An owner who holds changes of the target back means neither the finalizer nor our
+/// Services, once there are any.
+fn forbidden(run: &Run<'_>) -> bool {
+    run.seen.problems.iter().any(|problem| adopting(run.status.stage) || problem.reason != TARGET_PAUSED)
 }
 
 /// A canary that is being taken back has no request more than can be helped, nor a copy of one.
@@ -47,7 +74,9 @@ fn cut(run: &mut Run<'_>) {
         && run.status.traffic.as_ref().is_some_and(|traffic| traffic.canary.is_some())
         && run.weight() == 0
         && run.mirror() == 0;
-    if taken_back && !run.acknowledged() {
+    // Of a Service that is gone and is not made again nobody ever says so.
+    let nobody_comes = run.leaving() && !run.seen.service.any_exists;
+    if taken_back && !nobody_comes && !run.acknowledged() {
         run.act(Action::CutTraffic);
     }
 }
@@ -80,7 +109,7 @@ fn adopting(stage: Stage) -> bool {
 fn services(run: &mut Run<'_>) {
     let service = run.seen.service;
     let complete = service.exists && service.companions;
-    if !complete && run.seen.finalizer && run.seen.template.is_some() && run.seen.problems.is_empty() {
+    if !complete && run.seen.finalizer && run.seen.template.is_some() && !forbidden(run) {
         run.act(Action::EnsureServices);
     }
 }
@@ -95,10 +124,11 @@ fn key(run: &mut Run<'_>) {
 
 /// Git writes `replicas` again: the Pods that come of it were never judged.
 fn rest(run: &mut Run<'_>) {
-    let must_rest = run.status.template.as_ref().is_some_and(|template| !template.name.is_empty());
-    let Some(template) = &run.seen.template else { return };
-    if must_rest && template.replicas > 0 {
-        run.act(Action::RestTemplate { wish: template.replicas });
+    let runs = run.seen.template.as_ref().is_some_and(|template| template.replicas > 0);
+    if runs && run.target_rests() {
+        // Where it says none of its own, the one that was taken over last stays.
+        let wish = run.owners_wish().or(run.wish_taken()).unwrap_or_else(|| run.wish());
+        run.act(Action::RestTemplate { wish });
     }
 }
 
@@ -197,6 +227,8 @@ fn strays(run: &mut Run<'_>) {
         .filter(|(hash, revision)| {
             revision.desired.is_some_and(|has| has > 0)
                 && !has_role(run, hash)
+                // The one to be, during a takeover.
+                && !(adopting(run.status.stage) && run.template_revision() == Some(hash.as_str()))
                 && !run.status.retiring.iter().any(|retiring| retiring.revision == **hash)
                 && run.unused(hash)
         })

@@ -4,6 +4,7 @@ mod at_rest;
 mod deletion;
 mod guarded;
 mod mirrored;
+mod paused_target;
 mod release;
 mod takeover;
 
@@ -12,7 +13,7 @@ use serde_json::json;
 use sluice_crds::{Backend, InconclusiveAction, Phase, Retiring, Stage, VerdictStatus};
 
 use super::{
-    super::{Action, Autoscaler, Problem, UNSENDABLE, step},
+    super::{Action, Autoscaler, Problem, TARGET_PAUSED, UNSENDABLE, step},
     world::{FIRST, Quality, Running, Target, World},
 };
 use crate::analysis::DryRun;

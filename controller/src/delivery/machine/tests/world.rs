@@ -94,6 +94,8 @@ pub(super) struct World {
     pub(super) key: bool,
     pub(super) slices: bool,
     pub(super) native: u32,
+    /// The Service's selector, without the key, finds the target's Pods.
+    pub(super) selects: bool,
     pub(super) revisions: BTreeMap<String, Running>,
     pub(super) quality: BTreeMap<String, Quality>,
     pub(super) members: Vec<Member>,
@@ -176,6 +178,7 @@ impl World {
             key: false,
             slices: false,
             native: 3,
+            selects: true,
             revisions: BTreeMap::new(),
             quality: BTreeMap::new(),
             members: (0..2)
@@ -285,9 +288,9 @@ impl World {
         self.status.waiting.as_ref().map_or("", |waiting| waiting.reason.as_str())
     }
 
-    /// What the fleet is configured with.
+    /// What the fleet is configured with: nothing without a Service.
     fn configured(&self) -> Option<Traffic> {
-        let mut traffic = self.status.traffic.clone()?;
+        let mut traffic = self.status.traffic.clone().filter(|_| self.service_exists)?;
         if self.cut {
             traffic.weight = 0;
             traffic.mirror = 0;
@@ -332,17 +335,20 @@ impl World {
                 tracked_configs: target.configs.clone(),
                 replicas: target.replicas,
                 wish: target.wish,
+                marked: target.wish.is_some(),
                 ready: target.ready,
                 pods: target.ready,
             }),
             service: Service {
                 exists: self.service_exists,
+                any_exists: self.service_exists,
                 companions: self.companions,
                 key: self.key,
                 any_key: self.service_exists && self.key,
                 slices: self.slices,
                 native_endpoints: self.native,
-                no_native_endpoint: self.service_exists && self.native == 0,
+                no_native_endpoint: self.service_exists && self.selects && self.native == 0,
+                unmatched: self.service_exists && !self.selects,
             },
             revisions,
             fleet: Fleet {
@@ -350,6 +356,7 @@ impl World {
                 lagging: self
                     .members
                     .iter()
+                    .filter(|_| self.service_exists)
                     .filter(|member| member.silent || (!self.withheld && member.acknowledged != configured))
                     .map(|member| member.name.clone())
                     .collect(),
@@ -389,7 +396,7 @@ impl World {
         }
         self.slices = self.status.stage.keeps_slices();
         let own = self.target.as_ref().map_or(0, |target| target.ready);
-        self.native = if self.key || !self.service_exists { 0 } else { own };
+        self.native = if self.key || !self.service_exists || !self.selects { 0 } else { own };
         let configured = self.configured();
         if self.rejects.is_none() {
             for member in self.members.iter_mut().filter(|member| !member.silent) {
@@ -681,12 +688,13 @@ impl World {
         // What serves has Pods, if it ever had.
         for action in &outcome.actions {
             if let Action::ScaleRevision { revision, replicas: 0 } = action {
-                let used = self.members.iter().any(|member| {
-                    member.acknowledged.as_ref().is_some_and(|traffic| {
-                        let used = traffic.weight > 0 || traffic.mirror > 0;
-                        mentions(traffic, revision) && (traffic.primary.0 == *revision || used)
-                    })
-                });
+                let used = seen.service.any_exists
+                    && self.members.iter().any(|member| {
+                        member.acknowledged.as_ref().is_some_and(|traffic| {
+                            let used = traffic.weight > 0 || traffic.mirror > 0;
+                            mentions(traffic, revision) && (traffic.primary.0 == *revision || used)
+                        })
+                    });
                 let primary = after.primary_revision.as_ref() == Some(revision);
                 assert!(!used || (primary && self.spec.replicas == Some(0)), "revision {revision} still serves");
             }

@@ -92,6 +92,39 @@ fn a_deleted_target_leaves_the_primary_serving_and_is_named() {
     assert_eq!((world.status.primary_revision.as_deref(), world.target.as_ref().unwrap().replicas), (Some("v2"), 0));
 }
 
+/// The target is deleted and created again. Where it says no replicas, Kubernetes says 1.
+fn made_anew(world: &mut World, replicas: u32) {
+    world.target = None;
+    world.settle();
+    let anew = Target { generation: 1, revision: FIRST.into(), configs: [].into(), replicas, wish: None, ready: 0 };
+    world.target = Some(anew);
+}
+
+#[test]
+fn a_target_that_is_made_anew_without_replicas_scales_nothing_down() {
+    let mut world = World::adopted();
+    // Scaled since: that holds, too.
+    world.spec.replicas = Some(5);
+    made_anew(&mut world, 1);
+    world.reconcile();
+    assert_eq!(actions(&world), [Action::RestTemplate { wish: 3 }]);
+    world.settle();
+    assert_eq!((world.spec.replicas, world.desired(FIRST)), (Some(5), 5));
+    // Whoever means it says it again, to what is known to rest.
+    world.target.as_mut().unwrap().replicas = 1;
+    world.settle();
+    assert_eq!((world.spec.replicas, world.desired(FIRST)), (Some(1), 1));
+}
+
+#[test]
+fn a_target_that_is_made_anew_with_other_replicas_wishes_for_them() {
+    let mut world = World::adopted();
+    made_anew(&mut world, 2);
+    world.settle();
+    assert_eq!((world.spec.replicas, world.desired(FIRST)), (Some(2), 2));
+    assert_eq!(world.target.as_ref().unwrap().replicas, 0);
+}
+
 #[test]
 fn a_primary_whose_deployment_was_deleted_is_made_again_from_its_record() {
     let mut world = World::adopted();

@@ -91,6 +91,55 @@ fn without_any_fleet_nobody_is_waited_for() {
 }
 
 #[test]
+fn without_its_service_nobody_is_waited_for_and_open_streams_have_their_time() {
+    let mut world = judging("v2");
+    (world.service_exists, world.key) = (false, false);
+    world.deleting = true;
+    world.until("the target's own Pods run", |world| world.status.stage == Stage::ReturnService);
+    world.pass_time(29);
+    assert_eq!((world.waiting(), world.desired(FIRST)), ("Drain", 3));
+    world.settle();
+    assert!(world.gone);
+    assert_eq!(world.target.as_ref().map(|target| (target.replicas, target.ready)), Some((3, 3)));
+}
+
+#[test]
+fn a_service_that_goes_while_the_fleet_is_waited_for_ends_the_waiting_unless_a_further_one_is_left() {
+    let mut world = World::adopted();
+    world.members[0].silent = true;
+    world.deleting = true;
+    world.pass_time(60);
+    assert_eq!((world.status.stage, world.waiting()), (Stage::ReturnSwitch, "FleetAcknowledgement"));
+    let mut further = world.observe();
+    further.service.exists = false;
+    let outcome = step(&world.spec, &world.status, &further, world.now);
+    assert_eq!(outcome.status.stage, Stage::ReturnSwitch);
+    (world.service_exists, world.key) = (false, false);
+    world.settle();
+    assert!(world.gone);
+}
+
+#[test]
+fn while_a_target_cannot_run_a_canary_without_a_service_is_not_cut_again_and_again() {
+    let mut world = judging("v2");
+    world.quality.insert("v2".into(), Quality::NeverReady);
+    (world.service_exists, world.key) = (false, false);
+    world.deleting = true;
+    world.settle();
+    assert_eq!((world.status.stage, world.weight(), actions(&world)), (Stage::ReturnScale, 0, vec![]));
+}
+
+#[test]
+fn endpoints_that_a_service_cannot_have_are_not_waited_for_and_that_is_told() {
+    let mut world = World::adopted();
+    world.selects = false;
+    world.deleting = true;
+    world.settle();
+    assert!(world.gone && !world.key);
+    assert_eq!(world.told("ServiceNotHandedBack"), 1);
+}
+
+#[test]
 fn uninstalling_hands_back_lets_go_and_says_so_and_a_later_installation_takes_over_again() {
     let mut world = World::adopted();
     world.uninstalling = true;

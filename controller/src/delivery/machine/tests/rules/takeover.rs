@@ -145,6 +145,36 @@ fn a_first_revision_that_does_not_come_up_leaves_the_target_serving_and_says_why
 }
 
 #[test]
+fn a_broken_first_revision_goes_as_soon_as_its_template_is_mended() {
+    let mut world = World::stepped();
+    world.quality.insert(FIRST.into(), Quality::NeverReady);
+    world.until("a revision is created", |world| world.desired(FIRST) == 3);
+    world.pass_time(5);
+    assert_eq!((world.desired(FIRST), actions(&world)), (3, vec![]), "the one that is waited for stays");
+    // A quota may have room for one of them.
+    world.apply("v2");
+    world.reconcile();
+    let create = Action::CreateRevision { revision: "v2".into(), replicas: 3 };
+    assert_eq!((world.status.stage, actions(&world)), (Stage::AdoptRevision, vec![create, scale(FIRST, 0)]));
+    world.settle();
+    assert_eq!((world.status.phase, world.status.primary_revision.as_deref()), (Phase::Initialized, Some("v2")));
+}
+
+#[test]
+fn no_stray_goes_while_the_fleet_is_unknown() {
+    let mut world = World::stepped();
+    world.quality.insert(FIRST.into(), Quality::NeverReady);
+    world.until("a revision is created", |world| world.desired(FIRST) == 3);
+    world.joining = true;
+    world.apply("v2");
+    world.pass_time(1);
+    assert_eq!(world.desired(FIRST), 3);
+    world.joining = false;
+    world.reconcile();
+    assert_eq!((world.status.stage, world.desired(FIRST)), (Stage::AdoptRevision, 0));
+}
+
+#[test]
 fn a_problem_stops_the_takeover_before_anything_is_written() {
     let mut world = World::stepped();
     world.problems.push(Problem { reason: "TargetConflict", message: "Canary test/older has this target".into() });
