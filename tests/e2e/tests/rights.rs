@@ -82,6 +82,13 @@ const IMPLIED: &[Spared] = &[
         why: "asked of whoever applies what is not there yet",
         ..HOOK
     },
+    Spared {
+        group: "discovery.k8s.io",
+        resources: &["endpointslices/restricted"],
+        verbs: &["create"],
+        why: "OpenShift asks for it of whoever names addresses of Pods",
+        ..CONTROLLER
+    },
 ];
 
 /// What comes with the policies of newer API servers, where they are not served.
