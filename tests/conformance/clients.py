@@ -1,10 +1,11 @@
-"""Clients that people use, through the proxy: curl, Python's websockets, nghttp and h2load of nghttp2."""
+"""Clients that people use, through the proxy: curl, the WebSockets of websockets and of aiohttp, nghttp and h2load of nghttp2."""
 
 import asyncio
 import contextlib
 import pathlib
 import tempfile
 
+import aiohttp
 import websockets
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import serve
@@ -149,6 +150,56 @@ class WebSocket:
         await asyncio.gather(*[one(index) for index in range(50)])
 
 
+class AiohttpWebSocket:
+    """Another implementation of RFC 6455, which says its pings and its compression otherwise."""
+
+    def __init__(self, address):
+        self.uri = "ws://{}:{}/chat".format(*address)
+
+    @contextlib.asynccontextmanager
+    async def connect(self, **more):
+        async with aiohttp.ClientSession() as session:
+            async with session.ws_connect(self.uri, max_msg_size=0, protocols=["chat"], **more) as socket:
+                assert socket.protocol == "chat"
+                yield socket
+
+    async def text_binary_large_and_compressed(self):
+        for compress in (15, 0):
+            async with self.connect(compress=compress) as socket:
+                assert socket.compress == compress, socket.compress
+                for text in ("", "text ☺", "x" * MIB):
+                    await socket.send_str(text)
+                    assert await socket.receive_str(timeout=PATIENCE) == text
+                for binary in (b"", bytes(range(256)), bytes(4 * MIB)):
+                    await socket.send_bytes(binary)
+                    assert await socket.receive_bytes(timeout=PATIENCE) == binary
+
+    async def ping(self):
+        async with self.connect(autoping=False) as socket:
+            await socket.ping(b"12345")
+            pong = await socket.receive(timeout=PATIENCE)
+            assert (pong.type, bytes(pong.data)) == (aiohttp.WSMsgType.PONG, b"12345"), pong
+
+    async def close_by_the_server(self):
+        async with self.connect() as socket:
+            await socket.send_str("bye")
+            end = await socket.receive(timeout=PATIENCE)
+            assert (end.type, end.data, end.extra) == (aiohttp.WSMsgType.CLOSE, 4001, "as you wish"), end
+
+    async def close_by_the_client(self):
+        async with self.connect() as socket:
+            await socket.close(code=4002, message=b"enough")
+            assert socket.close_code == 4002, socket.close_code
+
+    async def refused_by_the_server(self):
+        async with aiohttp.ClientSession() as session:
+            try:
+                await session.ws_connect(self.uri.replace("/chat", "/forbidden"))
+                raise AssertionError("accepted")
+            except aiohttp.WSServerHandshakeError as refused:
+                assert refused.status == 403, refused
+
+
 class Nghttp2:
     def __init__(self, http1, http2):
         self.http1, self.http2 = (f"http://{host}:{port}/a" for host, port in (http1, http2))
@@ -175,13 +226,13 @@ async def suite():
     with tempfile.TemporaryDirectory(prefix="sluice-conformance-") as folder:
         async with Ours(plain=[http1, http2, websocket]):
             curl = Curl(http1.listen, http2.listen, folder)
-            for cases in (curl, WebSocket(websocket.listen), Nghttp2(http1.listen, http2.listen)):
+            for cases in (curl, WebSocket(websocket.listen), AiohttpWebSocket(websocket.listen), Nghttp2(http1.listen, http2.listen)):
                 for name in [name for name in vars(type(cases)) if name[0].islower() and name not in ("curl", "start", "connect")]:
                     try:
                         async with asyncio.timeout(PATIENCE * 3):
                             await getattr(cases, name)()
                         report.case(f"{type(cases).__name__} {name}", [])
-                    except (AssertionError, OSError, TimeoutError, websockets.WebSocketException) as error:
+                    except (AssertionError, OSError, TimeoutError, TypeError, websockets.WebSocketException, aiohttp.ClientError) as error:
                         report.case(f"{type(cases).__name__} {name}", [f"{type(error).__name__}: {str(error)[:800]}"])
     return report.end()
 

@@ -1,4 +1,4 @@
-"""What a TLS scanner (sslscan) finds of a listener with mTLS, and of one in plaintext. On demand."""
+"""What TLS scanners (sslscan, nmap) find of a listener with mTLS, and of one in plaintext. On demand."""
 
 import asyncio
 import contextlib
@@ -21,6 +21,17 @@ async def scan(address, folder):
         process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL)
         await asyncio.wait_for(process.wait(), PATIENCE * 8)
         return ElementTree.parse(file.name).getroot().find("ssltest")
+
+
+async def enumerated(address):
+    """Suites by version, such as `TLSv1.3`, that nmap's script finds. It shows no certificate, and looks only at what a server answers a hello with."""
+    host, port = address
+    command = ["nmap", "-n", "-Pn", "-p", str(port), "--script", "+ssl-enum-ciphers", "-oX", "-", host]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    out, _ = await asyncio.wait_for(process.communicate(), PATIENCE * 8)
+    script = ElementTree.fromstring(out).find(".//script[@id='ssl-enum-ciphers']")
+    tables = [] if script is None else script.findall("table")
+    return {table.get("key"): {name.text for name in table.findall(".//elem[@key='name']")} for table in tables}
 
 
 def versions(found):
@@ -71,6 +82,8 @@ async def finds_fault(report, ours):
     async with await asyncio.start_server(serve, *address, ssl=context):
         found = versions(await scan(address, folder))
         report.case("finds fault with TLS 1.2", [] if found == {"tls 1.2", "tls 1.3"} else [f"{found}"])
+        found = set(await enumerated(address))
+        report.case("nmap finds fault with TLS 1.2", [] if found == {"TLSv1.2", "TLSv1.3"} else [f"{found}"])
         ticket = await has_ticket(address, ours.client_tls("http/1.1"))
         report.case("finds fault with a ticket", [] if ticket else ["it is not seen"])
 
@@ -83,6 +96,8 @@ async def suite():
         await finds_fault(report, ours)
         for name, got, want in offers_what_is_meant(await scan(tls.listen, ours.folder.name)):
             report.case(f"mTLS {name}", [] if got == want else [f"{got}, not {want}"])
+        found = await enumerated(tls.listen)
+        report.case("mTLS nmap", [] if set(found) == {"TLSv1.3"} and len(found["TLSv1.3"]) == len(SUITES) else [f"{found}"])
         found = versions(await scan(plain.listen, ours.folder.name))
         report.case("plaintext speaks no TLS", [f"{found}"] if found else [])
         # A resumed session would skip the check against the trust bundle of today.

@@ -87,7 +87,10 @@ async fn between_member_and_controllers(node: &Node, action: &str, ip: &str) {
 
 /// In mid-release. The member's name and address.
 async fn cut_off_a_member(stage: &Adopted, node: &Node) -> (String, String) {
-    let member = fleet(&stage.app.cluster).await.remove(0);
+    let mut members = fleet(&stage.app.cluster).await;
+    // Of one on another node not all that it sends comes by this one.
+    members.sort_by_key(|pod| pod.spec.as_ref().and_then(|spec| spec.node_name.clone()));
+    let member = members.remove(0);
     let (name, ip) = (member.name_any(), member.status.unwrap().pod_ip.unwrap());
     stage.in_mid_release().await;
     between_member_and_controllers(node, "-I", &ip).await;
