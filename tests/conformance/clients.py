@@ -166,7 +166,8 @@ class AiohttpWebSocket:
     async def text_binary_large_and_compressed(self):
         for compress in (15, 0):
             async with self.connect(compress=compress) as socket:
-                assert socket.compress == compress, socket.compress
+                # The server may say a smaller window.
+                assert bool(socket.compress) == bool(compress), socket.compress
                 for text in ("", "text ☺", "x" * MIB):
                     await socket.send_str(text)
                     assert await socket.receive_str(timeout=PATIENCE) == text

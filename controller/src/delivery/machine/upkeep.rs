@@ -225,10 +225,10 @@ fn strays(run: &mut Run<'_>) {
         .revisions
         .iter()
         .filter(|(hash, revision)| {
+            let to_be = adopting(run.status.stage) && run.template_revision() == Some(hash.as_str());
             revision.desired.is_some_and(|has| has > 0)
                 && !has_role(run, hash)
-                // The one to be, during a takeover.
-                && !(adopting(run.status.stage) && run.template_revision() == Some(hash.as_str()))
+                && !to_be
                 && !run.status.retiring.iter().any(|retiring| retiring.revision == **hash)
                 && run.unused(hash)
         })
