@@ -82,7 +82,8 @@ impl Input {
             if self.blocked {
                 ready!(stream.poll_readable(cx))?;
             }
-            self.bytes = thread::take_input();
+            // Spare ones have the size of a head: where bodies pass, all that there is is taken in one go.
+            self.bytes = if self.read > READ { BytesMut::with_capacity(self.read) } else { thread::take_input() };
         }
         if self.bytes.capacity() - self.bytes.len() < MIN_ROOM.max(self.read / 2) {
             self.bytes.reserve(self.read);
