@@ -455,4 +455,28 @@ mod tests {
         client.write_all(b"0\r\n\r\n").await.unwrap();
         assert!(body.frame().await.unwrap().is_err());
     }
+
+    #[tokio::test]
+    async fn a_body_is_read_in_pieces_that_grow_where_it_is_large() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        let mut connection = Connection::new(Stream::plain(stream), Rc::default(), Peer::Anybody);
+        let client = std::thread::spawn(move || {
+            use std::io::Write;
+            let mut client = client.into_std().unwrap();
+            client.set_nonblocking(false).unwrap();
+            client.write_all(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 4194304\r\n\r\n").unwrap();
+            client.write_all(&vec![b'x'; 4 << 20]).unwrap();
+            client
+        });
+        let request = connection.request(|_, _| Poll::Pending).await.unwrap().unwrap();
+        let mut body = request.into_body();
+        let mut largest = 0;
+        while let Some(frame) = body.frame().await {
+            largest = largest.max(frame.unwrap().into_data().unwrap().len());
+        }
+        client.join().unwrap();
+        assert!(largest >= 32 << 10, "{largest}");
+    }
 }
