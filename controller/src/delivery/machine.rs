@@ -194,6 +194,14 @@ pub struct Fleet {
     pub without_port: Vec<PortKey>,
 }
 
+impl Fleet {
+    /// There is no member, and none that may yet report.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.members == 0 && !self.joining
+    }
+}
+
 /// What the machine wants.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outcome {

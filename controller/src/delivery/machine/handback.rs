@@ -112,14 +112,10 @@ fn switch(run: &mut Run<'_>) -> Next {
     run.enter(Stage::ReturnService)
 }
 
-fn no_fleet(run: &Run<'_>) -> bool {
-    run.seen.fleet.members == 0 && !run.seen.fleet.joining
-}
-
 /// With no member left, or no Service, nobody goes through the fleet, and nobody will ever acknowledge. The Services are not made
 /// again at hand-back.
 fn nobody_comes(run: &Run<'_>) -> bool {
-    no_fleet(run) || !run.seen.service.any_exists
+    run.seen.fleet.is_gone() || !run.seen.service.any_exists
 }
 
 fn nothing_to_hand_back_to(run: &mut Run<'_>) -> Next {
@@ -144,7 +140,7 @@ fn service(run: &mut Run<'_>) -> Next {
         }
         let end = run.stage_end(run.spec.drain);
         // Streams outlive the Service that they came by.
-        if !no_fleet(run) && run.now < end {
+        if !run.seen.fleet.is_gone() && run.now < end {
             return run.wait("Drain", "the streams that Pods of revisions still have may end".into(), Some(end));
         }
         for (revision, _) in stops.iter().filter(|(_, desired)| *desired) {

@@ -162,8 +162,7 @@ fn allowed(action: &Action, outcome: &Outcome, seen: &Observation) -> Result<(),
             let has = seen.revisions.get(revision).and_then(|revision| revision.desired).unwrap_or_default();
             // At hand-back the target's own Pods serve; without a member, or a Service, nobody goes through the fleet.
             let returned = after.stage == Stage::ReturnService;
-            let no_fleet = seen.fleet.members == 0 && !seen.fleet.joining;
-            let nobody = returned && (no_fleet || !seen.service.any_exists);
+            let nobody = returned && (seen.fleet.is_gone() || !seen.service.any_exists);
             if *replicas < has && !nobody {
                 require(effective.is_some(), "nothing is scaled down while the fleet is unknown")?;
                 if after.primary_revision.as_ref() == Some(revision) {

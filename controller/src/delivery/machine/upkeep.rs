@@ -34,30 +34,13 @@ pub(super) fn keep(run: &mut Run<'_>) {
     capacity(run);
     promoted(run);
     retiring(run);
-    match run.status.stage {
-        Stage::Settled => {
-            strays(run);
-            history(run);
-        }
-        // Under a quota, the first revision of a template that was mended waits for what the broken one takes.
-        Stage::AdoptRevision => strays(run),
-        Stage::AdoptFleet
-        | Stage::AdoptService
-        | Stage::AdoptSettle
-        | Stage::AdoptSwitch
-        | Stage::AdoptRest
-        | Stage::Scale
-        | Stage::Shift
-        | Stage::Judge
-        | Stage::PromoteScale
-        | Stage::PromoteShift
-        | Stage::Finalise
-        | Stage::RollBack
-        | Stage::Paused
-        | Stage::ReturnScale
-        | Stage::ReturnSwitch
-        | Stage::ReturnService
-        | Stage::ReturnSettle => {}
+    let settled = run.status.stage == Stage::Settled;
+    // Under a quota, the first revision of a template that was mended waits for what the broken one takes.
+    if settled || run.status.stage == Stage::AdoptRevision {
+        strays(run);
+    }
+    if settled {
+        history(run);
     }
     owners(run);
 }

@@ -221,10 +221,10 @@ fn a_failure_below_the_threshold_holds_the_step_until_it_passes() {
     assert_eq!(world.status.failed_checks, 1);
 }
 
-#[test]
-fn failures_count_while_the_next_step_waits_for_capacity() {
+/// The first step, of 10 percent, has passed; the second one waits for its Pods.
+fn waiting_for_capacity(threshold: u32) -> World {
     let mut world = World::new(json!({
-        "interval": "10s", "threshold": 1, "stepWeights": [10, 90],
+        "interval": "10s", "threshold": threshold, "stepWeights": [10, 90],
         "metrics": [{"name": "request-success-rate", "interval": "5s", "thresholdRange": {"min": 99}}],
     }));
     world.settle();
@@ -233,6 +233,12 @@ fn failures_count_while_the_next_step_waits_for_capacity() {
     world.until("the second step is prepared", |world| {
         world.status.stage == Stage::Scale && world.status.step == Some(1)
     });
+    world
+}
+
+#[test]
+fn failures_count_while_the_next_step_waits_for_capacity() {
+    let mut world = waiting_for_capacity(1);
     assert_eq!(world.weight(), 10);
     world.tick();
     world.hear(VerdictStatus::Fail);
@@ -242,16 +248,7 @@ fn failures_count_while_the_next_step_waits_for_capacity() {
 
 #[test]
 fn no_weight_rises_while_a_gate_fails_although_the_step_before_has_passed() {
-    let mut world = World::new(json!({
-        "interval": "10s", "threshold": 3, "stepWeights": [10, 90],
-        "metrics": [{"name": "request-success-rate", "interval": "5s", "thresholdRange": {"min": 99}}],
-    }));
-    world.settle();
-    world.pods_take = 20;
-    world.apply("v2");
-    world.until("the second step is prepared", |world| {
-        world.status.stage == Stage::Scale && world.status.step == Some(1)
-    });
+    let mut world = waiting_for_capacity(3);
     world.reports = false;
     world.tick();
     world.hear(VerdictStatus::Fail);
