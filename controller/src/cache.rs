@@ -222,7 +222,7 @@ impl Cache {
         let replica_sets =
             Pending::new(scoped(client, namespace), (), all(), prune_metadata::<PartialObjectMeta<ReplicaSet>>);
         let pods = Pending::new(scoped(client, namespace), (), all(), prune_pod);
-        let services = Pending::new(scoped(client, namespace), (), all(), prune_metadata::<Service>);
+        let services = Pending::new(scoped(client, namespace), (), all(), prune_service);
         let slices = Pending::new(scoped(client, namespace), (), all(), prune_metadata::<EndpointSlice>);
         let revisions = Pending::new(
             scoped(client, namespace),
@@ -446,6 +446,17 @@ fn prune_metadata<K: Resource>(object: &mut K) {
     if let Some(annotations) = &mut meta.annotations {
         annotations.remove("kubectl.kubernetes.io/last-applied-configuration");
     }
+}
+
+/// Of one that a Canary owns it has to be seen whether somebody else has written it since.
+fn prune_service(service: &mut Service) {
+    let owned = service.owner_references().iter().any(|owner| owner.kind == Canary::kind(&()));
+    let mut managed = service.metadata.managed_fields.take().unwrap_or_default();
+    managed.retain(|entry| {
+        owned && entry.subresource.is_none() && entry.manager.as_deref() != Some(labels::FIELD_MANAGER)
+    });
+    prune_metadata(service);
+    service.metadata.managed_fields = Some(managed).filter(|managed| !managed.is_empty());
 }
 
 /// What was measured changes all the time, and no room reads it.

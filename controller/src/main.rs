@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use kube::{Client, Config};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use sluice_controller::{
-    admission::{Keeper, Uninstall, Webhook},
+    admission::{Keeper, Pace, Uninstall, Webhook},
     ads::{Ads, Leadership, Members},
     analysis::{ClusterSources, DryRun, DryRunRequest, Engine, Report, Task},
     cache::{Cache, CanaryKey},
@@ -180,6 +180,9 @@ async fn run(settings: Settings, provider: Arc<CryptoProvider>) -> anyhow::Resul
         address: settings.webhook(),
         ca: authority.bundle(),
         namespace: settings.watched_namespace(),
+        release_namespace: settings.pod_namespace.clone(),
+        webhook_port: settings.webhook_address.port(),
+        pace: Pace::default(),
         lease: Arc::new(Guard(lease.clone())),
         report: Arc::new(metrics.clone()),
     };

@@ -158,6 +158,7 @@ impl Histogram {
 #[repr(align(128))]
 struct RevisionShard {
     requests: [[Cell; GRPC.len()]; CLASSES.len()],
+    under_way: Cell,
     duration: Histogram,
     first_byte: Histogram,
 }
@@ -196,6 +197,16 @@ pub struct RevisionMetrics {
 }
 
 impl RevisionMetrics {
+    /// A request has been drawn for the revision.
+    pub fn begun(&self) {
+        self.series.shards[self.thread].under_way.add(1);
+    }
+
+    /// It is under way no more, whether it counts for the revision or not.
+    pub fn over(&self) {
+        self.series.shards[self.thread].under_way.sub(1);
+    }
+
     /// One finished request. `first_byte` is `None` if no answer of the upstream arrived.
     pub fn record(
         &self,
@@ -495,10 +506,7 @@ impl Metrics {
     /// is if that is 0, or above the last bound.
     #[must_use]
     pub fn outcomes(&self, labels: &MetricLabels, slow_above: Duration) -> Outcomes {
-        let series = {
-            let families = self.families.lock().unwrap_or_else(PoisonError::into_inner);
-            families.revisions.get(labels).and_then(Weak::upgrade)
-        };
+        let series = self.known(labels);
         let mut sum = Outcomes::default();
         for shard in series.iter().flat_map(|series| series.shards.iter()) {
             let Outcomes { requests, bad, slow } = shard.outcomes(slow_above);
@@ -507,6 +515,18 @@ impl Metrics {
             sum.slow += slow;
         }
         sum
+    }
+
+    /// How many requests of a revision are under way; 0 while it is not configured.
+    #[must_use]
+    pub fn under_way(&self, labels: &MetricLabels) -> u64 {
+        let series = self.known(labels);
+        series.iter().flat_map(|series| series.shards.iter()).map(|shard| shard.under_way.get()).sum()
+    }
+
+    fn known(&self, labels: &MetricLabels) -> Option<Arc<RevisionSeries>> {
+        let families = self.families.lock().unwrap_or_else(PoisonError::into_inner);
+        families.revisions.get(labels).and_then(Weak::upgrade)
     }
 
     /// The series of a listener for the thread with this index.

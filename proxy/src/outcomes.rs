@@ -82,6 +82,8 @@ struct Counted {
     slow_above: Duration,
     primary: Side,
     canary: Side,
+    /// The most requests of the canary that were under way at a report.
+    most_under_way: u64,
 }
 
 struct Side {
@@ -111,21 +113,22 @@ impl Counted {
             };
             Side { last: metrics.outcomes(&labels, slow_above), labels }
         };
-        Self {
-            id: release.id,
-            slow_above,
-            primary: side(release.primary.clone()),
-            canary: side(release.canary.clone()),
-        }
+        let (primary, canary) = (side(release.primary.clone()), side(release.canary.clone()));
+        let most_under_way = metrics.under_way(&canary.labels);
+        Self { id: release.id, slow_above, primary, canary, most_under_way }
     }
 
     fn since_last(&mut self, metrics: &Metrics) -> Option<ReleaseOutcomes> {
         let primary = self.primary.since_last(metrics, self.slow_above);
         let canary = self.canary.since_last(metrics, self.slow_above);
-        (primary.requests + canary.requests > 0).then_some(ReleaseOutcomes {
+        let under_way = metrics.under_way(&self.canary.labels);
+        let canary_more_under_way = under_way.saturating_sub(self.most_under_way);
+        self.most_under_way += canary_more_under_way;
+        (primary.requests + canary.requests + canary_more_under_way > 0).then_some(ReleaseOutcomes {
             id: self.id,
             primary: Some(primary),
             canary: Some(canary),
+            canary_more_under_way,
         })
     }
 }

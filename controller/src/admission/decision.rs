@@ -12,6 +12,12 @@ use sluice_crds::{Canary, labels};
 /// What kubectl and Argo CD applied last, as they wrote it.
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
+/// Service that the keeper creates in dry runs, to see whether the API server reaches the webhook. Policies do not know it: they
+/// have nobody to reach.
+pub const CHECK: &str = "sluice-webhook-check";
+/// Annotation that says it does.
+pub const ANSWERED: &str = "sluice.dev/webhook-answered";
+
 /// Operations of a JSON patch (RFC 6902) that put back what the write takes away; empty for a write that is fine, and for one
 /// that is none of ours. `canaries`: those of the object's namespace.
 #[must_use]
@@ -32,6 +38,9 @@ pub fn changes<'a>(
     }
     let name = object.name_any();
     match (request.resource.group.as_str(), request.resource.resource.as_str()) {
+        ("", "services") if name == CHECK && request.dry_run && request.operation == Operation::Create => {
+            annotation(object, ANSWERED, "true")
+        }
         ("", "services") => canaries
             .into_iter()
             .find(|canary| {
@@ -73,10 +82,7 @@ fn deployment(object: &DynamicObject, old: Option<&DynamicObject>, canary: &str)
         return patch;
     }
     if is_a_wish(object, old, replicas) {
-        if object.metadata.annotations.is_none() {
-            patch.push(json!({"op": "add", "path": "/metadata/annotations", "value": {}}));
-        }
-        patch.push(add(&["metadata", "annotations", labels::REPLICAS], &replicas.to_string()));
+        patch.extend(annotation(object, labels::REPLICAS, &replicas.to_string()));
     }
     patch.push(json!({"op": "add", "path": "/spec/replicas", "value": 0}));
     patch
@@ -111,6 +117,15 @@ fn label(object: &DynamicObject, canary: &str) -> Vec<Value> {
         None => patch.push(json!({"op": "add", "path": "/metadata/labels", "value": {}})),
     }
     patch.push(add(&["metadata", "labels", labels::CANARY], canary));
+    patch
+}
+
+fn annotation(object: &DynamicObject, key: &str, value: &str) -> Vec<Value> {
+    let mut patch = Vec::new();
+    if object.metadata.annotations.is_none() {
+        patch.push(json!({"op": "add", "path": "/metadata/annotations", "value": {}}));
+    }
+    patch.push(add(&["metadata", "annotations", key], value));
     patch
 }
 
@@ -162,8 +177,13 @@ mod tests {
 
     /// The object after the changes; `None` if there are none.
     fn after(operation: &str, resource: &str, object: Value, old: Value) -> Option<Value> {
+        let request = request(operation, resource, object.clone(), old);
+        applied(&request, object)
+    }
+
+    fn applied(request: &AdmissionRequest<DynamicObject>, object: Value) -> Option<Value> {
         let canaries = taken_over();
-        let patch = changes(&request(operation, resource, object.clone(), old), &canaries);
+        let patch = changes(request, &canaries);
         if patch.is_empty() {
             return None;
         }
@@ -303,6 +323,23 @@ mod tests {
         unnamed["metadata"].as_object_mut().unwrap().remove("name");
         assert_eq!(after("CREATE", "deployments", unnamed, Value::Null), None);
         assert!(changes(&request("UPDATE", "deployments", target(3, None, None, None), Value::Null), []).is_empty());
+    }
+
+    #[test]
+    fn the_keepers_dry_run_is_answered_and_nothing_else_of_that_name() {
+        let named = |name: &str| json!({"metadata": {"name": name}});
+        let marked = json!({"metadata": {"name": CHECK, "annotations": {ANSWERED: "true"}}});
+        let cases = [
+            ("the dry run", true, "CREATE", "services", CHECK, Some(marked)),
+            ("a Service of that name", false, "CREATE", "services", CHECK, None),
+            ("one that is there", true, "UPDATE", "services", CHECK, None),
+            ("another kind", true, "CREATE", "deployments", CHECK, None),
+            ("another dry run", true, "CREATE", "services", "other", None),
+        ];
+        for (what, dry_run, operation, resource, name, wanted) in cases {
+            let request = AdmissionRequest { dry_run, ..request(operation, resource, named(name), Value::Null) };
+            assert_eq!(applied(&request, named(name)), wanted, "{what}");
+        }
     }
 
     #[test]

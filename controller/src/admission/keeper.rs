@@ -1,5 +1,5 @@
 //! Writes the policies or the webhook's configuration, repairs them when somebody edits or removes them, and removes what is
-//! not wanted any more.
+//! not wanted any more. Where the webhook protects, it looks whether the API server reaches it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,10 +10,13 @@ use std::{
 };
 
 use futures::{StreamExt as _, stream, stream::BoxStream};
-use k8s_openapi::api::authentication::v1::SelfSubjectReview;
+use k8s_openapi::api::{
+    authentication::v1::SelfSubjectReview,
+    core::v1::{Service, ServiceSpec},
+};
 use kube::{
     Api, Client, ResourceExt as _,
-    api::{ApiResource, DeleteParams, DynamicObject, PostParams, Preconditions},
+    api::{ApiResource, DeleteParams, DynamicObject, ObjectMeta, PostParams, Preconditions},
     core::GroupVersionKind,
     runtime::{WatchStreamExt as _, watcher},
 };
@@ -25,11 +28,14 @@ use tokio::{
 };
 
 use super::{
-    Effective, Protection,
+    Effective, Pace, Protection,
+    decision::{ANSWERED, CHECK},
     objects::{self, Address, GROUP, Kind, MANAGED_BY, STABLE, Scope},
+    reach::Reach,
 };
 use crate::delivery::actions::LeaseGuard;
 
+/// Longer than the 2 s that the API server waits for the webhook.
 const CALL: Duration = Duration::from_secs(10);
 const FIRST_RETRY: Duration = Duration::from_secs(2);
 const LAST_RETRY: Duration = Duration::from_secs(60);
@@ -39,9 +45,13 @@ const DISCOVER_AGAIN: Duration = Duration::from_secs(3600);
 const INCOMPLETE: &str =
     "the protection of Services and Deployments is not complete, and what is taken away is only repaired";
 
+const UNCHECKED: &str =
+    "Except it from the policy or the quota that refuses it; until then nothing tells whether the webhook is reached";
+
 /// Where the keeper says how things are.
 pub trait Report: Send + Sync {
-    /// `incomplete`: what protects is less than was asked for, or could not be written. `None` while somebody else leads.
+    /// `incomplete`: what protects is less than was asked for, could not be written, or is not reached by the API server. `None`
+    /// while somebody else leads.
     fn protection(&self, state: Option<(Effective, /* incomplete: */ bool)>);
 }
 
@@ -55,6 +65,11 @@ pub struct Keeper {
     pub ca: watch::Receiver<Arc<str>>,
     /// Only Canaries of this namespace; all where absent.
     pub namespace: Option<String>,
+    /// In which it is checked whether the API server reaches the webhook: one that we watch, with the right to create Services.
+    pub release_namespace: String,
+    /// The webhook's on the controllers' Pods, to be told where it is not reached.
+    pub webhook_port: u16,
+    pub pace: Pace,
     pub lease: Arc<dyn LeaseGuard>,
     pub report: Arc<dyn Report>,
 }
@@ -70,6 +85,12 @@ enum Error {
     Deadline { doing: String },
     #[error("{doing}: not tried, because this replica no longer leads")]
     NotLeading { doing: String },
+    #[error(
+        "the API server does not reach the webhook ({why}). Until it does, writes to taken-over Services and to Deployments at rest \
+         are refused, or only repaired. Let it reach port {port} of the controllers' Pods (a firewall rule, a security group, a \
+         NetworkPolicy), or set the protection to none; docs/troubleshooting.md"
+    )]
+    Unreached { why: String, port: u16 },
 }
 
 impl Error {
@@ -84,8 +105,21 @@ impl Error {
             Self::Watch { source, .. } => {
                 cause(source).is_some_and(|error| is(error, kube::core::Status::is_forbidden))
             }
-            Self::Deadline { .. } | Self::NotLeading { .. } => false,
+            Self::Deadline { .. } | Self::NotLeading { .. } | Self::Unreached { .. } => false,
         }
+    }
+
+    /// The API server has answered, and refused.
+    fn is_status(&self) -> bool {
+        matches!(self, Self::Api { source, .. } if is(source, |_| true))
+    }
+
+    /// The words of an API server that should ask our webhook and cannot (`failurePolicy: Fail`). Another's may fail as well.
+    fn failed_call(&self) -> Option<String> {
+        let Self::Api { source, .. } = self else { return None };
+        let kube::Error::Api(status) = &**source else { return None };
+        let ours = format!("failed calling webhook \"{}\"", objects::webhook_name("services"));
+        status.message.contains(&ours).then(|| status.message.clone())
     }
 }
 
@@ -122,8 +156,9 @@ impl Keeper {
     async fn term(&self) {
         let mut retry = FIRST_RETRY;
         let mut said = None;
+        let mut reach = Reach::default();
         loop {
-            let Err(error) = self.begin(&mut said, &mut retry).await else { continue };
+            let Err(error) = self.begin(&mut said, &mut reach, &mut retry).await else { continue };
             if self.protection == Protection::None && error.is_forbidden() {
                 // Nothing is wanted, and nothing of ours can be there that we had no right to write.
                 self.report.protection(Some((Effective::Repair, false)));
@@ -138,14 +173,15 @@ impl Keeper {
     }
 
     /// Finds out what the API server serves, and holds what follows from it until that should be found out again.
-    async fn begin(&self, said: &mut Option<Effective>, retry: &mut Duration) -> Result<(), Error> {
+    async fn begin(&self, said: &mut Option<Effective>, reach: &mut Reach, retry: &mut Duration) -> Result<(), Error> {
         let served = self.served().await?;
         let (effective, why) = choose(self.protection, served.policies);
         if said.as_ref() != Some(&effective) {
             tell(self.protection, &effective, &why);
             *said = Some(effective.clone());
+            *reach = Reach::default();
         }
-        self.hold(&served, &effective, Instant::now() + DISCOVER_AGAIN, retry).await
+        self.hold(&served, &effective, Instant::now() + DISCOVER_AGAIN, reach, retry).await
     }
 
     async fn served(&self) -> Result<Served, Error> {
@@ -176,6 +212,7 @@ impl Keeper {
         served: &Served,
         effective: &Effective,
         again: Instant,
+        reach: &mut Reach,
         retry: &mut Duration,
     ) -> Result<(), Error> {
         let scope = Scope { own_user: served.own_user.clone(), namespace: self.namespace.clone() };
@@ -193,7 +230,11 @@ impl Keeper {
         // As the API server stored what we wrote: a newer one may add defaults, and platforms add selectors of their own.
         let mut stored: BTreeMap<Id, Value> = BTreeMap::new();
         let less_than_asked = self.protection == Protection::Policy && *effective == Effective::Repair;
+        let say = |incomplete: bool| self.report.protection(Some((effective.clone(), less_than_asked || incomplete)));
         let mut due = again;
+        // No check before all is written.
+        let mut settled = false;
+        let mut check = Instant::now();
         loop {
             tokio::select! {
                 event = events.next() => match event {
@@ -207,13 +248,20 @@ impl Keeper {
                 // Begun anew with the other roots. No branch when nobody can say so any more.
                 Ok(()) = roots.changed() => return Ok(()),
                 () = sleep_until(due) => if Instant::now() >= again { return Ok(()) },
+                () = sleep_until(check), if settled && *effective == Effective::Webhook => {
+                    let next = self.check(reach).await;
+                    check = Instant::now() + next;
+                    say(reach.lost());
+                    continue;
+                }
             }
             // A list in progress says nothing yet about what is missing.
             if !unlisted.is_empty() {
                 continue;
             }
             let failed = self.settle(&kinds, &wanted, &mut found, &mut stored).await;
-            self.report.protection(Some((effective.clone(), less_than_asked || failed.is_some())));
+            settled = failed.is_none();
+            say(!settled || reach.lost());
             match failed {
                 None => (due, *retry) = (again, FIRST_RETRY),
                 Some(error) => {
@@ -222,6 +270,55 @@ impl Keeper {
                     *retry = (*retry * 2).min(LAST_RETRY);
                 }
             }
+        }
+    }
+
+    /// Looks whether the API server reaches the webhook, and tells when that has changed. In how long to look again.
+    async fn check(&self, reach: &mut Reach) -> Duration {
+        let asked = self.ask().await;
+        let (answered, next) = match &asked {
+            Ok(()) => (Some(true), self.pace.answered),
+            Err(Error::Unreached { .. }) => (Some(false), self.pace.unanswered),
+            Err(_) => (None, self.pace.unanswered),
+        };
+        let changed = reach.note(answered, Instant::now(), self.pace.patience);
+        let refused = asked.as_ref().is_err_and(Error::is_status);
+        let newly_refused = !std::mem::replace(&mut reach.refused, refused) && refused;
+        match asked {
+            Ok(()) if changed => tracing::info!("the API server reaches the webhook"),
+            Err(error) if changed || newly_refused => tracing::error!("{error}; tried again in {next:?}"),
+            Ok(()) | Err(_) => {}
+        }
+        next
+    }
+
+    /// Creates a Service that the webhook marks, in a dry run.
+    async fn ask(&self) -> Result<(), Error> {
+        let check = Service {
+            metadata: ObjectMeta {
+                name: Some(CHECK.to_owned()),
+                // The webhook is asked about objects with this label only.
+                labels: Some([(labels::CANARY.to_owned(), CHECK.to_owned())].into()),
+                ..ObjectMeta::default()
+            },
+            spec: Some(ServiceSpec { cluster_ip: Some("None".to_owned()), ..ServiceSpec::default() }),
+            ..Service::default()
+        };
+        let services: Api<Service> = Api::namespaced(self.client.clone(), &self.release_namespace);
+        let params = PostParams { dry_run: true, field_manager: Some(labels::FIELD_MANAGER.to_owned()) };
+        let doing = format!(
+            "creating Service {}/{CHECK} in a dry run, to see whether the API server reaches the webhook",
+            self.release_namespace
+        );
+        let unreached = |why: &str| Err(Error::Unreached { why: why.to_owned(), port: self.webhook_port });
+        match self.leading(&doing, services.create(&params, &check)).await {
+            Ok(made) if made.annotations().contains_key(ANSWERED) => Ok(()),
+            Ok(_) => unreached("it does not ask it"),
+            Err(error) => match (error.failed_call(), error) {
+                (Some(why), _) => unreached(&why),
+                (None, Error::Api { doing, source, .. }) => Err(Error::Api { doing, source, hint: UNCHECKED }),
+                (None, error) => Err(error),
+            },
         }
     }
 

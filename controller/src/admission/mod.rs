@@ -9,11 +9,13 @@
 //! - where it serves no `MutatingAdmissionPolicy`: a webhook ([`Webhook`]), which every replica answers from its cache
 //!   ([`decision`]), leading or not, for labelled objects only.
 //!
-//! Behind both, `delivery` watches and repairs. Only the leader writes the configuration ([`Keeper`]).
+//! Behind both, `delivery` watches and repairs. Only the leader writes the configuration, and looks whether the API server reaches
+//! the webhook ([`Keeper`]).
 
 pub mod decision;
 mod keeper;
 pub mod objects;
+mod reach;
 mod server;
 mod uninstall;
 
@@ -22,6 +24,7 @@ use std::fmt;
 use clap::ValueEnum;
 
 pub use keeper::{Keeper, Report};
+pub use reach::Pace;
 pub use server::{Webhook, WebhookError};
 pub use uninstall::{Uninstall, UninstallError};
 

@@ -73,7 +73,7 @@ fn name(purpose: &str, namespace: Option<&str>) -> String {
 pub struct Scope {
     /// User name of the controllers. Their own writes are what `delivery` decided, with the status that it had written
     /// before; a decision on a status that is some milliseconds older would undo the hand-back. And they must never wait for
-    /// their own webhook.
+    /// their own webhook, but in the dry run that checks whether it is reached.
     pub own_user: String,
     /// Only this namespace; all of them where absent.
     pub namespace: Option<String>,
@@ -99,14 +99,13 @@ impl Scope {
         }
     }
 
-    /// Who goes away is never held up, and neither are we.
-    fn conditions(&self) -> Vec<Value> {
+    fn somebody_else(&self) -> String {
         // A string of CEL is quoted as one of JSON is.
-        let own_user = Value::from(self.own_user.as_str());
-        vec![
-            json!({"name": "somebody-else", "expression": format!("request.userInfo.username != {own_user}")}),
-            json!({"name": "stays", "expression": "!has(object.metadata.deletionTimestamp)"}),
-        ]
+        format!("request.userInfo.username != {}", Value::from(self.own_user.as_str()))
+    }
+
+    fn conditions(&self) -> Vec<Value> {
+        conditions(&self.somebody_else())
     }
 
     /// Each Canary in the namespace of the object is a parameter, one after the other.
@@ -136,6 +135,19 @@ impl Scope {
         }
         (kind, object)
     }
+}
+
+/// Who goes away is never held up, and neither are we.
+fn conditions(somebody_else: &str) -> Vec<Value> {
+    vec![
+        json!({"name": "somebody-else", "expression": somebody_else}),
+        json!({"name": "stays", "expression": "!has(object.metadata.deletionTimestamp)"}),
+    ]
+}
+
+/// Name of the webhook for a resource, as the API server says it in its errors.
+pub(super) fn webhook_name(resource: &str) -> String {
+    format!("{resource}.{WEBHOOK}.sluice.dev")
 }
 
 /// All that there should be.
@@ -304,9 +316,11 @@ fn webhooks(scope: &Scope, address: &Address, ca: &str) -> Value {
         }
         Address::Url(url) => client["url"] = json!(format!("{url}{PATH}")),
     }
+    // The keeper's check; no other dry run is ours.
+    let asked_of_us = format!("{} || (has(request.dryRun) && request.dryRun)", scope.somebody_else());
     let webhook = |group: &str, resource: &str| {
         json!({
-            "name": format!("{resource}.{WEBHOOK}.sluice.dev"),
+            "name": webhook_name(resource),
             "clientConfig": client,
             "rules": [{
                 "apiGroups": [group], "apiVersions": ["v1"], "resources": [resource],
@@ -318,7 +332,7 @@ fn webhooks(scope: &Scope, address: &Address, ca: &str) -> Value {
                 {"key": labels::CANARY, "operator": "Exists"},
                 {"key": labels::REVISION, "operator": "DoesNotExist"},
             ]},
-            "matchConditions": scope.conditions(),
+            "matchConditions": conditions(&asked_of_us),
             "matchPolicy": "Equivalent",
             "sideEffects": "None",
             "failurePolicy": "Fail",

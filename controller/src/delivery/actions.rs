@@ -147,14 +147,22 @@ impl Effects {
         Ok(())
     }
 
-    /// Companions follow the apex: its ports may change at any time.
+    /// Companions follow the apex: its ports may change at any time. An apex of ours that somebody else has applied since is theirs.
     ///
     /// # Errors
     /// As [`Effects::perform`].
     pub async fn ensure_services(&self, turn: &mut Turn<'_>) -> Result<(), ActionError> {
         let api = self.api::<Service>(&turn.canary);
         let apex = match (&turn.observed.apex, &turn.observed.target) {
-            (Some(apex), _) => Arc::clone(apex),
+            (Some(apex), _) => match services::owners_without_us(apex, &turn.canary) {
+                None => Arc::clone(apex),
+                Some(owners) => {
+                    let patch = json!({"metadata": {"ownerReferences": owners}});
+                    let written = self.patch(&api, &**apex, "leaving to whoever wrote it", patch).await?;
+                    turn.wrote_service(&written);
+                    Arc::new(written)
+                }
+            },
             (None, Some(target)) => {
                 let wanted = services::apex(&turn.canary, target);
                 let made = self.create(&api, "Service", &wanted, |found| revisions::owned(found, &turn.canary)).await?;
@@ -202,7 +210,11 @@ impl Effects {
         let differs = |service: &&Arc<Service>| services::has_key(service, &turn.canary) != wanted;
         let todo: Vec<_> = all.filter(differs).cloned().collect();
         for service in &todo {
-            let written = self.patch(&self.api::<Service>(&turn.canary), &**service, doing, patch.clone()).await?;
+            let mut patch = patch.clone();
+            if let Some(owners) = services::owners_without_us(service, &turn.canary) {
+                patch["metadata"]["ownerReferences"] = json!(owners);
+            }
+            let written = self.patch(&self.api::<Service>(&turn.canary), &**service, doing, patch).await?;
             turn.wrote_service(&written);
         }
         Ok(())

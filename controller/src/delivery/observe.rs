@@ -158,10 +158,11 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
     warnings.append(&mut scaling.warnings);
 
     let current = apex.as_ref().is_some_and(|apex| {
-        Role::ALL
-            .map(|role| services::companion(canary, apex, role))
-            .iter()
-            .all(|wanted| companions.get(&wanted.name_any()).is_some_and(|live| services::is_current(live, wanted)))
+        services::owners_without_us(apex, canary).is_none()
+            && Role::ALL
+                .map(|role| services::companion(canary, apex, role))
+                .iter()
+                .all(|wanted| companions.get(&wanted.name_any()).is_some_and(|live| services::is_current(live, wanted)))
     });
     let observation = Observation {
         deleting: canary.metadata.deletion_timestamp.is_some(),

@@ -103,6 +103,27 @@ pub fn without_port(ports: &[PortKey]) -> Option<Problem> {
 /// `spec.service.name` cannot be changed.
 const ANOTHER: &str = "delete this Canary, and create it with the application's own Service in spec.service";
 
+/// The owners that are left to a Service that Sluice made, where somebody else has written it since, such as Git, which applied it
+/// later: it is theirs, and must not go with the Canary.
+#[must_use]
+pub fn owners_without_us(service: &Service, canary: &Canary) -> Option<Vec<OwnerReference>> {
+    let uid = canary.metadata.uid.as_deref();
+    (revisions::owned(service, canary) && is_written_by_others(service)).then(|| {
+        let owners = service.owner_references().iter();
+        owners.filter(|owner| Some(owner.uid.as_str()) != uid).cloned().collect()
+    })
+}
+
+/// Whether anybody but Sluice has a part in its spec, or has applied it without a difference.
+fn is_written_by_others(service: &Service) -> bool {
+    service.managed_fields().iter().any(|entry| {
+        let has = |path| entry.fields_v1.as_ref().is_some_and(|fields| fields.0.pointer(path).is_some());
+        entry.subresource.is_none()
+            && entry.manager.as_deref() != Some(labels::FIELD_MANAGER)
+            && (has("/f:spec") || has("/f:metadata/f:annotations/f:kubectl.kubernetes.io~1last-applied-configuration"))
+    })
+}
+
 /// What forbids to take a Service over.
 #[must_use]
 pub fn refusals(apex: &Service, canary: &Canary, pod_template: Option<&Value>) -> Vec<Problem> {
@@ -305,20 +326,43 @@ pub fn warnings(apex: &Service, canary: &Canary) -> Vec<Problem> {
             ),
         });
     }
-    let ports = spec.ports.iter().flatten();
-    let is_apex = name == canary.spec.service_name();
-    if is_apex && !ports.clone().any(|port| port.port == canary.spec.service.port) {
-        let has: Vec<_> = ports.map(|port| port.port.to_string()).collect();
-        warnings.push(Problem {
-            reason: "PortMismatch",
-            message: format!(
-                "Service {name} has no port {} (spec.service.port); it is there already, so it stays as it is, and all its ports are served: {}",
-                canary.spec.service.port,
-                has.join(", ")
-            ),
-        });
+    if name == canary.spec.service_name() {
+        warnings.extend(mismatch(apex, canary));
     }
     warnings
+}
+
+/// What `spec.service` says of the port and the Service does not do. A Service that is there is never changed: that would hold at once, and
+/// for the revision that serves as well.
+fn mismatch(apex: &Service, canary: &Canary) -> Option<Problem> {
+    let name = apex.name_any();
+    let ports = || apex.spec.iter().flat_map(|spec| spec.ports.iter().flatten());
+    let wished = wished_port(canary);
+    let why = match ports().find(|port| port.port == wished.port) {
+        None => {
+            let has: Vec<_> = ports().map(|port| port.port.to_string()).collect();
+            format!(
+                "Service {name} has no port {} (spec.service.port); it is there already, so it stays as it is, and all its ports are served: {}",
+                wished.port,
+                has.join(", ")
+            )
+        }
+        // What was made as the Canary said then. One of somebody else's says for itself where it leads.
+        Some(port) if revisions::owned(apex, canary) && as_written(port) != wished => format!(
+            "port {} of Service {name}, which Sluice made, is not as spec.service says now (targetPort, portName or appProtocol); a change there is \
+             not carried over, because it would hold at once for the revision that serves as well. Where that is right: kubectl edit service \
+             {name} -n {}",
+            wished.port,
+            apex.namespace().unwrap_or_default()
+        ),
+        Some(_) => return None,
+    };
+    Some(Problem { reason: "PortMismatch", message: why })
+}
+
+/// Without what the API server has chosen.
+fn as_written(port: &ServicePort) -> ServicePort {
+    ServicePort { node_port: None, ..port.clone() }
 }
 
 /// Other Services whose selector matches the Pods of every revision: through them, clients reach the canary unsplit.
@@ -356,21 +400,9 @@ pub fn bypasses<'a>(
 /// The apex Service, where none exists.
 #[must_use]
 pub fn apex(canary: &Canary, target: &DynamicObject) -> Service {
-    let wish = &canary.spec.service;
     let pod_template = &target.data["spec"]["template"];
-    let mut ports = vec![ServicePort {
-        name: Some(wish.port_name.clone()),
-        port: wish.port,
-        target_port: Some(match &wish.target_port {
-            Some(PortRef::Number(number)) => IntOrString::Int(*number),
-            Some(PortRef::Name(name)) => IntOrString::String(name.clone()),
-            None => IntOrString::Int(wish.port),
-        }),
-        app_protocol: wish.app_protocol.clone(),
-        protocol: Some("TCP".into()),
-        node_port: None,
-    }];
-    if wish.port_discovery {
+    let mut ports = vec![wished_port(canary)];
+    if canary.spec.service.port_discovery {
         for (name, number) in template::named_ports(pod_template) {
             let port = i32::from(number);
             let reached = ports.iter().any(|known| {
@@ -399,6 +431,23 @@ pub fn apex(canary: &Canary, target: &DynamicObject) -> Service {
         metadata: metadata(canary, canary.spec.service_name().to_owned(), labels),
         spec: Some(ServiceSpec { ports: Some(ports), selector: Some(selector), ..ServiceSpec::default() }),
         status: None,
+    }
+}
+
+/// The port of the apex that the Canary describes.
+fn wished_port(canary: &Canary) -> ServicePort {
+    let wish = &canary.spec.service;
+    ServicePort {
+        name: Some(wish.port_name.clone()),
+        port: wish.port,
+        target_port: Some(match &wish.target_port {
+            Some(PortRef::Number(number)) => IntOrString::Int(*number),
+            Some(PortRef::Name(name)) => IntOrString::String(name.clone()),
+            None => IntOrString::Int(wish.port),
+        }),
+        app_protocol: wish.app_protocol.clone(),
+        protocol: Some("TCP".into()),
+        node_port: None,
     }
 }
 
@@ -442,10 +491,7 @@ pub fn companion(canary: &Canary, apex: &Service, role: Role) -> Service {
 #[must_use]
 pub fn is_current(live: &Service, wanted: &Service) -> bool {
     let (Some(live_spec), Some(wanted_spec)) = (&live.spec, &wanted.spec) else { return false };
-    let ports = |spec: &ServiceSpec| -> Vec<ServicePort> {
-        let ports = spec.ports.iter().flatten().cloned();
-        ports.map(|port| ServicePort { node_port: None, ..port }).collect()
-    };
+    let ports = |spec: &ServiceSpec| -> Vec<ServicePort> { spec.ports.iter().flatten().map(as_written).collect() };
     let selector = |spec: &ServiceSpec| spec.selector.clone().unwrap_or_default();
     let owned = |owner: &OwnerReference| live.owner_references().iter().any(|live| live.uid == owner.uid);
     wanted.labels().iter().all(|(key, value)| live.labels().get(key) == Some(value))
@@ -612,6 +658,63 @@ mod tests {
         assert_eq!(reasons(json!({"externalTrafficPolicy": "Local"}), 80), ["ExternalTrafficPolicyLocal"]);
         assert_eq!(reasons(json!({"publishNotReadyAddresses": true}), 80), ["PublishNotReadyAddresses"]);
         assert_eq!(reasons(json!({}), 9898), ["PortMismatch"]);
+    }
+
+    /// A Service that Sluice made, with these managers beside its own.
+    fn made(canary: &Canary, managers: Value) -> Service {
+        let mut service = service(json!({}));
+        service.metadata.owner_references = Some(vec![revisions::canary_owner(canary)]);
+        let mut managed: Vec<Value> = vec![json!({"manager": "sluice", "fieldsV1": {"f:spec": {"f:ports": {}}}})];
+        managed.extend(managers.as_array().unwrap().clone());
+        service.metadata.managed_fields = serde_json::from_value(json!(managed)).unwrap();
+        service
+    }
+
+    #[test]
+    fn a_service_that_sluice_made_is_its_owners_as_soon_as_they_apply_it() {
+        let canary = canary(json!({"port": 80}));
+        let spec = json!({"f:spec": {"f:selector": {}}});
+        let applied =
+            json!({"f:metadata": {"f:annotations": {"f:kubectl.kubernetes.io/last-applied-configuration": {}}}});
+        let cases = [
+            ("nobody", json!([]), false),
+            ("server-side apply", json!([{"manager": "flux", "operation": "Apply", "fieldsV1": spec}]), true),
+            ("an apply without a difference", json!([{"manager": "kubectl", "fieldsV1": applied}]), true),
+            ("a status", json!([{"manager": "lb", "subresource": "status", "fieldsV1": spec}]), false),
+            (
+                "a label by hand",
+                json!([{"manager": "kubectl-label", "fieldsV1": {"f:metadata": {"f:labels": {"f:team": {}}}}}]),
+                false,
+            ),
+        ];
+        for (what, managers, theirs) in cases {
+            let mut service = made(&canary, managers);
+            assert_eq!(owners_without_us(&service, &canary), theirs.then(Vec::new), "{what}");
+            let other = OwnerReference { uid: "another".into(), ..OwnerReference::default() };
+            service.owner_references_mut().push(other.clone());
+            assert_eq!(owners_without_us(&service, &canary), theirs.then(|| vec![other]), "{what}");
+            service.owner_references_mut().clear();
+            assert_eq!(owners_without_us(&service, &canary), None, "{what}: not ours");
+        }
+    }
+
+    #[test]
+    fn a_port_that_is_not_carried_over_is_told() {
+        let told = |service: &Service, wish: Value| {
+            let canary = canary(wish);
+            warnings(service, &canary).into_iter().map(|warning| warning.message).collect::<Vec<_>>()
+        };
+        let as_made = made(&canary(json!({"port": 80})), json!([]));
+        assert_eq!(told(&as_made, json!({"port": 80, "targetPort": "http"})), [""; 0]);
+        for wish in [
+            json!({"port": 80, "targetPort": 9090}),
+            json!({"port": 80, "targetPort": "http", "appProtocol": "grpc"}),
+            json!({"port": 80, "targetPort": "http", "portName": "web"}),
+        ] {
+            let found = told(&as_made, wish.clone());
+            assert!(found.len() == 1 && found[0].contains("kubectl edit service podinfo -n test"), "{wish}: {found:?}");
+            assert_eq!(told(&service(json!({})), wish), [""; 0], "somebody else's says for itself where it leads");
+        }
     }
 
     #[test]

@@ -16,6 +16,10 @@
 //! block, since only their means over the block appear. A dependency that fails for both sides is no evidence, and a primary
 //! without requests makes every bet worth 1.
 //!
+//! **Under way.** Requests of the canary count when they are drawn: those that have ended, and those by which more are under way than
+//! there ever were. Of a canary that has just begun to get some the quick ones end first, and where both sides fail at once what they serve
+//! in seconds these are the bad ones. Each that is added is a good one, so a bet is worth less for it. Later as many are drawn as end.
+//!
 //! **Many beginnings.** A bet that began while the canary was good would have lost everything when it turns bad. So the capital is
 //! divided: half is put in at once, a sixth after a tenth of a second, 1/(k (k+1)) in the k-th slot.
 //! What is put in later is not yet lost, and in all it is 1.
@@ -47,7 +51,7 @@ struct Bet {
     part: f64,
 }
 
-/// Requests that ended, and those of them that ended badly.
+/// Requests, and those of them that ended badly.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     pub requests: u64,
@@ -111,7 +115,7 @@ pub struct Evidence {
     /// The block that is being gathered, and since when.
     block: Sides,
     block_since: Duration,
-    /// When the canary's first request ended.
+    /// When the canary's first request came.
     first: Option<Duration>,
     /// The slot of the last bet, from 1; 0 before the first.
     slot: u64,
@@ -145,7 +149,7 @@ impl Evidence {
         }
     }
 
-    /// Takes in what has ended since the last call; `at` is now, on any clock that does not go back. Whether and when this is called must
+    /// Takes in what has come since the last call; `at` is now, on any clock that does not go back. Whether and when this is called must
     /// not depend on how requests ended.
     pub fn add(&mut self, at: Duration, ended: Sides) -> Option<Certainty> {
         if self.first.is_none() && ended.canary.requests == 0 {

@@ -184,8 +184,10 @@ impl Watched {
             let counts = |outcomes: wire::Outcomes| Counts { requests: outcomes.requests, bad: bad(outcomes) };
             Sides { primary: counts(primary), canary: counts(canary) }
         };
-        // Both look at each report.
-        let errors = self.errors.add(at, sides(|outcomes| outcomes.bad));
+        // Both look at each report. To slow ones nothing is added: the quick ones end first, so a canary that has just begun looks the better.
+        let mut ended = sides(|outcomes| outcomes.bad);
+        ended.canary.requests += outcomes.canary_more_under_way;
+        let errors = self.errors.add(at, ended);
         let latency = self.latency.as_mut().and_then(|latency| latency.add(at, sides(|outcomes| outcomes.slow)));
         let status = match (errors, latency) {
             (Some(certainty), _) => self.status(GuardSignal::Errors, certainty, at),
@@ -294,8 +296,12 @@ mod tests {
             for _ in 0..10 {
                 tokio::time::advance(Duration::from_millis(100)).await;
                 let outcomes = |requests, bad, slow| Some(wire::Outcomes { requests, bad, slow });
-                let release =
-                    wire::ReleaseOutcomes { id, primary: outcomes(40, 0, 0), canary: outcomes(10, bad, slow) };
+                let release = wire::ReleaseOutcomes {
+                    id,
+                    primary: outcomes(40, 0, 0),
+                    canary: outcomes(10, bad, slow),
+                    canary_more_under_way: 0,
+                };
                 self.guard.take(&OutcomeReport { releases: vec![release] });
             }
         }

@@ -208,7 +208,7 @@ impl Metrics {
         );
         registry.register(
             "protection_incomplete",
-            "1 while the protection that was asked for is not served by the API server, or could not be written",
+            "1 while the protection that was asked for is not served or not reached by the API server, or could not be written",
             inner.unprotected.clone(),
         );
         registry.register(

@@ -18,7 +18,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use sluice_controller::{
     admission::{
-        Effective, Keeper, Protection, Report, Webhook,
+        Effective, Keeper, Pace, Protection, Report, Webhook,
         objects::{Address, PATH},
     },
     cache::Cache,
@@ -127,6 +127,9 @@ pub fn keeper(client: &Client, protection: Protection, address: Address, ca: Str
         address,
         ca: watch::channel(ca.into()).1,
         namespace: None,
+        release_namespace: "default".into(),
+        webhook_port: 18443,
+        pace: Pace::default(),
         lease: Arc::new(Leads),
         report: Arc::clone(said) as Arc<dyn Report>,
     }
@@ -138,7 +141,7 @@ pub async fn authority(client: &Client) -> Arc<Authority> {
 }
 
 /// A webhook with a certificate of our own authority, and its roots.
-async fn webhook(client: &Client, tasks: &mut JoinSet<()>) -> (Address, String) {
+pub async fn webhook(client: &Client, tasks: &mut JoinSet<()>) -> (Address, String) {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let authority = authority(client).await;
     let subject = Subject {

@@ -114,6 +114,39 @@ async fn where_no_service_exists_the_canary_makes_one() {
 }
 
 #[tokio::test]
+async fn a_service_that_its_owner_applies_later_does_not_go_with_the_canary() {
+    let Some(world) = World::new("applied-later").await else { return };
+    world.running_application("web").await;
+    world.api::<Service>().delete("web", &DeleteParams::default()).await.unwrap();
+    world.canary("web", json!({})).await;
+    world.until_settled("web").await;
+    let service = || async { world.api::<Service>().get("web").await.unwrap() };
+    assert_eq!(service().await.owner_references().len(), 1);
+    let theirs = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"},
+        "spec": {"selector": {"app": "web"}, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]},
+    });
+    let apply = PatchParams::apply("git").force();
+    world.api::<Service>().patch("web", &apply, &Patch::Apply(theirs)).await.unwrap();
+    world
+        .until("it is nobody's but theirs, and the fleet's", || async {
+            let service = service().await;
+            let key = service.spec.clone().unwrap().selector.unwrap().contains_key(labels::FLEET);
+            (service.owner_references().is_empty() && key).then_some(())
+        })
+        .await;
+    let uid = service().await.uid();
+    world.api::<Canary>().delete("web", &DeleteParams::default()).await.unwrap();
+    world
+        .until("the Canary is gone", || async {
+            world.api::<Canary>().get_opt("web").await.unwrap().is_none().then_some(())
+        })
+        .await;
+    let left = service().await;
+    assert_eq!((left.uid(), left.spec.unwrap().selector.unwrap()), (uid, [("app".to_owned(), "web".to_owned())].into()));
+}
+
+#[tokio::test]
 async fn further_services_are_taken_over_and_handed_back_with_the_first() {
     let Some(world) = World::new("additional").await else { return };
     world.running_application("web").await;

@@ -14,14 +14,17 @@ use kube::{
 };
 use serde_json::json;
 use sluice_controller::admission::{
-    Effective, Protection, Uninstall,
+    Effective, Keeper, Pace, Protection, Uninstall,
+    decision::CHECK,
     objects::{self, Address},
 };
 use sluice_crds::{Canary, labels};
 use tokio::{sync::Mutex as AsyncMutex, task::JoinSet};
 
 use crate::{
-    admission::{FLUX, POLICIES, Said, Scene, authority, deployment, keeper, leading, plain, rest, service, until},
+    admission::{
+        FLUX, POLICIES, Said, Scene, authority, deployment, keeper, leading, plain, rest, service, until, webhook,
+    },
     server::{self, Requests, Server},
 };
 
@@ -210,6 +213,29 @@ async fn with_all_controllers_down_only_what_is_taken_over_waits() {
     assert!(scene.git::<Service>().get_opt("web").await.unwrap().is_none());
     assert!(scene.git::<Deployment>().get_opt("web").await.unwrap().is_none());
     scene.applied_service().await;
+}
+
+#[tokio::test]
+async fn it_is_told_while_the_api_server_does_not_reach_the_webhook() {
+    let Some(mut kept) = Kept::new(&[]).await else { return };
+    server::install(&kept.client).await;
+    let mut answering = JoinSet::new();
+    let (address, ca) = webhook(&kept.client, &mut answering).await;
+    let often = Duration::from_millis(50);
+    let pace = Pace { answered: often, unanswered: often, patience: Duration::from_secs(1) };
+    let keeper = Keeper { pace, ..keeper(&kept.client, Protection::Webhook, address, ca, &kept.said) };
+    kept.tasks.spawn(keeper.keep(leading()));
+    let checks = || kept.requests.about("/api/v1/namespaces/default/services").len();
+    let incomplete = |wanted: bool| {
+        let said = kept.said.0.lock().unwrap().clone();
+        async move { (said == Some((Effective::Webhook, wanted))).then_some(()) }
+    };
+    until("it checks for longer than its patience", || async { (checks() > 60).then_some(()) }).await;
+    until("the webhook answers", || incomplete(false)).await;
+    let services: Api<Service> = Api::namespaced(kept.client.clone(), "default");
+    assert!(services.get_opt(CHECK).await.unwrap().is_none(), "a check leaves something behind");
+    answering.shutdown().await;
+    until("the webhook does not answer", || incomplete(true)).await;
 }
 
 #[tokio::test]

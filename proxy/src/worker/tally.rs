@@ -153,6 +153,9 @@ impl Tally {
     /// A revision was drawn: from now on the request is its.
     pub(super) fn drawn(&mut self, cluster: &Rc<Cluster>) {
         self.cluster = Some(Rc::clone(cluster));
+        if let Some(metrics) = self.revision() {
+            metrics.begun();
+        }
     }
 
     pub(super) fn attempted(&mut self, upstream: SocketAddr) {
@@ -195,7 +198,7 @@ impl Tally {
 
     /// The last byte of the upstream's answer has arrived.
     pub(super) fn finish(&mut self, now: Instant) {
-        if std::mem::replace(&mut self.finished, true) {
+        if !self.ends() {
             return;
         }
         self.ended = Some(now);
@@ -207,6 +210,21 @@ impl Tally {
             metrics.record(self.status, grpc, now.duration_since(self.started), first_byte);
         }
         self.tell(now);
+    }
+
+    /// Whether it had not ended before.
+    fn ends(&mut self) -> bool {
+        let first = !std::mem::replace(&mut self.finished, true);
+        if first {
+            self.over();
+        }
+        first
+    }
+
+    fn over(&self) {
+        if let Some(metrics) = self.revision() {
+            metrics.over();
+        }
     }
 
     /// The series of the revision that was drawn.
@@ -244,7 +262,7 @@ impl Tally {
 
     /// It says nothing about the revision, which may have done its part.
     fn finish_uncounted(&mut self, now: Instant) {
-        if !std::mem::replace(&mut self.finished, true) {
+        if self.ends() {
             self.ended = Some(now);
             self.tell(now);
         }
@@ -293,7 +311,7 @@ impl Tally {
     pub(super) fn upgraded(&mut self) {
         self.connection.slot.metrics.upgraded();
         self.status = StatusCode::SWITCHING_PROTOCOLS;
-        self.finished = true;
+        self.ends();
         self.tell(Instant::now());
     }
 
@@ -352,6 +370,7 @@ impl Drop for Tally {
             self.broken_off(by);
         }
         if !self.finished {
+            self.over();
             let now = Instant::now();
             self.connection.slot.metrics.client_aborted();
             self.gone(now);

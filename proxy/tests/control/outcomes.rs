@@ -115,7 +115,33 @@ async fn assert_silent(reports: &mut Streaming<OutcomeReport>) {
 
 fn outcomes(id: u64, primary: (u64, u64, u64), canary: (u64, u64, u64)) -> ReleaseOutcomes {
     let of = |(requests, bad, slow)| Some(Outcomes { requests, bad, slow });
-    ReleaseOutcomes { id, primary: of(primary), canary: of(canary) }
+    ReleaseOutcomes { id, primary: of(primary), canary: of(canary), canary_more_under_way: 0 }
+}
+
+#[tokio::test]
+async fn requests_under_way_are_reported_once_and_again_only_when_they_become_more() {
+    let mut bench = Bench::start().await;
+    let (primary, canary) = (bench.revision("aaa", 0), [bench.revision("bbb", 0), bench.revision("bbb", 1)]);
+    canary[0].begun();
+    let (watches, mut reports) = soon("a stream", bench.server.guards.recv()).await.unwrap().accept();
+    watches.send(Ok(release(7))).await.unwrap();
+    assert_silent(&mut reports).await;
+    let more = |canary_more_under_way, ended| ReleaseOutcomes {
+        canary_more_under_way,
+        ..outcomes(7, (0, 0, 0), (ended, 0, 0))
+    };
+    // One was there before, and nobody asks for those of the primary.
+    primary.begun();
+    canary[1].begun();
+    assert_eq!(next(&mut reports).await, [more(1, 0)]);
+    assert_silent(&mut reports).await;
+    canary[0].over();
+    answer(&canary[0], StatusCode::OK, 1);
+    assert_eq!(next(&mut reports).await, [more(0, 1)]);
+    canary[1].begun();
+    assert_silent(&mut reports).await;
+    canary[1].begun();
+    assert_eq!(next(&mut reports).await, [more(1, 0)]);
 }
 
 #[tokio::test]

@@ -40,7 +40,8 @@ async fn waited_for(app: &App, requests: usize) {
 }
 
 async fn given_up(proxy: &Proxy, requests: u64) {
-    eventually("the abort", || (proxy.metric(ABORTS), proxy.metric(ACTIVE)) == (requests, 0)).await;
+    let now = || (proxy.metric(ABORTS), proxy.metric(ACTIVE), proxy.under_way("a"));
+    eventually("the abort", || now() == (requests, 0, 0)).await;
 }
 
 /// Requests that ended well or badly.
@@ -58,6 +59,7 @@ async fn a_request_that_is_given_up_unanswered_is_measured_and_has_ended_neither
         let mut client = TcpStream::connect(proxy.address).await.unwrap();
         client.write_all(asked.as_bytes()).await.unwrap();
         waited_for(&app, before + 1).await;
+        assert_eq!(proxy.under_way("a"), 1);
         drop(client);
         given_up(&proxy, before as u64 + 1).await;
     }
@@ -79,7 +81,7 @@ async fn a_request_that_is_given_up_unanswered_is_measured_and_has_ended_neither
     let answer = client.send(Request::get("http://cart.shop/answered").body(full("")).unwrap()).await.unwrap();
     assert_eq!(answer.body, "answered");
     assert_eq!((proxy.measured("a"), with_a_class(&proxy), proxy.counted("a", "2xx", "")), (5, 1, 1));
-    assert_eq!(proxy.outcomes("a", SLOW).requests, 5);
+    assert_eq!((proxy.outcomes("a", SLOW).requests, proxy.under_way("a")), (5, 0));
 }
 
 #[tokio::test]

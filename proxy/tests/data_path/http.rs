@@ -224,6 +224,7 @@ async fn websockets_pass_both_roles_with_half_close_and_are_not_counted() {
         soon("the echo", stream.read_exact(&mut back)).await.unwrap();
         assert_eq!(&back, b"ping");
     }
+    assert_eq!(fleet.under_way("abc"), 0, "a tunnel is no request");
     // Our half is closed; the rest of theirs still comes.
     stream.shutdown().await.unwrap();
     let mut rest = String::new();

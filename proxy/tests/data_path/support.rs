@@ -164,6 +164,14 @@ pub(crate) struct Proxy {
     pub(crate) address: SocketAddr,
 }
 
+fn labels_of(revision: &str) -> MetricLabels {
+    MetricLabels {
+        destination_namespace: "shop".into(),
+        destination_service: "cart".into(),
+        revision: revision.into(),
+    }
+}
+
 impl Proxy {
     pub(crate) fn start(role: Role) -> Self {
         Self::with(role, IdentityHandle::default(), |_| {})
@@ -234,12 +242,12 @@ impl Proxy {
 
     /// What the guard hears of a revision of `shop/cart`.
     pub(crate) fn outcomes(&self, revision: &str, slow_above: Duration) -> Outcomes {
-        let labels = MetricLabels {
-            destination_namespace: "shop".into(),
-            destination_service: "cart".into(),
-            revision: revision.into(),
-        };
-        self.metrics.outcomes(&labels, slow_above)
+        self.metrics.outcomes(&labels_of(revision), slow_above)
+    }
+
+    /// Requests of a revision of `shop/cart` that are under way.
+    pub(crate) fn under_way(&self, revision: &str) -> u64 {
+        self.metrics.under_way(&labels_of(revision))
     }
 
     /// Requests of a revision of `shop/cart`.

@@ -26,14 +26,16 @@ pub struct Request {
     pub code: u64,
     /// By RBAC. (A namespace that is being deleted refuses with 403, too.)
     pub forbidden: bool,
+    pub dry_run: bool,
 }
 
 impl Request {
-    /// Neither a read nor what goes on for ever: the Lease, and questions about tokens.
+    /// Neither a read nor what goes on for ever: the Lease, questions about tokens, and whether the webhook is reached.
     #[must_use]
     pub fn writes(&self) -> bool {
         matches!(&*self.verb, "create" | "update" | "patch" | "delete" | "deletecollection")
             && !matches!(&*self.resource, "leases" | "tokenreviews")
+            && !self.dry_run
     }
 }
 
@@ -100,6 +102,7 @@ fn request(line: &str) -> Option<Request> {
         name: text("/objectRef/name"),
         code: event.pointer("/responseStatus/code").and_then(Value::as_u64).unwrap_or_default(),
         forbidden: text("/annotations/authorization.k8s.io~1decision") == "forbid",
+        dry_run: text("/requestURI").contains("dryRun=All"),
     })
 }
 
@@ -132,6 +135,8 @@ mod tests {
             assert_eq!((request.at_ms, request.code, request.forbidden), (1_767_225_600_000, 200, false));
         }
         assert!(request(&line(ours, "ResponseComplete", "forbid")).unwrap().forbidden);
+        let dry_run = line(ours, "ResponseComplete", "allow").replace("watch=true", "dryRun=All");
+        assert!(request(&dry_run).unwrap().dry_run);
         assert!(request(&line(ours, "RequestReceived", "allow")).is_none());
         assert!(request(&line("system:serviceaccount:shop:default", "ResponseComplete", "allow")).is_none());
         let another = "system:serviceaccount:shop:sluice-controller";

@@ -336,6 +336,7 @@ subjects:
             name: name.into(),
             code: 200,
             forbidden: false,
+            dry_run: false,
         }
     }
 

@@ -104,14 +104,23 @@ async fn an_older_version_and_this_one_drive_each_others_proxies() {
     // Its controllers and fleet beside sidecars of today; then sidecars of its own.
     release("v2").await;
 
+    // Today's controllers drive a fleet and sidecars that are older, and make such a revision.
+    let before = application_pods(&stage).await;
+    let at = unix_ms();
+    installation::upgrade(&cluster, &["image.proxy.repository=sluice-old-proxy"]).await;
+    println!("controllers brought to this version within {} ms", unix_ms() - at);
+    assert_eq!(before, application_pods(&stage).await, "an application's Pod was restarted");
+    stage.nothing_failed().await;
+    release("v3").await;
+
     let before = application_pods(&stage).await;
     let at = unix_ms();
     installation::upgrade(&cluster, &[]).await;
-    println!("brought to this version within {} ms", unix_ms() - at);
+    println!("the fleet brought to this version within {} ms", unix_ms() - at);
     assert_eq!(before, application_pods(&stage).await, "an application's Pod was restarted");
     stage.nothing_failed().await;
     // Today's controllers and fleet beside older sidecars; then today's.
-    release("v3").await;
+    release("v4").await;
     stage.end().await;
 }
 

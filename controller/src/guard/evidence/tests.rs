@@ -135,6 +135,40 @@ fn every_answer_bad_is_found_at_once_and_a_small_share_in_its_time() {
     }
 }
 
+/// Requests a second to a canary that begins to get some, of which a share fails at once and the others are answered after two seconds, as
+/// the primary's are. Whether it is taken back when those under way are `counted`, or not.
+fn begins(counted: bool, share: f64, random: &mut fastrand::Rng) -> bool {
+    const ANSWERED_AFTER: usize = 20;
+    let mut evidence = Evidence::new(0.05, 8);
+    let (mut answers, mut most) = (vec![0; ANSWERED_AFTER], 0);
+    (0..100).any(|tick| {
+        let mut draw = |mean: f64| {
+            let requests = poisson(random, mean);
+            let bad = (0..requests).filter(|_| random.f64() < share).count() as u64;
+            (requests, bad)
+        };
+        let ((primary, primary_bad), (drawn, bad)) = (draw(24.0), draw(6.0));
+        let answered = answers[tick % ANSWERED_AFTER];
+        answers[tick % ANSWERED_AFTER] = drawn - bad;
+        let under_way = answers.iter().sum();
+        let more = if counted { u64::saturating_sub(under_way, most) } else { 0 };
+        most = most.max(under_way);
+        let sides = Sides {
+            primary: Counts { requests: primary, bad: primary_bad },
+            canary: Counts { requests: answered + bad + more, bad },
+        };
+        evidence.add(Duration::from_millis(100 * (tick as u64 + 1)), sides).is_some()
+    })
+}
+
+#[test]
+fn a_canary_whose_bad_answers_come_before_the_good_ones_is_not_taken_back_for_that() {
+    let mut random = fastrand::Rng::with_seed(13);
+    let mut of_100 = |counted, share| (0..100).filter(|_| begins(counted, share, &mut random)).count();
+    assert_eq!([0.02, 0.05, 0.2].map(|share| of_100(true, share)), [0, 0, 0]);
+    assert!(of_100(false, 0.2) > 90, "if only what has ended counted");
+}
+
 #[test]
 fn a_canary_that_turns_bad_late_is_found_and_what_was_good_before_is_not_counted() {
     let turns = 300.0;
