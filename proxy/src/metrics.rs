@@ -629,8 +629,7 @@ impl Metrics {
                 line(&mut out, "sluice_local_errors_total", &labels, count);
             }
         }
-        let help =
-            "Connections, requests and breaches of protocol that were refused before any upstream saw them, by reason.";
+        let help = "Connections, requests and breaches of protocol that were refused, by reason.";
         head(&mut out, "sluice_refused_total", "counter", help);
         for (labels, series) in &listeners {
             for (why, name) in Refused::ALL {

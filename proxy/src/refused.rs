@@ -1,5 +1,5 @@
-//! What clients are refused by this proxy itself, before an application sees any of it, with the reason that it is counted
-//! under (`sluice_refused_total`; docs/limits.md has a table of all).
+//! What clients are refused by this proxy itself, with the reason that it is counted under (`sluice_refused_total`;
+//! docs/limits.md has a table of all).
 
 use std::io::{self, ErrorKind};
 

@@ -143,7 +143,10 @@ async fn a_service_that_its_owner_applies_later_does_not_go_with_the_canary() {
         })
         .await;
     let left = service().await;
-    assert_eq!((left.uid(), left.spec.unwrap().selector.unwrap()), (uid, [("app".to_owned(), "web".to_owned())].into()));
+    assert_eq!(
+        (left.uid(), left.spec.unwrap().selector.unwrap()),
+        (uid, [("app".to_owned(), "web".to_owned())].into())
+    );
 }
 
 #[tokio::test]

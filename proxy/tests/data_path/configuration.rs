@@ -1,15 +1,20 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use http::{Response, StatusCode};
+use futures::channel::mpsc;
+use http::{Request, Response, StatusCode};
+use http_body_util::BodyExt;
 use sluice_proxy::{
     metrics::Metrics,
-    snapshot::{Cluster, FilterChain, Listener, ServerTls},
+    snapshot::{Action, Cluster, FilterChain, Listener, Protocol, ServerTls},
     tls::IdentityHandle,
     workers::Role,
 };
-use tokio::sync::Semaphore;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::Semaphore,
+};
 
-use crate::support::*;
+use crate::{streams, support::*};
 
 #[tokio::test]
 async fn the_split_follows_the_weights_and_a_weight_of_zero_means_never() {
@@ -20,7 +25,7 @@ async fn the_split_follows_the_weights_and_a_weight_of_zero_means_never() {
     let (mut kept, mut shared) = (Http1::connect(proxy.address).await, Http2::connect(proxy.address).await);
     for _ in 0..1000 {
         assert_eq!(kept.get("/").await.status, StatusCode::OK);
-        let request = http::Request::get("http://a/").body(full("")).unwrap();
+        let request = Request::get("http://a/").body(full("")).unwrap();
         assert_eq!(shared.send(request).await.unwrap().status, StatusCode::OK);
     }
     // n = 2000, p = 0.1: standard deviation 13.4; 5 of them.
@@ -118,7 +123,7 @@ async fn after_apply_no_request_on_a_kept_connection_uses_the_older_snapshot() {
         for client in &mut kept {
             assert_eq!(client.get("/").await.body, expected);
         }
-        let request = http::Request::get("http://a/").body(full("")).unwrap();
+        let request = Request::get("http://a/").body(full("")).unwrap();
         assert_eq!(shared.send(request).await.unwrap().body, expected);
     }
     assert_eq!(proxy.metric("sluice_connections_total{listener=\"shop/cart:80\"}"), 17);
@@ -188,9 +193,77 @@ async fn a_revision_behind_two_ports_keeps_its_connections_until_both_have_left_
     soon("the close of the pooled connection", closed.recv()).await.unwrap();
 }
 
+#[tokio::test]
+async fn a_service_that_changes_goes_and_comes_back_disturbs_no_connection_of_another() {
+    let (one, two) = (App::named("one").await, App::named("two").await);
+    let (parts, sockets) = (streams::app().await, websocket_echo(own_ip()).await);
+    let proxy = Proxy::with(Role::Fleet, IdentityHandle::default(), |options| {
+        options.timing.removed_accept = Duration::ZERO;
+    });
+    let others = [
+        ("shop/other:80", http_to([(cluster("parts", &[parts.address]), 100)])),
+        ("shop/other:81", http_to([(cluster("sockets", &[sockets.address]), 100)])),
+        ("shop/other:82", Protocol::Tcp(split([(cluster("bytes", &[sockets.address]), 100)]))),
+    ]
+    .map(|(name, protocol)| {
+        let chains = vec![FilterChain { server_name: None, tls: None, protocol, idle: None }];
+        let address = SocketAddr::new(own_ip(), 20000);
+        Arc::new(Listener { name: name.into(), address, chains, max_connections: None })
+    });
+    let apply = async |changed: Option<Protocol>| {
+        proxy.apply(changed.map(|protocol| proxy.listener(protocol)).into_iter().chain(others.clone())).await;
+    };
+    let to = |app: &App| http_to([(cluster("a", &[app.address]), 100)]);
+    apply(Some(to(&one))).await;
+
+    let [http, websockets, tcp] = others.each_ref().map(|listener| listener.address);
+    let (mut http1, mut http2) = (Http1::connect(http).await, Http2::connect(http).await);
+    let begin = || {
+        let (send, content) = mpsc::unbounded();
+        (send, Request::post("/back").header("host", "a").body(streams::frames(content)).unwrap())
+    };
+    let ((first, request), (second, other)) = (begin(), begin());
+    let (answer, another) = (http1.start(request).await.unwrap(), http2.start(other).await.unwrap());
+    let mut open = [(first, answer.into_body()), (second, another.into_body())];
+    let mut tunnels = [websocket(websockets).await, websocket(tcp).await];
+    let mut all_go_on = async || {
+        for (send, answer) in &mut open {
+            send.unbounded_send("ping".into()).unwrap();
+            let part = soon("the part", answer.frame()).await.unwrap().unwrap();
+            assert_eq!(part.into_data().unwrap(), "ping");
+        }
+        for tunnel in &mut tunnels {
+            let mut back = [0; 4];
+            tunnel.write_all(b"ping").await.unwrap();
+            soon("the echo", tunnel.read_exact(&mut back)).await.unwrap();
+            assert_eq!(&back, b"ping");
+        }
+    };
+    all_go_on().await;
+    let changes = [
+        (to(&two), "two"),
+        (Protocol::http(Action::Respond(StatusCode::NOT_FOUND)), "nothing serves here at the moment\n"),
+        (Protocol::Tcp(split([(cluster("b", &[one.address]), 100)])), "one"),
+    ];
+    for (changed, said) in changes {
+        apply(Some(changed)).await;
+        assert_eq!(Http1::connect(proxy.address).await.get("/").await.body, said);
+        all_go_on().await;
+    }
+    apply(None).await;
+    eventually("the close of its socket", || std::net::TcpStream::connect(proxy.address).is_err()).await;
+    all_go_on().await;
+    apply(Some(to(&one))).await;
+    assert_eq!(Http1::connect(proxy.address).await.get("/").await.body, "one");
+    all_go_on().await;
+
+    assert_eq!((parts.connections(), sockets.connections()), (2, 2));
+    let opened = |name: &str| proxy.metric(&format!("sluice_connections_total{{listener=\"{name}\"}}"));
+    assert_eq!(others.each_ref().map(|listener| opened(&listener.name)), [2, 1, 1]);
+}
+
 /// A server that says when a connection to it has been closed by the other side.
 async fn watched() -> (SocketAddr, tokio::sync::mpsc::Receiver<()>) {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let listener = tokio::net::TcpListener::bind((own_ip(), 8080)).await.unwrap();
     let address = listener.local_addr().unwrap();
     let (closed, closes) = tokio::sync::mpsc::channel(1);

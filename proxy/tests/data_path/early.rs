@@ -1,8 +1,17 @@
 //! Requests that are answered before their end: what is left of them is sent on, and they are open until then.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    future::poll_fn,
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
+use h2::Reason;
 use http::{Method, Response};
 use http_body_util::BodyExt;
 use sluice_proxy::{
@@ -21,7 +30,8 @@ use tokio::{
 };
 
 use crate::{
-    frames::{self, DATA, END_HEADERS, END_STREAM, Frame, GET, HEADERS, POST, RST_STREAM, frame},
+    frames::{self, DATA, END_HEADERS, END_STREAM, Frame, GET, HEADERS, POST, RST_STREAM, SETTINGS, frame},
+    http2::client,
     support::*,
 };
 
@@ -280,5 +290,80 @@ async fn one_ends_with_its_connection_when_a_drain_is_over() {
     assert_eq!(soon("the end of the drain", proxy.workers.drain(LIMIT)).await.unwrap().cut, 2);
     for _ in 0..2 {
         assert_eq!(soon("the end upstream", got.recv()).await, received("first", false));
+    }
+}
+
+/// Answers at the first content of a request, and wants no more of one that does not end with it.
+async fn wants_no_more(ip: IpAddr) -> Arc<AtomicUsize> {
+    const OK: &[u8] = b"\x88";
+    const REJECTED: &[u8] = b"\x88\x00\x0bgrpc-status\x017";
+    let listener = TcpListener::bind((ip, 8080)).await.unwrap();
+    let connections = Arc::new(AtomicUsize::new(0));
+    let opened = connections.clone();
+    tokio::spawn(async move {
+        loop {
+            let (mut from, mut to) = listener.accept().await.unwrap().0.into_split();
+            opened.fetch_add(1, SeqCst);
+            tokio::spawn(async move {
+                from.read_exact(&mut [0; 24]).await.unwrap();
+                to.write_all(&frame(SETTINGS, 0, 0, &[])).await.unwrap();
+                while let Some(Frame { kind, flags, stream, payload }) = Frame::read(&mut from).await {
+                    if kind != DATA {
+                        continue;
+                    }
+                    let mut answer = if payload == b"message" {
+                        vec![frame(HEADERS, END_HEADERS | END_STREAM, stream, REJECTED)]
+                    } else {
+                        vec![frame(HEADERS, END_HEADERS, stream, OK), frame(DATA, END_STREAM, stream, b"early")]
+                    };
+                    if flags & END_STREAM == 0 {
+                        // NO_ERROR.
+                        answer.push(frame(RST_STREAM, 0, stream, &[0; 4]));
+                    }
+                    to.write_all(&answer.concat()).await.unwrap();
+                }
+            });
+        }
+    });
+    connections
+}
+
+/// RFC 9113, 8.1: such a reset is no reason to discard the answer.
+#[tokio::test]
+async fn an_answer_is_whole_though_its_upstream_wants_no_more_of_the_request() {
+    for meshed in [false, true] {
+        let (ip, ca) = (own_ip(), Ca::new());
+        let connections = wants_no_more(ip).await;
+        let sidecar = sidecar_with(ca.identity(APP), ip, false, |it| it.metrics = Metrics::new("test", 1)).await;
+        let direct = cluster("a", &[(ip, 8080).into()]);
+        let cluster = if meshed { mesh_cluster("a", &[&sidecar]) } else { direct };
+        let cluster = Cluster { protocol: UpstreamProtocol::Http2, ..cluster };
+        let proxy = proxy_to(cluster, None, |options| options.identity = ca.identity(FLEET)).await;
+
+        let (read, mut write) = frames::connect(&proxy).await;
+        write.write_all(&frame(HEADERS, END_HEADERS, 1, POST)).await.unwrap();
+        let mut neighbour = Http2(read, write);
+        eventually("the neighbour's request", || proxy.metric(ACTIVE) == 1).await;
+
+        assert_eq!(Http1::begin(&proxy).await.rest().await, "\r\n0\r\n\r\n");
+        assert_eq!(Http2::begin(&proxy).await.reset().await, (1, 0));
+        let upload = call("/shop.Cart/Fill").map(drop);
+        let (answer, mut content) = client(&proxy).await.send_request(upload, false).unwrap();
+        content.send_data("message".into(), false).unwrap();
+        let answer = soon("the status", answer).await.unwrap();
+        assert_eq!((answer.status().as_u16(), answer.headers()["grpc-status"].as_bytes()), (200, &b"7"[..]));
+        assert!(answer.body().is_end_stream());
+        let reset = soon("the reset", poll_fn(|cx| content.poll_reset(cx))).await;
+        assert_eq!(reset.unwrap(), Reason::NO_ERROR);
+
+        neighbour.send(frame(DATA, END_STREAM, 1, b"")).await;
+        neighbour.answer(1).await;
+        assert_eq!(connections.load(SeqCst), 1, "all on one connection");
+        assert_eq!((proxy.counted("a", "2xx", ""), proxy.counted("a", "2xx", "PERMISSION_DENIED")), (3, 1));
+        let metrics = proxy.metrics.render();
+        let failed = metrics.lines().find(|it| it.starts_with("sluice_local_errors_total{") && !it.ends_with(" 0"));
+        assert_eq!((failed, proxy.counted("a", "5xx", "")), (None, 0));
+        eventually("the end", || proxy.metric(ACTIVE) == 0).await;
+        assert_eq!(proxy.metric("sluice_client_aborts_total{listener=\"shop/cart:80\"}"), 0);
     }
 }

@@ -86,7 +86,7 @@ async fn proxy_to(cluster: Cluster) -> Proxy {
 }
 
 /// A client that reads of its answers what the test reads.
-async fn client(proxy: &Proxy) -> SendRequest<Bytes> {
+pub(crate) async fn client(proxy: &Proxy) -> SendRequest<Bytes> {
     let stream = TcpStream::connect(proxy.address).await.unwrap();
     // What it does not read is no attack on it.
     let mut builder = h2::client::Builder::new();

@@ -36,7 +36,7 @@ async fn limited(app: SocketAddr, limit: Duration) -> Proxy {
     proxy
 }
 
-fn frames(parts: impl futures::Stream<Item = Bytes> + Send + Sync + 'static) -> AnyBody {
+pub(crate) fn frames(parts: impl futures::Stream<Item = Bytes> + Send + Sync + 'static) -> AnyBody {
     BodyExt::boxed(StreamBody::new(parts.map(|part| Ok(Frame::data(part)))))
 }
 
@@ -47,7 +47,7 @@ fn stuck() -> AnyBody {
 
 /// `/never` is not answered, `/stuck` has an answer without an end, `/endless` one that never stops, `/back` sends parts back as
 /// they come, and anything else is echoed when it is whole.
-async fn app() -> App {
+pub(crate) async fn app() -> App {
     App::start(own_ip(), 8080, |request| async move {
         match request.uri().path() {
             "/never" => future::pending().await,

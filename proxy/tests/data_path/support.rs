@@ -165,11 +165,7 @@ pub(crate) struct Proxy {
 }
 
 fn labels_of(revision: &str) -> MetricLabels {
-    MetricLabels {
-        destination_namespace: "shop".into(),
-        destination_service: "cart".into(),
-        revision: revision.into(),
-    }
+    MetricLabels { destination_namespace: "shop".into(), destination_service: "cart".into(), revision: revision.into() }
 }
 
 impl Proxy {

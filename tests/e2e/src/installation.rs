@@ -102,6 +102,7 @@ pub async fn without_api_server(cluster: &Cluster, node: &crate::node::Node, awa
     node.component("stop", "kube-apiserver").await.unwrap();
     tokio::time::sleep(away).await;
     node.compact().await.unwrap();
+    let _unread = problems::roles_are_unread();
     node.component("start", "kube-apiserver").await.unwrap();
     eventually("the API server", problems::PATIENCE, || async { cluster.client.apiserver_version().await.ok() }).await;
 }

@@ -24,6 +24,9 @@ const GRACE_MS: u64 = 15_000;
 /// How a request that RBAC forbids begins, as the audit log tells of it.
 const FORBIDDEN: &str = "403 by RBAC: ";
 
+/// What an API server says of one.
+const NOT_ALLOWED: &str = "forbidden: User ";
+
 /// Something that went wrong.
 #[derive(Clone, Debug)]
 pub struct Problem {
@@ -35,6 +38,8 @@ pub struct Problem {
 
 struct Expectation {
     parts: Vec<String>,
+    /// Missing rights, too.
+    rights: bool,
     from_ms: u64,
     /// While it is `None`, the test still runs.
     until_ms: Option<u64>,
@@ -63,9 +68,18 @@ pub struct Expected(usize);
 /// Declares what a test is about to cause: parts of lines (`namespace/pod/container: text`). It covers no panic and no missing
 /// right, whatever the words.
 pub fn expect(parts: &[&str]) -> Expected {
+    declare(parts, false)
+}
+
+/// The API server is about to begin anew: until it has read the roles it forbids what they allow.
+pub fn roles_are_unread() -> Expected {
+    declare(&[FORBIDDEN, NOT_ALLOWED], true)
+}
+
+fn declare(parts: &[&str], rights: bool) -> Expected {
     let parts = parts.iter().map(|&part| part.to_owned()).collect();
     with(|seen| {
-        seen.expected.push(Expectation { parts, from_ms: unix_ms(), until_ms: None });
+        seen.expected.push(Expectation { parts, rights, from_ms: unix_ms(), until_ms: None });
         Expected(seen.expected.len() - 1)
     })
 }
@@ -91,12 +105,13 @@ pub fn unexpected() -> Vec<Problem> {
         let mut problems = std::mem::take(&mut seen.problems);
         problems.retain(|problem| {
             let line = problem.to_string();
-            let declared = expected.iter().any(|expectation| {
+            let excused = expected.iter().any(|expectation| {
                 let until = expectation.until_ms.unwrap_or(u64::MAX);
                 (expectation.from_ms..until).contains(&problem.at_ms)
                     && expectation.parts.iter().any(|part| line.contains(part.as_str()))
+                    && (expectation.rights || !is_inexcusable(&problem.text))
             });
-            !declared || is_inexcusable(&problem.text)
+            !excused
         });
         problems
     })
@@ -202,7 +217,7 @@ fn is_problem(line: &str) -> bool {
 /// No fault that a test causes is a reason for a panic, or for a right that the chart does not grant. What else "forbidden" says
 /// (a quota, a policy, a namespace that is being deleted) does not name the user.
 fn is_inexcusable(text: &str) -> bool {
-    let unauthorized = text.contains("forbidden: User ") && text.contains(" cannot ");
+    let unauthorized = text.contains(NOT_ALLOWED) && text.contains(" cannot ");
     text.contains("panicked at") || unauthorized || text.starts_with(FORBIDDEN)
 }
 
@@ -260,5 +275,13 @@ mod tests {
         }
         drop(expected);
         assert_eq!(unexpected().iter().map(|problem| problem.text.clone()).collect::<Vec<_>>(), inexcusable);
+
+        // But what an API server forbids as long as it has not read the roles. A panic is none of that.
+        let expected = roles_are_unread();
+        for text in inexcusable {
+            note(unix_ms(), "a/b/c".into(), text.into());
+        }
+        drop(expected);
+        assert_eq!(unexpected().iter().map(|problem| problem.text.clone()).collect::<Vec<_>>(), inexcusable[..1]);
     }
 }

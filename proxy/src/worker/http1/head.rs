@@ -80,7 +80,7 @@ impl Malformed {
             Self::Head(Parse::HeaderValue) => {
                 Failure::BadRequest(Refused::HeaderValue, "a header's value has a character that is not allowed")
             }
-            Self::Head(Parse::NewLine) => Failure::BadRequest(Refused::LineEnding, "a line ends in CR without LF"),
+            Self::Head(Parse::NewLine) => Failure::BadRequest(Refused::LineEnding, "a line does not end in CR LF"),
             Self::Head(Parse::Version) => {
                 Failure::BadRequest(Refused::Version, "its version is not HTTP/1.0 or HTTP/1.1")
             }
@@ -200,8 +200,8 @@ fn behind_empty_lines(mut input: &[u8]) -> &[u8] {
     input
 }
 
-/// Where the first empty line ends, if it does behind `looked_at`. A lone LF ends a line, too (RFC 9112, 2.2): some
-/// simple clients send it, and as every head is written anew nobody behind us could read it differently.
+/// Where the first empty line ends, if it does behind `looked_at`. A lone LF ends a line, too, as it does for the parser. Of an
+/// answer it is taken (RFC 9112, 2.2): some simple applications send it, and every head is written anew. A request is refused for it.
 fn end(input: &[u8], looked_at: usize) -> Option<usize> {
     let from = looked_at.saturating_sub(2);
     memchr::memchr_iter(b'\n', &input[from..]).map(|at| from + at + 1).find_map(|next| match &input[next..] {
@@ -211,8 +211,16 @@ fn end(input: &[u8], looked_at: usize) -> Option<usize> {
     })
 }
 
+/// Whether a line ends in LF alone. Whoever was before us may have read two lines as one there.
+fn has_lone_lf(bytes: &[u8]) -> bool {
+    memchr::memchr_iter(b'\n', bytes).any(|at| at == 0 || bytes[at - 1] != b'\r')
+}
+
 /// Parses a whole head. Its target and its values stay where they are.
 fn parse_request(bytes: &Bytes, headers: HeaderMap, of: Peer) -> Result<RequestHead, Malformed> {
+    if has_lone_lf(bytes) {
+        return Err(httparse::Error::NewLine.into());
+    }
     // Space for few lines is cheaper, and most have few.
     match parse_request_of::<MAX_HEADERS>(bytes, headers) {
         Err(Malformed::Head(httparse::Error::TooManyHeaders)) if limits(of).lines > MAX_HEADERS => {
@@ -442,7 +450,7 @@ pub(super) fn read_trailers(input: &mut BytesMut) -> Result<Option<HeaderMap>, M
     let mut lines = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let (length, trailers) = match httparse::parse_headers(input, &mut lines) {
         Ok(httparse::Status::Complete((length, lines))) => {
-            if memchr::memchr_iter(b'\n', &input[..length]).any(|at| at == 0 || input[at - 1] != b'\r') {
+            if has_lone_lf(&input[..length]) {
                 return Err(Malformed::Trailers);
             }
             let mut trailers = HeaderMap::with_capacity(lines.len());
