@@ -70,8 +70,11 @@ mod tests {
     const NO: Option<bool> = Some(false);
     const UNKNOWN: Option<bool> = None;
 
+    /// At a second, what was found.
+    type Check = (u64, Option<bool>);
+
     /// After checks at these seconds.
-    fn after(checks: &[(u64, Option<bool>)]) -> (Reach, Vec<bool>) {
+    fn after(checks: &[Check]) -> (Reach, Vec<bool>) {
         let (begin, patience) = (Instant::now(), Pace::default().patience);
         let mut reach = Reach::default();
         let at = |second: u64| begin + Duration::from_secs(second);
@@ -81,7 +84,7 @@ mod tests {
 
     #[test]
     fn the_webhook_is_lost_after_a_minute_without_any_answer() {
-        let cases: [(&str, &[(u64, Option<bool>)], bool); 9] = [
+        let cases: [(&str, &[Check], bool); 9] = [
             ("answered", &[(0, YES), (60, YES)], false),
             ("not answered once", &[(0, YES), (60, NO)], false),
             ("for less than a minute", &[(0, NO), (30, NO), (59, NO)], false),
