@@ -442,7 +442,7 @@ pub enum GuardSignal {
 /// One side of the guard's comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct GuardSide {
-    /// Requests that ended.
+    /// Requests: those that ended and, of the canary where errors are compared, those by which more are under way than ever were.
     pub requests: i64,
     /// Those of them that failed, or were slow.
     pub bad: i64,

@@ -127,11 +127,6 @@ impl GrpcStatus {
         self.0
     }
 
-    /// Whether it says that the server failed.
-    fn is_failure(self) -> bool {
-        BAD_GRPC.contains(&(usize::from(self.0) + 1))
-    }
-
     #[must_use]
     pub fn name(self) -> &'static str {
         GRPC[usize::from(self.0) + 1]
@@ -264,7 +259,7 @@ impl Mirrored {
 
     fn index(self) -> usize {
         match self {
-            Self::Answered(status, Some(grpc)) if grpc.is_failure() && !status.is_server_error() => 4,
+            Self::Answered(status, Some(grpc)) if grpc.is_bad() && !status.is_server_error() => 4,
             Self::Answered(status, _) => class(status),
             Self::Failed => 5,
             Self::TimedOut => 6,

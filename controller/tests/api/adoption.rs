@@ -12,7 +12,10 @@ use serde_json::json;
 use sluice_crds::{Canary, CanaryStatus, Phase, Stage, labels};
 use std::sync::atomic::Ordering;
 
-use crate::world::{World, deployment};
+use crate::{
+    hand_back::until_gone,
+    world::{World, deployment},
+};
 
 #[tokio::test]
 async fn a_running_application_is_taken_over_and_keeps_its_configuration() {
@@ -137,11 +140,7 @@ async fn a_service_that_its_owner_applies_later_does_not_go_with_the_canary() {
         .await;
     let uid = service().await.uid();
     world.api::<Canary>().delete("web", &DeleteParams::default()).await.unwrap();
-    world
-        .until("the Canary is gone", || async {
-            world.api::<Canary>().get_opt("web").await.unwrap().is_none().then_some(())
-        })
-        .await;
+    until_gone(&world).await;
     let left = service().await;
     assert_eq!(
         (left.uid(), left.spec.unwrap().selector.unwrap()),

@@ -10,7 +10,7 @@ use sluice_crds::{Canary, Phase, labels};
 
 use crate::world::World;
 
-async fn until_gone(world: &World) {
+pub(crate) async fn until_gone(world: &World) {
     world
         .until("the Canary is gone", || async {
             world.api::<Canary>().get_opt("web").await.unwrap().is_none().then_some(())

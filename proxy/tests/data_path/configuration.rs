@@ -219,7 +219,7 @@ async fn a_service_that_changes_goes_and_comes_back_disturbs_no_connection_of_an
     let [http, websockets, tcp] = others.each_ref().map(|listener| listener.address);
     let (mut http1, mut http2) = (Http1::connect(http).await, Http2::connect(http).await);
     let begin = || {
-        let (send, content) = mpsc::unbounded();
+        let (send, content) = mpsc::channel(1);
         (send, Request::post("/back").header("host", "a").body(streams::frames(content)).unwrap())
     };
     let ((first, request), (second, other)) = (begin(), begin());
@@ -228,15 +228,12 @@ async fn a_service_that_changes_goes_and_comes_back_disturbs_no_connection_of_an
     let mut tunnels = [websocket(websockets).await, websocket(tcp).await];
     let mut all_go_on = async || {
         for (send, answer) in &mut open {
-            send.unbounded_send("ping".into()).unwrap();
+            send.try_send("ping".into()).unwrap();
             let part = soon("the part", answer.frame()).await.unwrap().unwrap();
             assert_eq!(part.into_data().unwrap(), "ping");
         }
         for tunnel in &mut tunnels {
-            let mut back = [0; 4];
-            tunnel.write_all(b"ping").await.unwrap();
-            soon("the echo", tunnel.read_exact(&mut back)).await.unwrap();
-            assert_eq!(&back, b"ping");
+            echoes(tunnel).await;
         }
     };
     all_go_on().await;

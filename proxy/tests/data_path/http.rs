@@ -219,10 +219,7 @@ async fn websockets_pass_both_roles_with_half_close_and_are_not_counted() {
     fleet.serve(http_to([(mesh_cluster("abc", &[&sidecar]), 100)])).await;
     let mut stream = websocket(fleet.address).await;
     for _ in 0..3 {
-        stream.write_all(b"ping").await.unwrap();
-        let mut back = [0; 4];
-        soon("the echo", stream.read_exact(&mut back)).await.unwrap();
-        assert_eq!(&back, b"ping");
+        echoes(&mut stream).await;
     }
     assert_eq!(fleet.under_way("abc"), 0, "a tunnel is no request");
     // Our half is closed; the rest of theirs still comes.

@@ -13,7 +13,6 @@ use sluice_proxy::{
     },
     workers::Role,
 };
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::support::*;
 
@@ -310,9 +309,6 @@ async fn an_answer_that_switches_to_websocket_says_what_its_route_adds() {
         assert_eq!(said("x-served-by"), "sluice");
         // And both sides have switched.
         let mut stream = TokioIo::new(soon("the switch", hyper::upgrade::on(&mut answer)).await.unwrap());
-        stream.write_all(b"ping").await.unwrap();
-        let mut back = [0; 4];
-        soon("the echo", stream.read_exact(&mut back)).await.unwrap();
-        assert_eq!(&back, b"ping");
+        echoes(&mut stream).await;
     }
 }

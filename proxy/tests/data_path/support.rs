@@ -41,7 +41,7 @@ use sluice_proxy::{
 };
 use sluice_xds::sluice::guard::v1::Outcomes;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
     time::{sleep, timeout},
@@ -548,6 +548,14 @@ pub(crate) async fn websocket(address: SocketAddr) -> TcpStream {
     let answer = String::from_utf8(answer).unwrap();
     assert!(answer.starts_with("HTTP/1.1 101") && answer.contains("upgrade: websocket"), "{answer}");
     stream
+}
+
+/// What is sent on a tunnel comes back on it.
+pub(crate) async fn echoes(tunnel: &mut (impl AsyncRead + AsyncWrite + Unpin)) {
+    tunnel.write_all(b"ping").await.unwrap();
+    let mut back = [0; 4];
+    soon("the echo", tunnel.read_exact(&mut back)).await.unwrap();
+    assert_eq!(&back, b"ping");
 }
 
 /// Kinds of the kernel's timers.

@@ -11,10 +11,7 @@ use sluice_proxy::{
     workers::Role,
 };
 
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-};
+use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 use crate::support::*;
 
@@ -115,10 +112,7 @@ async fn a_websocket_lives_on() {
     let mut stream = websocket(proxy.address).await;
     // What is tested is that this time does not count.
     tokio::time::sleep(2 * TIMEOUT).await;
-    stream.write_all(b"ping").await.unwrap();
-    let mut back = [0; 4];
-    soon("the echo", stream.read_exact(&mut back)).await.unwrap();
-    assert_eq!(&back, b"ping");
+    echoes(&mut stream).await;
 }
 
 #[tokio::test]

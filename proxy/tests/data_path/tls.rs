@@ -252,10 +252,7 @@ async fn other_roots_count_from_the_next_handshake_on_and_disturb_no_connection(
         assert_eq!(http1.get("/").await.body, "plain");
         assert_eq!(http2.send(get("/")).await.unwrap().body, "plain");
         for tunnel in &mut tunnels {
-            let mut back = [0; 4];
-            tunnel.write_all(b"ping").await.unwrap();
-            soon("the echo", tunnel.read_exact(&mut back)).await.unwrap();
-            assert_eq!(&back, b"ping");
+            echoes(tunnel).await;
         }
     };
     all_go_on().await;
