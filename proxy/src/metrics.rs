@@ -2,13 +2,14 @@
 //! adds to cells that its own worker thread alone writes, and a scrape sums over the threads.
 
 use std::{
+    borrow::Borrow,
     collections::BTreeMap,
     fmt::Write,
     sync::{
-        Arc, Mutex, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use http::StatusCode;
@@ -445,12 +446,84 @@ pub struct Metrics {
     spans_lost: [AtomicU64; SpanLost::ALL.len()],
 }
 
-/// Weak, so that the series of a removed cluster or listener go away with its last user, a draining connection.
+/// So long the counts of a removed cluster or listener are remembered: one that comes back goes on counting. A server answers queries
+/// with samples of up to 5 minutes before ([Prometheus, "Staleness"]); counts that had begun at 0 again meanwhile would seem to have
+/// grown by less than they have.
+///
+/// [Prometheus, "Staleness"]: https://prometheus.io/docs/prometheus/latest/querying/basics/#staleness
+const REMEMBERED: Duration = Duration::from_secs(10 * 60);
+/// Time between two looks for what is to be forgotten while nobody scrapes.
+const SWEEP: Duration = Duration::from_secs(60);
+
 #[derive(Debug, Default)]
 struct Families {
-    revisions: BTreeMap<MetricLabels, Weak<RevisionSeries>>,
-    mirrors: BTreeMap<MetricLabels, Weak<MirrorSeries>>,
-    listeners: BTreeMap<String, Weak<ListenerSeries>>,
+    revisions: Family<MetricLabels, RevisionShard>,
+    mirrors: Family<MetricLabels, MirrorShard>,
+    listeners: Family<String, ListenerShard>,
+}
+
+/// Series that only differ in their labels. They are shown as long as somebody may write them: a cluster or a listener, or after its
+/// removal a draining connection.
+#[derive(Debug)]
+struct Family<K, S> {
+    series: BTreeMap<K, Remembered<S>>,
+    swept: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Remembered<S> {
+    series: Arc<Series<S>>,
+    unused_since: Option<Instant>,
+}
+
+impl<K, S> Default for Family<K, S> {
+    fn default() -> Self {
+        Self { series: BTreeMap::new(), swept: None }
+    }
+}
+
+impl<K: Ord, S: Default> Family<K, S> {
+    fn used<Q>(&mut self, key: &Q, threads: usize, now: Instant) -> Arc<Series<S>>
+    where
+        K: Borrow<Q>,
+        Q: Ord + ToOwned<Owned = K> + ?Sized,
+    {
+        if let Some(known) = self.series.get_mut(key) {
+            known.unused_since = None;
+            return known.series.clone();
+        }
+        if self.swept.is_none_or(|swept| now.duration_since(swept) >= SWEEP) {
+            self.sweep(now);
+        }
+        let series = Arc::new(Series { shards: (0..threads).map(|_| S::default()).collect() });
+        self.series.insert(key.to_owned(), Remembered { series: series.clone(), unused_since: None });
+        series
+    }
+
+    fn sweep(&mut self, now: Instant) {
+        self.swept = Some(now);
+        self.series.retain(|_, known| {
+            if known.is_used() {
+                known.unused_since = None;
+                return true;
+            }
+            now.duration_since(*known.unused_since.get_or_insert(now)) < REMEMBERED
+        });
+    }
+
+    /// What is shown, under these labels.
+    fn shown(&mut self, now: Instant, labels: impl Fn(&K) -> String) -> Vec<(String, Arc<Series<S>>)> {
+        self.sweep(now);
+        let used = self.series.iter().filter(|(_, known)| known.is_used());
+        used.map(|(key, known)| (labels(key), known.series.clone())).collect()
+    }
+}
+
+impl<S> Remembered<S> {
+    /// By somebody else.
+    fn is_used(&self) -> bool {
+        Arc::strong_count(&self.series) > 1
+    }
 }
 
 impl Metrics {
@@ -474,29 +547,15 @@ impl Metrics {
 
     /// The series of a revision for the thread with this index; they exist, at 0, from now on.
     pub fn revision(&self, labels: &MetricLabels, thread: usize) -> RevisionMetrics {
-        let mut families = self.families.lock().unwrap_or_else(PoisonError::into_inner);
-        let series = families.revisions.get(labels).and_then(Weak::upgrade).unwrap_or_else(|| {
-            let shards = (0..self.threads).map(|_| RevisionShard::default()).collect();
-            let series = Arc::new(RevisionSeries { shards });
-            families.revisions.insert(labels.clone(), Arc::downgrade(&series));
-            series
-        });
-        RevisionMetrics { series, thread }
+        RevisionMetrics { series: self.families().revisions.used(labels, self.threads, Instant::now()), thread }
     }
 
     /// The series of the copies for a revision, for the thread with this index.
     pub fn mirror(&self, labels: &MetricLabels, thread: usize) -> MirrorMetrics {
-        let mut families = self.families.lock().unwrap_or_else(PoisonError::into_inner);
-        let series = families.mirrors.get(labels).and_then(Weak::upgrade).unwrap_or_else(|| {
-            let shards = (0..self.threads).map(|_| MirrorShard::default()).collect();
-            let series = Arc::new(MirrorSeries { shards });
-            families.mirrors.insert(labels.clone(), Arc::downgrade(&series));
-            series
-        });
-        MirrorMetrics { series, thread }
+        MirrorMetrics { series: self.families().mirrors.used(labels, self.threads, Instant::now()), thread }
     }
 
-    /// How the requests of a revision have ended so far; 0 while it is not configured. Those that were given up before an answer had
+    /// How the requests of a revision have ended so far; 0 before it is configured. Those that were given up before an answer had
     /// begun are among them, and not bad. A request is slow that lasted longer than the first bound that is not below `slow_above`; none
     /// is if that is 0, or above the last bound.
     #[must_use]
@@ -512,7 +571,7 @@ impl Metrics {
         sum
     }
 
-    /// How many requests of a revision are under way; 0 while it is not configured.
+    /// How many requests of a revision are under way; 0 before it is configured.
     #[must_use]
     pub fn under_way(&self, labels: &MetricLabels) -> u64 {
         let series = self.known(labels);
@@ -520,20 +579,16 @@ impl Metrics {
     }
 
     fn known(&self, labels: &MetricLabels) -> Option<Arc<RevisionSeries>> {
-        let families = self.families.lock().unwrap_or_else(PoisonError::into_inner);
-        families.revisions.get(labels).and_then(Weak::upgrade)
+        self.families().revisions.series.get(labels).map(|known| known.series.clone())
+    }
+
+    fn families(&self) -> MutexGuard<'_, Families> {
+        self.families.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The series of a listener for the thread with this index.
     pub fn listener(&self, name: &str, thread: usize) -> ListenerMetrics {
-        let mut families = self.families.lock().unwrap_or_else(PoisonError::into_inner);
-        let series = families.listeners.get(name).and_then(Weak::upgrade).unwrap_or_else(|| {
-            let shards = (0..self.threads).map(|_| ListenerShard::default()).collect();
-            let series = Arc::new(ListenerSeries { shards });
-            families.listeners.insert(name.to_owned(), Arc::downgrade(&series));
-            series
-        });
-        ListenerMetrics { series, thread }
+        ListenerMetrics { series: self.families().listeners.used(name, self.threads, Instant::now()), thread }
     }
 
     pub fn access_log_dropped(&self) {
@@ -551,21 +606,17 @@ impl Metrics {
     /// The Prometheus text exposition format, version 0.0.4.
     #[must_use]
     pub fn render(&self) -> String {
+        self.render_at(Instant::now())
+    }
+
+    fn render_at(&self, now: Instant) -> String {
         let (revisions, mirrors, listeners) = {
-            let mut families = self.families.lock().unwrap_or_else(PoisonError::into_inner);
-            families.revisions.retain(|_, series| series.strong_count() > 0);
-            families.mirrors.retain(|_, series| series.strong_count() > 0);
-            families.listeners.retain(|_, series| series.strong_count() > 0);
-            let revisions: Vec<_> =
-                families.revisions.iter().filter_map(|(key, s)| Some((revision_labels(key), s.upgrade()?))).collect();
-            let mirrors: Vec<_> =
-                families.mirrors.iter().filter_map(|(key, s)| Some((revision_labels(key), s.upgrade()?))).collect();
-            let listeners: Vec<_> = families
-                .listeners
-                .iter()
-                .filter_map(|(name, s)| Some((format!("listener=\"{}\"", escape(name)), s.upgrade()?)))
-                .collect();
-            (revisions, mirrors, listeners)
+            let mut families = self.families();
+            (
+                families.revisions.shown(now, revision_labels),
+                families.mirrors.shown(now, revision_labels),
+                families.listeners.shown(now, |name| format!("listener=\"{}\"", escape(name))),
+            )
         };
         let mut out = String::with_capacity(4096 + revisions.len() * 8192 + listeners.len() * 2048);
 

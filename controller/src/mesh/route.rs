@@ -254,11 +254,16 @@ fn cors_of(policy: &CorsPolicy) -> (String, Any) {
         allow_methods: policy.allow_methods.join(","),
         allow_headers: policy.allow_headers.join(","),
         expose_headers: policy.expose_headers.join(","),
-        max_age: policy.max_age.as_deref().and_then(duration).map(|age| age.seconds.to_string()).unwrap_or_default(),
+        max_age: policy.max_age.as_deref().and_then(duration).map(whole_seconds).unwrap_or_default(),
         allow_credentials: Some(policy.allow_credentials),
         ..CorsMessage::default()
     };
     (CORS.to_owned(), pack(&message))
+}
+
+/// `Access-Control-Max-Age` knows whole seconds (Fetch, "CORS protocol"). Half of one is not 0, which forbids to remember anything.
+fn whole_seconds(age: Duration) -> String {
+    (age.seconds + i64::from(age.nanos > 0)).to_string()
 }
 
 pub(super) fn duration(text: &str) -> Option<Duration> {
@@ -517,6 +522,7 @@ mod tests {
         let [route] = &routes(&shop, "shop/web:80")[..] else { panic!() };
         let policy: CorsMessage = unpack(&route.typed_per_filter_config[CORS]).unwrap();
         assert_eq!((policy.allow_methods.as_str(), policy.max_age.as_str()), ("GET,PUT", "3600"));
+        assert_eq!(["0s", "500ms", "1s", "1500ms"].map(|age| whole_seconds(duration(age).unwrap())), ["0", "1", "1", "2"]);
         assert_eq!(policy.allow_origin_string_match.len(), 2);
         let snapshot = build(&shop.inputs());
         let listener = snapshot.fleet.get(TypeUrl::Listener, "shop/web:80").unwrap();

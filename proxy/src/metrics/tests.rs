@@ -23,6 +23,42 @@ fn series_of_a_configured_revision_exist_at_zero_and_go_with_their_last_user() {
 }
 
 #[test]
+fn a_revision_that_comes_back_goes_on_counting_and_one_that_stays_away_is_forgotten() {
+    let metrics = Metrics::new("m", 1);
+    let count = |metrics: &Metrics| metrics.outcomes(&labels(), Duration::ZERO).requests;
+    let failed = || {
+        let unavailable = Some(GrpcStatus::UNAVAILABLE);
+        metrics.revision(&labels(), 0).record(StatusCode::OK, unavailable, Duration::from_millis(1), None);
+    };
+    failed();
+    let gone = Instant::now();
+    assert!(!metrics.render_at(gone).contains("revision=\"abc\""));
+    metrics.render_at(gone + REMEMBERED - Duration::from_millis(1));
+    failed();
+    let again = metrics.revision(&labels(), 0);
+    assert!(metrics.render().contains("grpc_status=\"UNAVAILABLE\"} 2\n"));
+    // As long as it is there, however long ago it was not.
+    metrics.render_at(gone + 2 * REMEMBERED);
+    assert_eq!(count(&metrics), 2);
+    drop(again);
+    metrics.render_at(gone + 2 * REMEMBERED);
+    assert_eq!(count(&metrics), 2);
+    metrics.render_at(gone + 3 * REMEMBERED);
+    assert_eq!(count(&metrics), 0);
+}
+
+#[test]
+fn what_nobody_scrapes_is_forgotten_too() {
+    let mut family = Family::<String, ListenerShard>::default();
+    let began = Instant::now();
+    family.used("first", 1, began);
+    // It is found not to be used when another one comes, and it is forgotten when one comes later.
+    family.used("second", 1, began + SWEEP);
+    family.used("third", 1, began + SWEEP + REMEMBERED);
+    assert_eq!(family.series.keys().collect::<Vec<_>>(), ["second", "third"]);
+}
+
+#[test]
 fn threads_are_summed_and_a_bound_includes_its_own_value() {
     let metrics = Metrics::new("m", 2);
     let (first, second) = (metrics.revision(&labels(), 0), metrics.revision(&labels(), 1));

@@ -18,14 +18,14 @@ use kube::{
 };
 use serde_json::json;
 use sluice_crds::{Canary, CanaryStatus, Stage};
-use sluice_load::{CUT, RESENT};
+use sluice_load::{CUT, RESENT, STREAM, WEBSOCKET};
 use tokio::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::{
     app::App,
     audit,
     cluster::{Cluster, SYSTEM},
-    load::{KEPT, Load},
+    load::{EVERY_PROTOCOL, Load},
     memory,
     problems::{self, Expected},
     watch::unix_ms,
@@ -113,7 +113,7 @@ pub fn slow(seconds: u32) -> serde_json::Value {
 }
 
 /// Installs Sluice if this has not been done, and makes an application that is taken over and under load, in a namespace
-/// that is named for the test. `arguments` are further ones of `sluice-load`.
+/// that is named for the test. `arguments` are further ones of `sluice-load`; a test that is alone has [`EVERY_PROTOCOL`].
 pub async fn adopted(name: &str, usage: Use, arguments: &[&str], spec: serde_json::Value) -> Option<Adopted> {
     let (cluster, held) = cluster(usage).await?;
     Some(adopted_in(cluster, held, name, arguments, spec).await)
@@ -146,6 +146,10 @@ pub async fn under_load_in(cluster: Cluster, held: Held, namespace: &str, argume
         all.extend_from_slice(&["--rate", "60"]);
     }
     all.extend_from_slice(arguments);
+    // What all share breaks under every protocol.
+    if held.alone.is_some() {
+        all.extend_from_slice(EVERY_PROTOCOL);
+    }
     let load = Load::start(&cluster, &app.namespace, "load", &all).await.unwrap();
     let from_ms = load.steady().await.unwrap();
     Adopted { app, load, from_ms, through_fleet_ms: u64::MAX, held }
@@ -195,15 +199,8 @@ impl Adopted {
     /// No request failed that a version of the application did not answer.
     pub async fn nothing_failed(&self) {
         self.load.catch_up().await.unwrap();
-        let failed = self.load.failures_since(self.from_ms);
-        assert!(failed.is_empty(), "failed requests: {failed:#?}");
-        let before = self.load.cut_between(self.from_ms, self.through_fleet_ms);
-        assert!(before <= KEPT, "{before} POSTs ended with the Pods of the Deployment itself");
-        if before > 0 {
-            println!("{}: {before} POSTs ended with the Pods of the Deployment itself", self.app.namespace);
-        }
-        let cut = self.load.cut_between(self.from_ms.max(self.through_fleet_ms), u64::MAX);
-        assert_eq!(cut, 0, "POSTs whose connection the fleet closed instead of an answer");
+        let lost = self.load.lost_but_for_the_takeover(self.from_ms, self.through_fleet_ms);
+        assert!(lost.is_empty(), "lost requests: {lost:#?}");
         let resent =
             self.load.since(self.from_ms).iter().filter(|bucket| bucket.kind == RESENT).map(|it| it.count).sum::<u64>();
         if resent > 0 {
@@ -211,25 +208,27 @@ impl Adopted {
         }
     }
 
-    /// Failures since `from_ms`, which the test has counted apart: `[kept, new]` connections, and the window in which they
-    /// ended. From now on no request may fail again.
+    /// Failures since `from_ms`, which the test has counted apart. From now on no request may fail again.
     pub async fn counted_apart(&mut self, what: &str, from_ms: u64) -> Apart {
         // Those that still wait for something that is gone end by then: kube-proxy may have known of it for a second or two only.
         tokio::time::sleep(crate::load::TIMEOUT + Duration::from_secs(3)).await;
         self.load.catch_up().await.unwrap();
-        let lost = self.load.lost_since(self.from_ms);
+        let lost = self.load.lost_but_for_the_takeover(self.from_ms, self.through_fleet_ms.min(from_ms));
         let (before, lost): (Vec<_>, Vec<_>) = lost.into_iter().partition(|bucket| bucket.first_ms < from_ms);
-        let before: Vec<_> =
-            before.into_iter().filter(|it| it.failed() || it.first_ms >= self.through_fleet_ms).collect();
-        assert!(before.is_empty(), "failed before {what}: {before:#?}");
+        assert!(before.is_empty(), "lost before {what}: {before:#?}");
         let of = |kinds: &[&str]| {
             lost.iter().filter(|bucket| kinds.contains(&&*bucket.kind)).map(|bucket| bucket.count).sum::<u64>()
         };
         let last_ms = lost.iter().map(|bucket| bucket.last_ms).max().unwrap_or(from_ms);
-        let apart = Apart { kept: of(&["kept", CUT]), new: of(&["new"]), window_ms: last_ms - from_ms };
+        let apart = Apart {
+            kept: of(&["kept", CUT]),
+            new: of(&["new"]),
+            calls: of(&["grpc", STREAM, WEBSOCKET]),
+            window_ms: last_ms - from_ms,
+        };
         println!(
-            "{what}: {} requests on kept connections and {} on new ones failed, the last {} ms after it",
-            apart.kept, apart.new, apart.window_ms
+            "{what}: {} requests on kept connections, {} on new ones and {} of gRPC and WebSockets failed, the last {} ms after it",
+            apart.kept, apart.new, apart.calls, apart.window_ms
         );
         self.from_ms = unix_ms();
         apart
@@ -326,6 +325,8 @@ fn is_complete(deployment: &Deployment) -> bool {
 pub struct Apart {
     pub kept: u64,
     pub new: u64,
+    /// gRPC calls, streams and WebSockets. The calls have one connection: while it cannot be made, all of them fail.
+    pub calls: u64,
     /// From the fault to the end of the last of them.
     pub window_ms: u64,
 }

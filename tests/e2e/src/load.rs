@@ -27,6 +27,10 @@ pub struct Load {
 
 /// Connections that it keeps (`--connections`).
 pub const KEPT: u64 = 16;
+/// Streams and WebSockets that are open at a time, if asked for ([`EVERY_PROTOCOL`]).
+const OPEN: u64 = 2;
+/// Beside HTTP/1.1, gRPC calls, a gRPC stream and a WebSocket: either a second and a half, which is shorter than the tests' `drainSeconds`.
+pub const EVERY_PROTOCOL: &[&str] = &["--grpc-rate", "20", "--ws-rate", "10", "--messages", "15"];
 /// The longest that its requests wait for an answer.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -98,11 +102,23 @@ impl Load {
         self.since(from_ms).into_iter().filter(|bucket| bucket.failed() || bucket.kind == CUT).collect()
     }
 
-    /// POSTs whose kept connection was closed instead of an answer, between these times: see [`CUT`].
+    /// [`Self::lost_since`] by clients that were there before the takeover: until `through_fleet_ms` they have connections to Pods of
+    /// the Deployment itself, and what they find open there ends with these, as in any rollout. That is counted and printed.
+    ///
+    /// # Panics
+    /// If more ended so than can have been open.
     #[must_use]
-    pub fn cut_between(&self, from_ms: u64, to_ms: u64) -> u64 {
-        let cut = self.since(from_ms).into_iter().filter(|bucket| bucket.kind == CUT && bucket.first_ms < to_ms);
-        cut.map(|bucket| bucket.count).sum()
+    pub fn lost_but_for_the_takeover(&self, from_ms: u64, through_fleet_ms: u64) -> Vec<Bucket> {
+        let (own, lost): (Vec<_>, Vec<_>) = self
+            .lost_since(from_ms)
+            .into_iter()
+            .partition(|bucket| bucket.first_ms < through_fleet_ms && bucket.ended_with_its_connection());
+        let ended: u64 = own.iter().map(|bucket| bucket.count).sum();
+        assert!(ended <= KEPT + OPEN, "{ended} ended with the Pods of the Deployment itself: {own:#?}");
+        if ended > 0 {
+            println!("{}: {ended} requests ended with the Pods of the Deployment itself", self.name);
+        }
+        lost
     }
 
     /// Waits until everything that ended before now has been reported.

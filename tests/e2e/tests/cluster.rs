@@ -70,9 +70,9 @@ async fn spread(cluster: &Cluster) {
 const REMEMBERED: u64 = 300;
 
 /// Releases v3 and waits until it has a fifth of the traffic.
-async fn in_mid_release(stage: &Adopted) {
+async fn in_mid_release(stage: &Adopted) -> CanaryStatus {
     let applied = stage.app.release(&[("VERSION", "v3")]).await.unwrap();
-    stage.wait("weight 20", applied, at_weight_20).await;
+    stage.wait("weight 20", applied, at_weight_20).await
 }
 
 /// Waits until a node is Ready, or no longer.
@@ -120,6 +120,10 @@ async fn a_node_that_is_lost_takes_what_it_had_and_new_connections_until_its_mem
     let cluster = stage.app.cluster.clone();
     // What is on that node says so, when it is there again.
     let _expected = expect(&[CONTROLLERS_AWAY, API_SERVER_AWAY].concat());
+    let released = in_mid_release(&stage).await.canary_revision;
+    let is_another = |status: &CanaryStatus| {
+        status.template.as_ref().is_some_and(|template| Some(&template.revision) != released.as_ref())
+    };
     let at = unix_ms();
     let cut_off = node.cut_off(&lost).await.unwrap();
     node_ready(&stage, &lost, false).await;
@@ -128,10 +132,10 @@ async fn a_node_that_is_lost_takes_what_it_had_and_new_connections_until_its_mem
     assert!(apart.window_ms <= 75_000, "{apart:?}");
     let counted = unix_ms();
 
-    // What is left serves, and a change waits for Pods on the node that is left.
+    // What is left serves, and another change takes the release's place. It waits for Pods on the node that is left.
     // The API server may still have a connection to the webhook that was there; whoever applies tries again, as Git tools do.
     let applied = eventually("a change to be taken", MINUTE, || async {
-        stage.app.release(&[("VERSION", "v3")]).await.inspect_err(|error| println!("not taken yet: {error}")).ok()
+        stage.app.release(&[("VERSION", "v4")]).await.inspect_err(|error| println!("not taken yet: {error}")).ok()
     })
     .await;
     stage
@@ -140,7 +144,7 @@ async fn a_node_that_is_lost_takes_what_it_had_and_new_connections_until_its_mem
         .wait("the release to begin", applied, 2 * MINUTE, |status| {
             // Prometheus may have been on that node, too. Without it no release begins.
             let asks = status.waiting.as_ref().is_some_and(|waiting| waiting.reason == "DryRun");
-            status.phase == Phase::Progressing || asks
+            is_another(status) && (status.phase == Phase::Progressing || asks)
         })
         .await
         .unwrap();
@@ -152,6 +156,7 @@ async fn a_node_that_is_lost_takes_what_it_had_and_new_connections_until_its_mem
     drop(cut_off);
     node_ready(&stage, &lost, true).await;
     installation::fleet_is_ready(&cluster, 2).await;
+    let ended = |status: &CanaryStatus| is_another(status) && ended(status);
     let done = stage.app.history.wait("the end of the release", applied, 5 * MINUTE, ended).await.unwrap().status;
     println!("the release ended as {:?}", done.phase);
     println!("{} ms after the node was back", unix_ms() - back);

@@ -1,5 +1,5 @@
-//! What somebody deletes: the Canary at nine moments of its life and in each way, its Deployment, its Service, its namespace. As in
-//! `releases.rs`, no request may fail, and nothing of ours is left.
+//! What somebody deletes: the Canary at nine moments of its life and in each way, its Deployment and its Service, at rest and in
+//! mid-release, its namespace. As in `releases.rs`, no request may fail, and nothing of ours is left.
 //!
 //! `cargo test` runs the core; the rest is ignored as "full" (README.md).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
@@ -17,9 +17,9 @@ use sluice_crds::{CanaryStatus, Phase, Stage};
 use sluice_e2e::{
     adopted::{
         Adopted, MINUTE, Use, adopted, at_weight_20, cluster, condition, eventually, expect, gone, nothing_went_wrong,
-        quick, under_load,
+        quick, slow, under_load,
     },
-    load::TIMEOUT,
+    load::{EVERY_PROTOCOL, TIMEOUT},
     watch::unix_ms,
 };
 use tokio::sync::Semaphore;
@@ -28,19 +28,7 @@ use tokio::sync::Semaphore;
 #[ignore = "full"]
 async fn without_its_deployment_a_canary_serves_on_and_goes_on_when_it_is_back() {
     let Some(stage) = adopted("notarget", Use::Shared, &[], quick()).await else { return };
-    let before = stage.api::<Deployment>().get("hello").await.unwrap();
-    let at = unix_ms();
-    stage.api::<Deployment>().delete("hello", &DeleteParams::default()).await.unwrap();
-    stage.wait("TargetNotFound", at, |status| condition(status, "Stalled").1 == "TargetNotFound").await;
-    tokio::time::sleep(Duration::from_secs(5)).await;
-    stage.nothing_failed().await;
-    // As Git applies it: without anything of ours.
-    let back = unix_ms();
-    let mut again = Deployment { spec: before.spec, ..Deployment::default() };
-    again.metadata.name = Some("hello".to_owned());
-    again.spec.as_mut().unwrap().replicas = Some(2);
-    stage.api::<Deployment>().create(&PostParams::default(), &again).await.unwrap();
-    stage.wait("no longer Stalled", back, |status| condition(status, "Stalled").0 != "True").await;
+    deployment_made_again(&stage, Duration::from_secs(5)).await;
     let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
     stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
     stage.end().await;
@@ -50,6 +38,47 @@ async fn without_its_deployment_a_canary_serves_on_and_goes_on_when_it_is_back()
 #[ignore = "full"]
 async fn a_service_that_is_deleted_and_made_again_is_taken_over_again() {
     let Some(mut stage) = adopted("noservice", Use::Shared, &[], quick()).await else { return };
+    service_made_again(&mut stage).await;
+    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
+    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
+    stage.end().await;
+}
+
+#[tokio::test]
+#[ignore = "full"]
+async fn a_release_goes_on_when_its_deployment_and_its_service_were_deleted_and_made_again() {
+    let Some(mut stage) = adopted("madeagain", Use::Shared, EVERY_PROTOCOL, slow(8)).await else { return };
+    let canary = stage.in_mid_release().await.canary_revision;
+    // Longer than the step.
+    let held = deployment_made_again(&stage, Duration::from_secs(10)).await;
+    assert_eq!((held.requested_weight, &held.canary_revision), (20, &canary), "it went on without its Deployment");
+    service_made_again(&mut stage).await;
+    let done = stage.wait("phase Succeeded", 0, |status| status.phase == Phase::Succeeded).await;
+    assert_eq!((done.primary_revision, done.failed_checks), (canary, 0));
+    stage.end().await;
+}
+
+/// Deletes the Deployment and creates it again after so long, as Git does. The status from before it was back.
+async fn deployment_made_again(stage: &Adopted, away: Duration) -> CanaryStatus {
+    let before = stage.api::<Deployment>().get("hello").await.unwrap();
+    let at = unix_ms();
+    stage.api::<Deployment>().delete("hello", &DeleteParams::default()).await.unwrap();
+    stage.wait("TargetNotFound", at, |status| condition(status, "Stalled").1 == "TargetNotFound").await;
+    tokio::time::sleep(away).await;
+    stage.nothing_failed().await;
+    let without = stage.app.history.last().unwrap().status;
+    // Without anything of ours.
+    let back = unix_ms();
+    let mut again = Deployment { spec: before.spec, ..Deployment::default() };
+    again.metadata.name = Some("hello".to_owned());
+    again.spec.as_mut().unwrap().replicas = Some(2);
+    stage.api::<Deployment>().create(&PostParams::default(), &again).await.unwrap();
+    stage.wait("no longer Stalled", back, |status| condition(status, "Stalled").0 != "True").await;
+    without
+}
+
+/// Deletes the Service and applies it again, and waits until it is taken over and found by clients.
+async fn service_made_again(stage: &mut Adopted) {
     let before = stage.api::<Service>().get("hello").await.unwrap();
     let at = unix_ms();
     stage.api::<Service>().delete("hello", &DeleteParams::default()).await.unwrap();
@@ -75,9 +104,6 @@ async fn a_service_that_is_deleted_and_made_again_is_taken_over_again() {
     println!("the last of them {after} ms after the new Service was taken over");
     // A connection that was opened before, to an address that nobody had, still waits for its answer.
     assert!(u128::from(after) <= (found + TIMEOUT).as_millis(), "{apart:?}");
-    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
-    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
-    stage.end().await;
 }
 
 /// A moment of a Canary's life.

@@ -24,6 +24,7 @@ use sluice_e2e::{
     audit,
     cluster::SYSTEM,
     installation::{self, API_SERVER_AWAY, CONTROLLERS_AWAY, controllers, fleet, leader, try_leader},
+    load::EVERY_PROTOCOL,
     node::Node,
     problems::roles_are_unread,
     watch::unix_ms,
@@ -364,7 +365,7 @@ async fn the_fleet_is_restarted_in_mid_release_without_a_failed_request() {
 #[ignore = "full"]
 async fn a_sidecar_that_is_killed_takes_only_what_it_had_in_flight() {
     let Some(node) = Node::of_ours("to kill a process") else { return };
-    let Some(mut stage) = adopted("sidecar", Use::Shared, &[], quick()).await else { return };
+    let Some(mut stage) = adopted("sidecar", Use::Shared, EVERY_PROTOCOL, quick()).await else { return };
     let judged = stage.in_mid_release().await;
     let _expected = expect(&[&stage.app.namespace]);
     let name = stage.app.pods_of(&judged.primary_revision.unwrap()).await.unwrap().remove(0);
@@ -376,7 +377,7 @@ async fn a_sidecar_that_is_killed_takes_only_what_it_had_in_flight() {
     let done = stage.wait("phase Succeeded", at, succeeded).await;
     assert_eq!(done.failed_checks, 0);
     let apart = stage.counted_apart("a sidecar killed", at).await;
-    assert!(apart.kept + apart.new <= IN_FLIGHT, "{apart:?}");
+    assert!(apart.kept + apart.new + apart.calls <= IN_FLIGHT, "{apart:?}");
     stage.end().await;
 }
 

@@ -27,7 +27,7 @@ use sluice_e2e::{
     adopted::{MINUTE, Use, cluster, ended, eventually, unique},
     app::App,
     cluster::Cluster,
-    load::Load,
+    load::{EVERY_PROTOCOL, Load},
     watch::unix_ms,
 };
 use tokio::{sync::Mutex as AsyncMutex, task::JoinHandle};
@@ -297,7 +297,8 @@ async fn releases_under(tool: Tool) {
         }
         object
     });
-    let load = Load::start(&cluster, &name, "load", &["--target", "hello:80", "--rate", "60"]).await.unwrap();
+    let arguments = [&["--target", "hello:80", "--rate", "60"], EVERY_PROTOCOL].concat();
+    let load = Load::start(&cluster, &name, "load", &arguments).await.unwrap();
     let from_ms = load.steady().await.unwrap();
     protected_once(&cluster).await;
     let tooling = Tooling::start(&cluster, &name, tool, objects.collect());
@@ -312,6 +313,8 @@ async fn releases_under(tool: Tool) {
     app.canary(spec).await.unwrap();
     let adopted = app.adopted().await.unwrap().at_ms;
     assert_eq!(revisions(&app).await, 1);
+    app.own_pods_ended().await.unwrap();
+    let through_fleet = unix_ms();
 
     // A good release, by Git.
     let committed = unix_ms();
@@ -366,8 +369,8 @@ async fn releases_under(tool: Tool) {
     assert!(tooling.troubles(handing_back, handed_back + 1000).len() <= 2);
     assert_eq!(own_pods.between(adopted, handing_back), Vec::<String>::new(), "Pods that nobody judged");
     load.catch_up().await.unwrap();
-    let failed = load.failures_since(from_ms);
-    assert!(failed.is_empty(), "failed requests: {failed:#?}");
+    let lost = load.lost_but_for_the_takeover(from_ms, through_fleet);
+    assert!(lost.is_empty(), "lost requests: {lost:#?}");
     ended(app).await;
 }
 

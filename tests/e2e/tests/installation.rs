@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use sluice_crds::{Canary, CanaryStatus, Phase, Stage, labels};
 use sluice_e2e::{
     adopted::{
-        Adopted, MINUTE, Use, adopted, cluster, ended, eventually, expect, of_ours, quick, quiet, slow, under_load_in,
+        Adopted, MINUTE, Use, adopted, at_weight_20, cluster, ended, eventually, expect, of_ours, quick, quiet, slow, under_load_in,
         uninstalled, unique,
     },
     cluster::{Cluster, SYSTEM},
@@ -43,36 +43,42 @@ fn restarts(pod: &Pod) -> i32 {
     all.map(|container| container.restart_count).sum()
 }
 
+/// Releases this version, changes the installation while the canary has a fifth of the traffic, and waits for the promotion. No request
+/// fails, and no Pod of the application is restarted.
+async fn in_mid_release(stage: &Adopted, version: &str, what: &str, change: impl Future<Output = ()>) {
+    let applied = stage.app.release(&[("VERSION", version)]).await.unwrap();
+    stage.wait("weight 20", applied, at_weight_20).await;
+    // However long the change takes, it ends in mid-release, too.
+    stage.app.patch_canary(json!({"suspend": true})).await.unwrap();
+    let before = application_pods(stage).await;
+    let at = unix_ms();
+    change.await;
+    println!("{what} within {} ms", unix_ms() - at);
+    assert_eq!(before, application_pods(stage).await, "{what}: a Pod of the application was restarted");
+    stage.nothing_failed().await;
+    let resumed = stage.app.patch_canary(json!({"suspend": false})).await.unwrap();
+    let ended = |status: &CanaryStatus| {
+        status.phase == Phase::Succeeded && status.stage == Stage::Settled && status.retiring.is_empty()
+    };
+    stage.wait("the promotion and the old revision's end", resumed, ended).await;
+}
+
 #[tokio::test]
 #[ignore = "full"]
 async fn helm_upgrade_and_helm_rollback_under_load_lose_no_request_and_restart_no_pod() {
     let Some(stage) = adopted("upgrade", Use::Alone, &[], slow(10)).await else { return };
     let cluster = stage.app.cluster.clone();
-    let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
-    stage.wait("weight 20", applied, |status| status.effective_weight == Some(20)).await;
-    let before = application_pods(&stage).await;
     let _expected = expect(CONTROLLERS_AWAY);
-    let at = unix_ms();
-    installation::upgrade(
-        &cluster,
-        &["controller.podAnnotations.test=x", "fleet.podAnnotations.test=x", "sidecar.resources.requests.memory=32Mi"],
-    )
-    .await;
-    println!("upgraded within {} ms", unix_ms() - at);
-    let after = application_pods(&stage).await;
-    assert!(before.iter().all(|pod| after.contains(pod)), "{before:?} became {after:?}");
-    stage.wait("phase Succeeded", at, |status| status.phase == Phase::Succeeded).await;
-    stage
-        .wait("the old revision's end", at, |status| status.phase == Phase::Succeeded && status.retiring.is_empty())
-        .await;
-    let before = application_pods(&stage).await;
-    let at = unix_ms();
-    cluster.helm(&["rollback", "sluice", "-n", SYSTEM, "--wait", "--timeout", "280s"]).await.unwrap();
-    // What the Pod of the test prints.
-    let _says = expect(&["sluice-test/passed"]);
-    cluster.helm(&["test", "sluice", "-n", SYSTEM, "--timeout", "120s"]).await.unwrap();
-    println!("rolled back within {} ms", unix_ms() - at);
-    assert_eq!(before, application_pods(&stage).await);
+    let values =
+        ["controller.podAnnotations.test=x", "fleet.podAnnotations.test=x", "sidecar.resources.requests.memory=32Mi"];
+    in_mid_release(&stage, "v2", "upgraded", installation::upgrade(&cluster, &values)).await;
+    let rollback = async || {
+        cluster.helm(&["rollback", "sluice", "-n", SYSTEM, "--wait", "--timeout", "280s"]).await.unwrap();
+        // What the Pod of the test prints.
+        let _says = expect(&["sluice-test/passed"]);
+        cluster.helm(&["test", "sluice", "-n", SYSTEM, "--timeout", "120s"]).await.unwrap();
+    };
+    in_mid_release(&stage, "v3", "rolled back", rollback()).await;
     installation::fleet_is_ready(&cluster, 2).await;
     assert_eq!(stage.app.history.last().unwrap().status.stage, Stage::Settled);
     stage.end().await;
@@ -87,40 +93,22 @@ async fn an_older_version_and_this_one_drive_each_others_proxies() {
     };
     let Some(stage) = adopted("skew", Use::Alone, &[], quick()).await else { return };
     let cluster = stage.app.cluster.clone();
-    let release = |version: &'static str| {
-        let stage = &stage;
-        async move {
-            let applied = stage.app.release(&[("VERSION", version)]).await.unwrap();
-            stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
-            stage.wait("its end", applied, |status| status.stage == Stage::Settled && status.retiring.is_empty()).await;
-        }
-    };
     let _expected = expect(CONTROLLERS_AWAY);
-    let before = application_pods(&stage).await;
-    let at = unix_ms();
-    cluster.install_version(&format!("{old}/charts/sluice"), "old", &[]).await.unwrap();
-    println!("brought to the older version within {} ms", unix_ms() - at);
-    assert_eq!(before, application_pods(&stage).await, "an application's Pod was restarted");
-    // Its controllers and fleet beside sidecars of today; then sidecars of its own.
-    release("v2").await;
+    // Its controllers and fleet take over a release of today, with sidecars of today.
+    let to_old = async || cluster.install_version(&format!("{old}/charts/sluice"), "old", &[]).await.unwrap();
+    in_mid_release(&stage, "v2", "brought to the older version", to_old()).await;
 
-    // Today's controllers drive a fleet and sidecars that are older, and make such a revision.
-    let before = application_pods(&stage).await;
-    let at = unix_ms();
-    installation::upgrade(&cluster, &["image.proxy.repository=sluice-old-proxy"]).await;
-    println!("controllers brought to this version within {} ms", unix_ms() - at);
-    assert_eq!(before, application_pods(&stage).await, "an application's Pod was restarted");
-    stage.nothing_failed().await;
-    release("v3").await;
+    // Today's controllers end what the older ones have begun, with a fleet and sidecars that are older.
+    let controllers = installation::upgrade(&cluster, &["image.proxy.repository=sluice-old-proxy"]);
+    in_mid_release(&stage, "v3", "controllers brought to this version", controllers).await;
 
-    let before = application_pods(&stage).await;
-    let at = unix_ms();
-    installation::upgrade(&cluster, &[]).await;
-    println!("the fleet brought to this version within {} ms", unix_ms() - at);
-    assert_eq!(before, application_pods(&stage).await, "an application's Pod was restarted");
-    stage.nothing_failed().await;
-    // Today's controllers and fleet beside older sidecars; then today's.
-    release("v4").await;
+    // Today's controllers make a revision with older sidecars, and today's fleet ends its release.
+    let fleet = installation::upgrade(&cluster, &[]);
+    in_mid_release(&stage, "v4", "the fleet brought to this version", fleet).await;
+
+    // Today's throughout, beside older sidecars.
+    let applied = stage.app.release(&[("VERSION", "v5")]).await.unwrap();
+    stage.app.ends(applied, Phase::Succeeded, 2 * MINUTE).await.unwrap();
     stage.end().await;
 }
 
@@ -134,7 +122,7 @@ async fn helm_uninstall_hands_every_canary_back_and_a_later_installation_takes_i
 
     // The Deployment asks for a version that is not promoted yet: everybody would get it.
     let applied = stage.app.release(&[("VERSION", "v2")]).await.unwrap();
-    stage.wait("weight 20", applied, |status| status.effective_weight == Some(20)).await;
+    stage.wait("weight 20", applied, at_weight_20).await;
     // Helm 4 waits for it, however early the hook says no.
     cluster.helm(&uninstall("60s")).await.unwrap_err();
     let said = cluster.kubectl(&["logs", "-n", SYSTEM, "job/sluice-uninstall"], None).await.unwrap();

@@ -9,7 +9,7 @@ pub struct Bucket {
     /// When the first and the last of them ended, Unix milliseconds.
     pub first_ms: u64,
     pub last_ms: u64,
-    /// `new` connection for each request, `kept` connection, `grpc`, `stream` or `ws`; [`RESENT`], [`CUT`].
+    /// `new` connection for each request, `kept` connection, `grpc`; [`STREAM`], [`WEBSOCKET`], [`RESENT`], [`CUT`].
     pub kind: String,
     /// What the header `x-version` (or the reply) said; empty where nothing answered.
     pub version: String,
@@ -22,6 +22,12 @@ pub struct Bucket {
     pub slow: u64,
     pub max_ms: u64,
 }
+
+/// Kind of a message of a gRPC stream, and of the stream where it broke off.
+pub const STREAM: &str = "stream";
+
+/// Kind of an echo on a WebSocket, and of the WebSocket where it broke off.
+pub const WEBSOCKET: &str = "ws";
 
 /// Kind of a request that was sent again on another connection, because a kept one was closed before it left, or, for a GET, instead
 /// of an answer. It counts once more by what became of it.
@@ -47,5 +53,11 @@ impl Bucket {
         self.kind != RESENT
             && self.kind != CUT
             && (!self.answered_by_application() || (self.status >= 400 && self.status < 500))
+    }
+
+    /// Lost with the connection that it was on: no client can know whether it may begin again.
+    #[must_use]
+    pub fn ended_with_its_connection(&self) -> bool {
+        self.kind == CUT || (self.failed() && (self.kind == STREAM || self.kind == WEBSOCKET))
     }
 }

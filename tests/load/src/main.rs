@@ -26,8 +26,9 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use sluice_hello::v1::{GreetRequest, WatchRequest, hello_client::HelloClient};
-use sluice_load::{BUCKET_MS, Bucket, CUT, RESENT};
+use sluice_load::{BUCKET_MS, Bucket, CUT, RESENT, STREAM, WEBSOCKET};
 use tokio::net::TcpStream;
+use tonic::transport::{Channel, Endpoint};
 
 #[derive(Clone, Parser)]
 struct Options {
@@ -49,6 +50,9 @@ struct Options {
     /// WebSocket messages per second; 0 for none.
     #[arg(long, default_value_t = 0)]
     ws_rate: u32,
+    /// Messages of a gRPC stream, ten a second, and of a WebSocket; another one begins when it has ended.
+    #[arg(long, default_value_t = 50)]
+    messages: u32,
     /// Longer is slow.
     #[arg(long, default_value_t = 500)]
     slow_ms: u64,
@@ -149,6 +153,9 @@ async fn main() -> anyhow::Result<()> {
 }
 
 type Sender = http1::SendRequest<Full<bytes::Bytes>>;
+
+/// For gRPC, whose calls wait for their one connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What a POST sends, and the application sends back.
 const POSTED: &[u8] = &[b'x'; 256];
@@ -291,22 +298,26 @@ fn never_processed(status: &tonic::Status) -> bool {
     })
 }
 
+/// A client whose connection is made when it is needed. One that cannot be made does not hold up the next for long.
+fn grpc_client(options: &Options) -> Option<HelloClient<Channel>> {
+    let endpoint = Endpoint::new(format!("http://{}", options.target)).ok()?;
+    Some(HelloClient::new(endpoint.connect_timeout(CONNECT_TIMEOUT).connect_lazy()))
+}
+
 /// Unary calls on one HTTP/2 connection.
 async fn grpc_calls(options: Options, recorder: Recorder) {
-    let Ok(endpoint) = tonic::transport::Endpoint::new(format!("http://{}", options.target)) else { return };
-    let timeout = Duration::from_secs(options.timeout_s);
-    let client = HelloClient::new(endpoint.timeout(timeout).connect_lazy());
+    let Some(client) = grpc_client(&options) else { return };
     let mut tick = tokio::time::interval(Duration::from_secs(1) / options.grpc_rate);
     let mut flights = tokio::task::JoinSet::new();
     loop {
         tick.tick().await;
         while flights.try_join_next().is_some() {}
-        let (mut client, recorder, slow_ms) = (client.clone(), recorder.clone(), options.slow_ms);
+        let (mut client, recorder, options) = (client.clone(), recorder.clone(), options.clone());
         flights.spawn(async move {
             let started = Instant::now();
             let reply = loop {
-                match client.greet(GreetRequest { name: "load".to_owned() }).await {
-                    Err(status) if never_processed(&status) && started.elapsed() < timeout => {}
+                match in_time(&options, client.greet(GreetRequest { name: "load".to_owned() })).await {
+                    Err(status) if never_processed(&status) && started.elapsed().as_secs() < options.timeout_s => {}
                     reply => break reply,
                 }
             };
@@ -321,23 +332,23 @@ async fn grpc_calls(options: Options, recorder: Recorder) {
                     }
                 }
             };
-            recorder.record("grpc", started, slow_ms, outcome);
+            recorder.record("grpc", started, options.slow_ms, outcome);
         });
     }
 }
 
 /// One server stream after another; each message counts. A stream that ends before its time is a failure.
 async fn grpc_stream(options: Options, recorder: Recorder) {
-    let Ok(endpoint) = tonic::transport::Endpoint::new(format!("http://{}", options.target)) else { return };
-    let mut client = HelloClient::new(endpoint.connect_lazy());
+    let Some(mut client) = grpc_client(&options) else { return };
     let mut tick = tokio::time::interval(Duration::from_millis(200));
     loop {
         tick.tick().await;
         let result: Result<(), tonic::Status> = async {
-            let mut stream = client.watch(WatchRequest { count: 50, interval_ms: 100 }).await?.into_inner();
-            while let Some(reply) = stream.message().await? {
+            let request = WatchRequest { count: options.messages, interval_ms: 100 };
+            let mut stream = in_time(&options, client.watch(request)).await?.into_inner();
+            while let Some(reply) = in_time(&options, stream.message()).await? {
                 let outcome = Outcome { version: reply.version, status: 200, error: String::new() };
-                recorder.record("stream", Instant::now(), options.slow_ms, outcome);
+                recorder.record(STREAM, Instant::now(), options.slow_ms, outcome);
             }
             Ok(())
         }
@@ -346,28 +357,40 @@ async fn grpc_stream(options: Options, recorder: Recorder) {
             && !never_processed(&status)
         {
             let error = format!("{:?}: {}", status.code(), status.message());
-            recorder.record("stream", Instant::now(), options.slow_ms, Outcome { error, ..Outcome::default() });
+            recorder.record(STREAM, Instant::now(), options.slow_ms, Outcome { error, ..Outcome::default() });
         }
     }
 }
 
-/// One WebSocket after another, 50 echoes each.
+/// An answer, or the next message of a stream.
+async fn in_time<T>(
+    options: &Options,
+    answer: impl Future<Output = Result<T, tonic::Status>>,
+) -> Result<T, tonic::Status> {
+    let answer = tokio::time::timeout(Duration::from_secs(options.timeout_s), answer).await;
+    answer.unwrap_or_else(|_| Err(tonic::Status::deadline_exceeded("timed out")))
+}
+
+/// One WebSocket after another.
 async fn websocket(options: Options, recorder: Recorder) {
     let url = format!("ws://{}/ws", options.target);
+    let timeout = Duration::from_secs(options.timeout_s);
     let mut tick = tokio::time::interval(Duration::from_secs(1) / options.ws_rate);
     loop {
         tick.tick().await;
         let result: anyhow::Result<()> = async {
-            let (mut socket, _) = tokio_tungstenite::connect_async(&url).await.context("no upgrade")?;
-            for number in 0..50_u32 {
+            let upgrade = tokio::time::timeout(timeout, tokio_tungstenite::connect_async(&url));
+            let (mut socket, _) = upgrade.await.context("no upgrade in time")?.context("no upgrade")?;
+            for number in 0..options.messages {
                 tick.tick().await;
                 let started = Instant::now();
                 socket.send(number.to_string().into()).await?;
-                let reply = socket.next().await.context("closed")??.into_text()?;
+                let echo = tokio::time::timeout(timeout, socket.next()).await.context("no echo in time")?;
+                let reply = echo.context("closed")??.into_text()?;
                 let (version, echo) = reply.split_once(' ').context("unexpected reply")?;
                 anyhow::ensure!(echo == number.to_string(), "echoed {echo}, sent {number}");
                 let outcome = Outcome { version: version.to_owned(), status: 200, error: String::new() };
-                recorder.record("ws", started, options.slow_ms, outcome);
+                recorder.record(WEBSOCKET, started, options.slow_ms, outcome);
             }
             socket.close(None).await?;
             Ok(())
@@ -375,7 +398,7 @@ async fn websocket(options: Options, recorder: Recorder) {
         .await;
         if let Err(error) = result {
             let outcome = Outcome { error: format!("{error:#}"), ..Outcome::default() };
-            recorder.record("ws", Instant::now(), options.slow_ms, outcome);
+            recorder.record(WEBSOCKET, Instant::now(), options.slow_ms, outcome);
         }
     }
 }
