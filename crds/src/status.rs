@@ -150,7 +150,8 @@ pub struct CanaryStatus {
     /// Ready replicas of the primary.
     #[serde(default)]
     pub replicas: i32,
-    /// Selector of the primary's Pods, for autoscalers.
+    /// Selector of the Pods that serve users, of primary and canary, for autoscalers. Of the primary's alone while the canary gets copies
+    /// of requests.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 512))]
     pub selector: Option<String>,
@@ -251,6 +252,10 @@ pub struct TemplateStatus {
     /// Name of the Deployment that rests at 0 replicas; empty while it need not (before takeover ends, and at hand-back).
     #[schemars(length(max = 253))]
     pub name: String,
+    /// UID of the Deployment that this status speaks of: another one counts its generations from 1 again.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[schemars(length(max = 63))]
+    pub uid: String,
     /// Generation of the Deployment that this status speaks of.
     pub observed_generation: i64,
     /// Revision of its pod template and configuration.

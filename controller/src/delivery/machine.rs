@@ -107,6 +107,7 @@ pub struct Problem {
 /// The target Deployment.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Template {
+    pub uid: String,
     pub generation: i64,
     /// Hash of pod template and tracked configuration.
     pub revision: String,

@@ -215,6 +215,7 @@ fn template_of(
     });
     let configs = tracked.status();
     machine::Template {
+        uid: target.uid().unwrap_or_default(),
         generation: target.metadata.generation.unwrap_or_default(),
         revision: template::revision_hash(pod_template, &configs),
         tracked_configs: configs,
@@ -233,6 +234,14 @@ fn template_problems(target: &DynamicObject, pod_template: &Value, tracked: &Tra
         problems.push(Problem {
             reason: "TemplateUnsupported",
             message: format!("Deployment {name} cannot run behind the fleet: {refused}"),
+        });
+    }
+    if target.data.pointer("/spec/strategy/type").and_then(Value::as_str) == Some("Recreate") {
+        problems.push(Problem {
+            reason: "TemplateUnsupported",
+            message: format!(
+                "Deployment {name} has the strategy Recreate: no two versions of it may run at once, which they do in the takeover and in every release. If they may after all, set spec.strategy.type to RollingUpdate"
+            ),
         });
     }
     for missing in tracked.missing.keys() {
@@ -706,6 +715,22 @@ mod tests {
         assert!(trouble.unwrap().starts_with("Service web leads port 80 to the container port named \"web\""));
         // Another port than the Canary's: it serves, and that is worth a warning.
         assert_eq!(see(&service(json!("http"), json!("metrics"))), (1, None, 1));
+    }
+
+    #[test]
+    fn a_target_of_which_no_two_versions_may_run_is_refused() {
+        let problems = |kind: &str| {
+            let target: DynamicObject = serde_json::from_value(json!({
+                "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "web"},
+                "spec": {"strategy": {"type": kind}},
+            }))
+            .unwrap();
+            template_problems(&target, &json!({"spec": {"containers": [{"name": "app"}]}}), &Tracked::default())
+        };
+        assert_eq!(problems("RollingUpdate"), []);
+        let [problem] = &problems("Recreate")[..] else { panic!() };
+        assert_eq!(problem.reason, "TemplateUnsupported");
+        assert!(problem.message.contains("Deployment web") && problem.message.contains("spec.strategy.type"), "{problem:?}");
     }
 
     #[test]

@@ -44,11 +44,17 @@ pub(super) fn present(
     status.summary = cut(summary_of(&status.gates, None), 2048);
     let primary = status.primary_revision.as_deref().and_then(|primary| seen.revisions.get(primary));
     status.replicas = primary.map_or(0, |revision| i32::try_from(revision.ready).unwrap_or(i32::MAX));
-    status.selector = status
-        .primary_revision
-        .as_ref()
-        .map(|primary| format!("{}={},{}={primary}", labels::CANARY, spec.key.name, labels::REVISION));
+    status.selector = selector(status, spec);
     status.conditions = conditions(status, before, spec, seen, stalled, now);
+}
+
+/// Whose use tells an autoscaler how many Pods all requests need. The primary alone would seem to need the fewer the more of them the
+/// canary takes, and it has all of them again in the moment of a promotion or a rollback. Copies of requests are needed by nobody.
+fn selector(status: &CanaryStatus, spec: &Spec) -> Option<String> {
+    let primary = status.primary_revision.as_ref()?;
+    let all = format!("{}={},{}", labels::CANARY, spec.key.name, labels::REVISION);
+    let copies = status.traffic.as_ref().is_some_and(|traffic| traffic.mirror > 0);
+    Some(if copies { format!("{all}={primary}") } else { all })
 }
 
 /// Percent of the requests that every member of the fleet has acknowledged for the canary.

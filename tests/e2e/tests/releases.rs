@@ -295,7 +295,7 @@ async fn grpc_calls_a_stream_and_websockets_go_through_a_release() {
 async fn a_service_that_says_grpc_is_spoken_to_in_http_2_whatever_its_clients_speak() {
     let mut spec = quick();
     spec["service"] = json!({"appProtocol": "grpc"});
-    let arguments = ["--grpc-rate", "20", "--messages", "15"];
+    let arguments = ["--grpc-rate", "20", "--messages", "5"];
     let Some(stage) = adopted("grpc", Use::Shared, &arguments, spec).await else { return };
     goes_through_a_release(stage, &["grpc", "stream", "new"]).await;
 }

@@ -4,14 +4,14 @@
 
 use sluice_crds::{Backend, Phase, Stage};
 
-use super::{Action, Next, Run};
+use super::{Action, Next, Problem, Run, Spec};
 
 /// Carries a stage of the takeover on. A change of the target's template is no release here: what is created is what the
 /// template says then.
 pub(super) fn advance(run: &mut Run<'_>) -> Next {
     run.set_phase(Phase::Initializing);
     if let Some(problem) = run.seen.problems.first() {
-        return run.stall(problem.reason, problem.message.clone());
+        return run.stall(problem.clone());
     }
     match run.status.stage {
         Stage::AdoptFleet => fleet(run),
@@ -37,16 +37,14 @@ pub(super) fn advance(run: &mut Run<'_>) -> Next {
 }
 
 /// The target is not there: said by name.
-pub(super) fn target_not_found(run: &mut Run<'_>) -> Next {
-    let message = format!(
-        "Deployment {}/{} does not exist: create it, or delete this Canary",
-        run.spec.key.namespace, run.spec.target
-    );
-    run.stall("TargetNotFound", message)
+pub(super) fn target_not_found(spec: &Spec) -> Problem {
+    let message =
+        format!("Deployment {}/{} does not exist: create it, or delete this Canary", spec.key.namespace, spec.target);
+    Problem { reason: "TargetNotFound", message }
 }
 
 fn fleet(run: &mut Run<'_>) -> Next {
-    let Some(template) = &run.seen.template else { return target_not_found(run) };
+    let Some(template) = &run.seen.template else { return run.stall(target_not_found(run.spec)) };
     if !run.seen.finalizer {
         return run.wait("Finalizer", "the finalizer goes on this Canary before anything is taken over".into(), None);
     }
@@ -75,7 +73,7 @@ fn fleet(run: &mut Run<'_>) -> Next {
 
 fn service(run: &mut Run<'_>) -> Next {
     if run.seen.template.is_none() {
-        return target_not_found(run);
+        return run.stall(target_not_found(run.spec));
     }
     if !run.seen.service.exists || !run.seen.service.slices {
         let message = format!("the fleet's EndpointSlices for Service {} are written", run.spec.service);
@@ -111,7 +109,7 @@ fn settle(run: &mut Run<'_>) -> Next {
 }
 
 fn revision(run: &mut Run<'_>) -> Next {
-    let Some(template) = &run.seen.template else { return target_not_found(run) };
+    let Some(template) = &run.seen.template else { return run.stall(target_not_found(run.spec)) };
     let hash = template.revision.as_str();
     let wish = run.wish();
     run.at_least(hash, wish);
@@ -121,7 +119,8 @@ fn revision(run: &mut Run<'_>) -> Next {
         if run.now < deadline {
             return run.wait("FirstRevision", message, Some(deadline));
         }
-        return run.stall("ProgressDeadlineExceeded", format!("{message}; Deployment {} serves on", run.spec.target));
+        let message = format!("{message}; Deployment {} serves on", run.spec.target);
+        return run.stall(Problem { reason: "ProgressDeadlineExceeded", message });
     }
     if !run.acknowledged() {
         return run.wait_for_fleet(None);

@@ -3,7 +3,7 @@
 
 use sluice_crds::{Backend, CanaryStatus, Phase, Stage};
 
-use super::{Action, Next, Run};
+use super::{Action, Next, Problem, Run};
 
 pub(super) fn advance(run: &mut Run<'_>) -> Next {
     if run.status.stage == Stage::AdoptFleet {
@@ -82,10 +82,8 @@ fn scale(run: &mut Run<'_>) -> Next {
         if run.now < deadline {
             return run.wait("TargetNotReady", message, Some(deadline));
         }
-        return run.stall(
-            "TargetNotReady",
-            format!("{message}. Mend the Deployment, or set spec.replicas of this Canary to what it can run"),
-        );
+        let message = format!("{message}. Mend the Deployment, or set spec.replicas of this Canary to what it can run");
+        return run.stall(Problem { reason: "TargetNotReady", message });
     }
     run.set_traffic(Backend::original(), None, 0);
     run.enter(Stage::ReturnSwitch)

@@ -5,7 +5,7 @@ use jiff::Timestamp;
 use sluice_crds::{Backend, FrozenPlan, FrozenStep, InconclusiveAction, Phase, Rollback, Stage, Verb, VerdictStatus};
 
 use super::{
-    Next, Run, adopt, guarded,
+    Next, Problem, Run, adopt, guarded,
     run::{PAUSED, SUSPENDED, after, mentions, micros},
     verbs,
 };
@@ -59,10 +59,10 @@ pub(super) fn advance(run: &mut Run<'_>, changed: bool) -> Next {
     }
 }
 
-/// A suspension or a pause has ended: the stage's deadlines count from now.
+/// A suspension, a pause or what a person had to mend has ended: the stage's deadlines count from now.
 fn resume(run: &mut Run<'_>) {
-    if run.was_frozen && !run.frozen() {
-        run.was_frozen = false;
+    if run.was_held && !run.frozen() && run.hindered().is_none() {
+        run.was_held = false;
         run.status.stage_since = Some(run.now);
         if run.status.stage == Stage::Judge {
             run.status.inconclusive_since = Some(run.now);
@@ -127,12 +127,12 @@ fn tell_rejected(run: &mut Run<'_>) {
 
 fn settled(run: &mut Run<'_>) -> Next {
     if let Some(problem) = run.problem() {
-        return run.stall(problem.reason, problem.message.clone());
+        return run.stall(problem.clone());
     }
     let pending = run.status.pending_release.clone();
     let back = pending.as_ref().is_some_and(|pending| pending.unjudged == plan::ROLLBACK);
     if run.seen.template.is_none() && !back {
-        return adopt::target_not_found(run);
+        return run.stall(adopt::target_not_found(run.spec));
     }
     if run.status.phase != Phase::Waiting {
         return Next::Wait;
@@ -162,10 +162,8 @@ fn settled(run: &mut Run<'_>) -> Next {
         return start(run, plan::by_hand(&pending, &primary, run.now));
     }
     let Some(plan) = plan::compile(run.spec, &primary, hash, run.proven(hash), run.now) else {
-        return run.stall(
-            "InvalidSpec",
-            format!("Canary {}: spec.analysis: say how revision {hash} is judged", run.spec.key),
-        );
+        let message = format!("Canary {}: spec.analysis: say how revision {hash} is judged", run.spec.key);
+        return run.stall(Problem { reason: "InvalidSpec", message });
     };
     if plan.analysis.as_ref().is_some_and(|analysis| !analysis.metrics.is_empty()) {
         match &run.seen.dry_run {
@@ -180,7 +178,7 @@ fn settled(run: &mut Run<'_>) -> Next {
                 let metrics: Vec<String> = bad.iter().map(|(metric, why)| format!("{metric}: {why}")).collect();
                 let message =
                     format!("revision {hash} is not released, because it could not be judged: {}", metrics.join("; "));
-                return run.stall("InvalidMetric", message);
+                return run.stall(Problem { reason: "InvalidMetric", message });
             }
             Some(_) => {}
         }
@@ -358,8 +356,8 @@ fn bring_up(run: &mut Run<'_>, load: i32) -> Option<Next> {
         return None;
     }
     let message = run.progress_of(&canary, pods);
-    if run.frozen() {
-        return Some(frozen(run, message));
+    if let Some(next) = on_hold(run, message.clone()) {
+        return Some(next);
     }
     let deadline = run.progress_end();
     if run.now < deadline {
@@ -369,16 +367,18 @@ fn bring_up(run: &mut Run<'_>, load: i32) -> Option<Next> {
     Some(give_up(run, "ProgressDeadlineExceeded", format!("after {seconds} s {message}"), true))
 }
 
+/// Somebody holds the release, or has to mend something first. No deadline ends it meanwhile.
+fn on_hold(run: &mut Run<'_>, what: String) -> Option<Next> {
+    if run.frozen() {
+        return Some(frozen(run, what));
+    }
+    run.hindered().map(|problem| run.stall(problem))
+}
+
 /// What forbids to raise the weight now.
 fn held(run: &mut Run<'_>) -> Option<Next> {
-    if run.frozen() {
-        return Some(frozen(run, "the weight is not raised".into()));
-    }
-    if let Some(problem) = run.problem() {
-        return Some(run.stall(problem.reason, problem.message.clone()));
-    }
-    if run.seen.template.is_none() && !run.status.plan.as_ref().is_some_and(plan::is_manual_rollback) {
-        return Some(adopt::target_not_found(run));
+    if let Some(next) = on_hold(run, "the weight is not raised".into()) {
+        return Some(next);
     }
     if report(run).is_some_and(|report| report.verdict() == VerdictStatus::Fail) {
         return Some(run.wait("GateFails", "the weight is not raised while a gate fails".into(), None));
@@ -669,7 +669,7 @@ fn paused(run: &mut Run<'_>) -> Next {
         command(Verb::Resume),
         command(Verb::Abort),
     );
-    run.stall(PAUSED, message)
+    run.stall(Problem { reason: PAUSED, message })
 }
 
 /// The step is judged as if its weight had been acknowledged just now.

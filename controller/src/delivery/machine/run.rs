@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
-use sluice_crds::{Backend, CanaryStatus, Phase, RejectedRevision, Retiring, Stage, TemplateStatus, Traffic, Waiting};
+use sluice_crds::{
+    Backend, CanaryStatus, Condition, ConditionStatus, Phase, RejectedRevision, Retiring, Stage, TemplateStatus, Traffic,
+    Waiting,
+};
 
 use super::{
     Action, Event, Next, Observation, Outcome, Problem, Revision, Spec, TARGET_PAUSED, Template, UNSENDABLE, adopt,
@@ -17,6 +20,8 @@ pub(super) const SUSPENDED: &str = "Suspended";
 pub(super) const PAUSED: &str = "Paused";
 /// Most revisions that are remembered as rejected.
 const MOST_REJECTED: usize = 16;
+/// Most revisions that are kept for a while after they have lost their traffic.
+const MOST_RETIRING: usize = 32;
 /// Problems of the target's present template, or of what the Canary says: no reason not to go back to an older revision.
 const TEMPLATE_PROBLEMS: [&str; 5] = ["TemplateUnsupported", "ConfigMissing", "InvalidSpec", UNSENDABLE, TARGET_PAUSED];
 
@@ -30,8 +35,8 @@ pub(super) struct Run<'a> {
     pub(super) events: Vec<Event>,
     /// What only a person can mend.
     pub(super) stalled: Option<Problem>,
-    /// The last call waited for the end of `spec.suspend` or of a pause by hand.
-    pub(super) was_frozen: bool,
+    /// The last call waited for the end of `spec.suspend`, of a pause by hand, or of what only a person can mend.
+    pub(super) was_held: bool,
     again_at: Option<Timestamp>,
 }
 
@@ -40,7 +45,10 @@ pub(super) struct Run<'a> {
 /// A hash that changes while neither the target's generation nor a tracked configuration does is no change of anybody's:
 /// new API defaults after an upgrade of the cluster look like that.
 fn changed(known: &TemplateStatus, seen: &Template) -> bool {
-    let touched = known.observed_generation != seen.generation || known.tracked_configs != seen.tracked_configs;
+    // A status of before knows no uid.
+    let made_anew = !known.uid.is_empty() && known.uid != seen.uid;
+    let touched =
+        made_anew || known.observed_generation != seen.generation || known.tracked_configs != seen.tracked_configs;
     touched && known.revision != seen.revision
 }
 
@@ -50,10 +58,15 @@ impl<'a> Run<'a> {
         let mut status = status.clone();
         status.observed_generation = Some(spec.generation);
         let by_hand = status.paused.is_some();
-        let was_frozen = status
-            .waiting
-            .take()
-            .is_some_and(|waiting| waiting.reason == SUSPENDED || (by_hand && waiting.reason == PAUSED));
+        let stalled = |reason: &str| {
+            let said = |condition: &&Condition| condition.kind == status::STALLED && condition.reason == reason;
+            status.conditions.iter().find(said).is_some_and(|condition| condition.status == ConditionStatus::True)
+        };
+        let was_held = status.waiting.as_ref().is_some_and(|waiting| {
+            let reason = waiting.reason.as_str();
+            if reason == PAUSED { by_hand } else { reason == SUSPENDED || stalled(reason) }
+        });
+        status.waiting = None;
         status.stage_since.get_or_insert(now);
         status.last_transition_time.get_or_insert(now);
         Self {
@@ -64,7 +77,7 @@ impl<'a> Run<'a> {
             actions: Vec::new(),
             events: Vec::new(),
             stalled: None,
-            was_frozen,
+            was_held,
             again_at: None,
         }
     }
@@ -132,10 +145,6 @@ impl<'a> Run<'a> {
     /// Records what is seen of the target, and says whether its revision is another one than the status speaks of.
     fn note_template(&mut self) -> bool {
         let Some(seen) = &self.seen.template else {
-            if let Some(known) = &mut self.status.template {
-                // Another Deployment of that name starts to count at 1 again.
-                known.observed_generation = 0;
-            }
             return false;
         };
         let known = self
@@ -143,6 +152,7 @@ impl<'a> Run<'a> {
             .template
             .get_or_insert_with(|| TemplateStatus { revision: seen.revision.clone(), ..TemplateStatus::default() });
         let changed = changed(known, seen);
+        known.uid.clone_from(&seen.uid);
         known.observed_generation = seen.generation;
         known.tracked_configs.clone_from(&seen.tracked_configs);
         known.revision.clone_from(&seen.revision);
@@ -362,6 +372,13 @@ impl<'a> Run<'a> {
         })
     }
 
+    /// [`Self::problem`], or that the target is not there, which only a way back can do without.
+    pub(super) fn hindered(&self) -> Option<Problem> {
+        let back = || self.status.plan.as_ref().is_some_and(plan::is_manual_rollback);
+        let gone = || (self.seen.template.is_none() && !back()).then(|| adopt::target_not_found(self.spec));
+        self.problem().cloned().or_else(gone)
+    }
+
     // What is decided.
 
     /// From now on a revision is not released by itself.
@@ -416,9 +433,9 @@ impl<'a> Run<'a> {
     }
 
     /// Waits for a person: the same words go to the conditions.
-    pub(super) fn stall(&mut self, reason: &'static str, message: String) -> Next {
-        self.stalled = Some(Problem { reason, message: message.clone() });
-        self.wait(reason, message, None)
+    pub(super) fn stall(&mut self, problem: Problem) -> Next {
+        self.stalled = Some(problem.clone());
+        self.wait(problem.reason, problem.message, None)
     }
 
     /// Waits for the fleet, and says which members lag.
@@ -497,6 +514,11 @@ impl<'a> Run<'a> {
         let scale_down_at = after(self.now, after_this);
         self.status.retiring.retain(|retiring| retiring.revision != hash);
         self.status.retiring.push(Retiring { revision: hash.to_owned(), scale_down_at });
+        if self.status.retiring.len() > MOST_RETIRING {
+            // Without an entry it is scaled down once nobody uses it, as any revision without a role.
+            self.status.retiring.sort_by_key(|retiring| retiring.scale_down_at);
+            self.status.retiring.remove(0);
+        }
     }
 
     /// Ends whatever was under way. The phase follows from what is asked for: it serves, it was rejected, or it waits.

@@ -107,7 +107,7 @@ fn said(verb: Verb, revision: &str, note: u8) -> String {
 }
 
 fn target(revision: &str) -> Target {
-    Target { generation: 1, revision: revision.into(), configs: [].into(), replicas: 2, wish: None, ready: 0 }
+    Target { uid: 2, generation: 1, revision: revision.into(), configs: [].into(), replicas: 2, wish: None, ready: 0 }
 }
 
 fn happen(world: &mut World, happening: &Happening) {

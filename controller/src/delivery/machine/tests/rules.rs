@@ -8,6 +8,8 @@ mod paused_target;
 mod release;
 mod takeover;
 
+use std::time::Duration;
+
 use jiff::SignedDuration;
 use serde_json::json;
 use sluice_crds::{Backend, InconclusiveAction, Phase, Retiring, Stage, VerdictStatus};

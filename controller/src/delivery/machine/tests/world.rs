@@ -34,6 +34,7 @@ pub(super) enum Quality {
 /// The user's Deployment.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Target {
+    pub(super) uid: u32,
     pub(super) generation: i64,
     pub(super) revision: String,
     pub(super) configs: BTreeMap<String, String>,
@@ -166,6 +167,7 @@ impl World {
             namespace_terminating: false,
             leading_since: None,
             target: Some(Target {
+                uid: 1,
                 generation: 1,
                 revision: FIRST.into(),
                 configs: BTreeMap::new(),
@@ -330,6 +332,7 @@ impl World {
             finalizer: self.finalizer,
             namespace_terminating: self.namespace_terminating,
             template: self.target.as_ref().map(|target| Template {
+                uid: target.uid.to_string(),
                 generation: target.generation,
                 revision: target.revision.clone(),
                 tracked_configs: target.configs.clone(),

@@ -64,6 +64,16 @@ fn another_hash_of_an_unchanged_target_starts_nothing() {
     assert_eq!(world.condition("Ready"), "True Initialized");
 }
 
+/// Deleted and created between two looks, where admission lets it rest from its first moment.
+#[test]
+fn another_hash_of_a_target_that_was_made_anew_unseen_is_released() {
+    let mut world = World::adopted();
+    let target = world.target.as_mut().unwrap();
+    (target.uid, target.revision) = (2, "v2".into());
+    world.settle();
+    assert_eq!((world.status.phase, world.status.primary_revision.as_deref()), (Phase::Succeeded, Some("v2")));
+}
+
 #[test]
 fn a_changed_configuration_is_released_like_a_changed_template() {
     let mut world = World::adopted();
@@ -87,7 +97,7 @@ fn a_deleted_target_leaves_the_primary_serving_and_is_named() {
     // Another Deployment of that name, whose generation happens to be one that was seen.
     let generation = world.status.template.as_ref().unwrap().observed_generation.max(2);
     world.target =
-        Some(Target { generation, revision: "v2".into(), configs: [].into(), replicas: 3, wish: None, ready: 0 });
+        Some(Target { uid: 2, generation, revision: "v2".into(), configs: [].into(), replicas: 3, wish: None, ready: 0 });
     world.settle();
     assert_eq!((world.status.primary_revision.as_deref(), world.target.as_ref().unwrap().replicas), (Some("v2"), 0));
 }
@@ -96,7 +106,7 @@ fn a_deleted_target_leaves_the_primary_serving_and_is_named() {
 fn made_anew(world: &mut World, replicas: u32) {
     world.target = None;
     world.settle();
-    let anew = Target { generation: 1, revision: FIRST.into(), configs: [].into(), replicas, wish: None, ready: 0 };
+    let anew = Target { uid: 2, generation: 1, revision: FIRST.into(), configs: [].into(), replicas, wish: None, ready: 0 };
     world.target = Some(anew);
 }
 
@@ -234,6 +244,32 @@ fn the_autoscaler_is_copied_once_a_revision_serves_and_not_while_the_targets_own
     world.reconcile();
     assert!(!world.autoscaler.exists, "before the target has Pods again");
     assert_eq!(world.status.stage, Stage::ReturnScale);
+}
+
+#[test]
+fn an_autoscaler_sees_what_all_users_need_and_not_the_share_of_the_primary() {
+    let mut world = judging("v2");
+    let all = format!("sluice.dev/canary={},sluice.dev/revision", world.spec.key.name);
+    assert_eq!((world.weight() > 0, world.status.selector.as_deref()), (true, Some(&*all)));
+    world.until("the release ends", |world| world.status.phase == Phase::Succeeded);
+    assert!(!world.status.retiring.is_empty());
+    assert_eq!(world.status.selector.as_deref(), Some(&*all));
+}
+
+#[test]
+fn more_former_revisions_than_the_status_holds_are_not_kept_running() {
+    let mut world = World::adopted();
+    world.spec.scale_down_delay = Duration::from_secs(86_400);
+    for number in 0..40 {
+        let revision = format!("r{number}");
+        world.apply(&revision);
+        world.until("the promotion", |world| world.status.primary_revision.as_deref() == Some(&*revision));
+        world.pass_time(10);
+        // The schema of the status takes no more.
+        assert!(world.status.retiring.len() <= 32, "{}", world.status.retiring.len());
+    }
+    let running = world.revisions.values().filter(|running| running.desired.unwrap_or(0) > 0).count();
+    assert_eq!((world.status.retiring.len(), running), (32, 33));
 }
 
 #[test]

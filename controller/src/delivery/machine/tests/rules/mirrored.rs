@@ -43,6 +43,9 @@ fn copies_come_first_and_nobody_is_served_by_the_canary_meanwhile() {
     world.until("copies are judged", |world| world.status.stage == Stage::Judge);
     assert_eq!((world.weight(), world.status.weight.as_str(), world.status.effective_mirror), (0, "0", Some(100)));
     assert_eq!(world.status.progress, "1/3 (mirror)");
+    // An autoscaler does not take copies for what users need.
+    let primary = format!("sluice.dev/canary={},sluice.dev/revision={FIRST}", world.spec.key.name);
+    assert_eq!(world.status.selector, Some(primary));
     assert!(world.outcome.as_ref().unwrap().task.as_ref().unwrap().mirrored);
     assert!(world.events.iter().any(|event| event.reason == "WeightAcknowledged"
         && event.message == "every member of the fleet has acknowledged copies of 100 percent of the requests"));

@@ -64,6 +64,37 @@ fn a_release_whose_target_is_paused_stays_at_its_weight_and_is_judged() {
     }
 }
 
+/// While Pods come up: no deadline counts, and each has its whole time afterwards.
+#[test]
+fn a_release_that_is_held_while_its_pods_come_up_does_not_end_by_the_progress_deadline() {
+    for hold in [Hold::TargetPaused, Hold::TargetGone] {
+        let mut world = World::adopted();
+        world.pods_take = 60;
+        world.apply("v2");
+        world.until("its Pods are awaited", |world| world.status.stage == Stage::Scale);
+        let target = world.target.clone();
+        match hold {
+            Hold::TargetPaused => world.problems.push(paused()),
+            Hold::TargetGone => world.target = None,
+        }
+        world.pass_time(usize::try_from(world.spec.progress_deadline.as_secs()).unwrap() + 60);
+        // One of its Pods is lost, and comes again.
+        world.revisions.get_mut("v2").unwrap().ready = 0;
+        world.pass_time(5);
+        assert_eq!((world.status.stage, world.status.rejected_revisions.len()), (Stage::Scale, 0), "{hold:?}");
+        world.problems.clear();
+        world.target = target;
+        world.settle();
+        assert_eq!((world.status.phase, world.status.primary_revision.as_deref()), (Phase::Succeeded, Some("v2")), "{hold:?}");
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Hold {
+    TargetPaused,
+    TargetGone,
+}
+
 #[test]
 fn a_paused_target_does_not_stand_in_the_way_back() {
     let mut world = World::adopted();
