@@ -17,7 +17,7 @@ use crate::{
     mesh::{Resource, Snapshot, View},
 };
 
-/// A member that has had no stream for so long is marked, and leaves the slices.
+/// A member that has had no stream for so long is marked, and leaves the slices unless most are marked.
 pub const SILENCE: Duration = Duration::from_secs(30);
 
 /// What the members hold, shared by the streams and the readers.

@@ -43,6 +43,11 @@ use crate::{
 const LOOK: Duration = Duration::from_secs(1);
 /// Key of the highest epoch that a client has seen, in `node.metadata`.
 const EPOCH: &str = "sluice.dev/epoch";
+/// Most bytes of names that a sidecar may have told on a stream ([`State::named`]): it asks for a handful.
+const SIDECAR_NAMES: usize = 256 << 10;
+/// The same of a member of the fleet: the names of a listener for each port of the fleet, with their routes, clusters and
+/// endpoints, are less than half of it.
+const FLEET_NAMES: usize = 64 << 20;
 
 /// Whether this replica serves, and where the one is that does.
 pub trait Leadership: Send + Sync + 'static {
@@ -148,7 +153,9 @@ impl Ads {
                 let patch = Patch::Merge(&patch);
                 let written = pods.patch_metadata(&name, &parameters, &patch);
                 match tokio::time::timeout(Duration::from_secs(5), written).await {
-                    Ok(Ok(_)) if mark => tracing::warn!(member = name, "silent for too long: it leaves the slices"),
+                    Ok(Ok(_)) if mark => {
+                        tracing::warn!(member = name, "silent for too long: it leaves the slices, unless most are")
+                    }
                     Ok(Ok(_)) => tracing::info!(member = name, "is back"),
                     Ok(Err(error)) => tracing::warn!(member = name, %error, "cannot mark"),
                     Err(_) => tracing::warn!(member = name, "cannot mark: the API server does not answer"),
@@ -213,7 +220,8 @@ impl Attendant {
         Some(ControlPlane { identifier: format!("{}/{}", self.session.epoch, self.ads.name) })
     }
 
-    /// A client that has seen a higher epoch than ours: the lease must catch up before we may speak.
+    /// A client that has seen a higher epoch than ours: the lease must catch up before we may speak. Only the fleet is believed, for
+    /// each time our term ends: anybody's Pod may have a sidecar. If there was such an epoch, a member of the fleet tells us.
     #[allow(clippy::result_large_err)]
     fn check_epoch(&self, node: Option<&Node>) -> Result<(), Status> {
         let seen = node.and_then(|node| node.metadata.as_ref()?.fields.get(EPOCH)?.kind.clone());
@@ -222,10 +230,29 @@ impl Attendant {
             .parse()
             .map_err(|_| Status::invalid_argument(format!("node.metadata[{EPOCH}] {seen:?} is not a number")))?;
         if seen > self.session.epoch {
-            self.ads.leadership.raise(seen);
+            match self.sees {
+                Sees::Fleet { .. } => self.ads.leadership.raise(seen),
+                Sees::Sidecar(_) => {}
+            }
             return Err(Status::unavailable(format!(
                 "you have seen epoch {seen}, ours is {}: come back",
                 self.session.epoch
+            )));
+        }
+        Ok(())
+    }
+
+    /// What a client names is kept as long as its stream, whether it exists or not.
+    #[allow(clippy::result_large_err)]
+    fn check_names(&self, state: &State) -> Result<(), Status> {
+        let most = match self.sees {
+            Sees::Fleet { .. } => FLEET_NAMES,
+            Sees::Sidecar(_) => SIDECAR_NAMES,
+        };
+        let named = state.named();
+        if named > most {
+            return Err(Status::resource_exhausted(format!(
+                "the names of resources on this stream take {named} bytes; {most} are allowed"
             )));
         }
         Ok(())
@@ -270,12 +297,18 @@ impl Attendant {
                     None => break None,
                     Some(Err(status)) => break Some(status),
                     Some(Ok(request)) => {
-                        if let Err(status) = self.check_epoch(V::node(&request)) {
-                            let _ = sender.send(Err(status)).await;
-                            break None;
-                        }
-                        if let Some(kind) = variant.take(&mut state, &request) {
-                            self.report(stream, &mut state, kind);
+                        let taken = self.check_epoch(V::node(&request)).and_then(|()| {
+                            let kind = variant.take(&mut state, &request);
+                            self.check_names(&state).map(|()| kind)
+                        });
+                        match taken {
+                            Ok(Some(kind)) => self.report(stream, &mut state, kind),
+                            Ok(None) => {}
+                            Err(status) => {
+                                // Without waiting: who does not read would keep what it sent.
+                                let _ = sender.try_send(Err(status.clone()));
+                                break Some(status);
+                            }
                         }
                     }
                 },

@@ -25,6 +25,10 @@ pub(super) type Version = Arc<str>;
 /// take by default, and beside the largest route that there may be is room for small ones.
 pub(super) const LARGEST_RESPONSE: usize = 3 << 20;
 const _: () = assert!(LARGEST_ROUTES < LARGEST_RESPONSE);
+/// What a name takes beside its bytes, roughly: short ones are mostly that.
+const NAME: usize = 64;
+/// Most characters that are kept of why a client rejects a resource.
+const LONGEST_REASON: usize = 1024;
 
 /// What a client holds of one type, and asked for.
 #[derive(Debug, Default)]
@@ -127,6 +131,15 @@ impl State {
     pub(super) fn nonce(&mut self) -> String {
         self.nonces += 1;
         self.nonces.to_string()
+    }
+
+    /// Bytes of all names that the client asked for, or said to hold: what it makes us keep.
+    pub(super) fn named(&self) -> usize {
+        let names = |holdings: &Holdings| {
+            let held = holdings.held.iter().map(|(name, version)| NAME + name.len() + version.len());
+            holdings.names.iter().map(|name| NAME + name.len()).chain(held).sum::<usize>()
+        };
+        self.types.values().map(names).sum()
     }
 
     /// What this type should be sent now: nothing while a response is on its way.
@@ -257,7 +270,7 @@ impl Holdings {
                     self.held.insert(name, version);
                 }
                 (Some(Sent { version, .. }), Some(reason)) => {
-                    self.rejected.insert(name, (version, reason.to_owned()));
+                    self.rejected.insert(name, (version, reason.chars().take(LONGEST_REASON).collect()));
                 }
                 // A removal cannot be rejected: there is nothing to keep.
                 (None, _) => {

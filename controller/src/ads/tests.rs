@@ -1,18 +1,19 @@
 //! The server as a member of the fleet meets it: over gRPC, with a client that takes no message above gRPC's default of 4 MiB.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::Mutex};
 
 use jiff::Timestamp;
 use prost::Message;
-use prost_types::Any;
+use prost_types::{Any, Struct, Value, value};
 use sluice_crds::{Backend, Traffic};
 use sluice_xds::{
-    PodSubject, envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
+    PodSubject, SpiffeId,
+    envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
 };
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
-use tonic::transport::Channel;
+use tonic::{Code, transport::Channel};
 
 use super::*;
 use crate::{
@@ -21,6 +22,7 @@ use crate::{
 };
 
 const UID: &str = "fleet-1-uid";
+const SIDECAR_UID: &str = "web-1-uid";
 /// For everything that should take milliseconds.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Services whose routes are as large as a Canary's may get.
@@ -28,26 +30,34 @@ const LARGE: usize = 12;
 /// Of the clusters of all of them, several responses.
 const CLUSTER: usize = 400 << 10;
 
-struct Leads(watch::Receiver<Option<u64>>);
+/// The leader in its first term.
+struct Leads {
+    term: watch::Sender<Option<u64>>,
+    raised: Mutex<Vec<u64>>,
+}
 
 impl Leadership for Leads {
     fn term(&self) -> watch::Receiver<Option<u64>> {
-        self.0.clone()
+        self.term.subscribe()
     }
     fn may_write(&self) -> bool {
         true
     }
-    fn raise(&self, _: u64) {}
+    fn raise(&self, epoch: u64) {
+        self.raised.lock().unwrap().push(epoch);
+    }
     fn leader(&self) -> Option<String> {
         None
     }
 }
 
-/// The server, and the one member that it waits for.
+/// The server, and its one client.
 struct World {
     snapshots: watch::Sender<Arc<Snapshot>>,
     members: Arc<Members>,
     touches: Touches,
+    leads: Arc<Leads>,
+    channel: Channel,
     client: Client,
 }
 
@@ -66,17 +76,17 @@ struct Unanswered {
 }
 
 impl World {
+    /// With the one member that is waited for.
     async fn start(snapshot: Snapshot) -> Self {
+        Self::start_as(snapshot, member()).await
+    }
+
+    async fn start_as(snapshot: Snapshot, identity: PeerIdentity) -> Self {
         let (snapshots, receiver) = watch::channel(Arc::new(snapshot));
         let touches = Touches::default();
         let members = Members::new(receiver.clone(), touches.clone(), Duration::from_secs(60));
-        let (term, leads) = watch::channel(Some(1));
-        let ads = Ads::new(testing::settings(), receiver, members.clone(), Arc::new(Leads(leads)), "controller-1");
-        let identity = PeerIdentity {
-            id: testing::settings().fleet_id.clone(),
-            pod: PodSubject { namespace: "sluice-system".into(), pod: "fleet-1".into(), uid: UID.into() },
-            expires: Timestamp::now() + jiff::SignedDuration::from_hours(1),
-        };
+        let leads = Arc::new(Leads { term: watch::Sender::new(Some(1)), raised: Mutex::default() });
+        let ads = Ads::new(testing::settings(), receiver, members.clone(), leads.clone(), "controller-1");
         let layer = tonic::service::InterceptorLayer::new(move |mut request: Request<()>| {
             let identity = Some(identity.clone());
             request.extensions_mut().insert(Peer { address: ([127, 0, 0, 1], 1).into(), identity });
@@ -85,7 +95,6 @@ impl World {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(async move {
-            let _term = term;
             tonic::transport::Server::builder()
                 .layer(layer)
                 .add_service(ads.server())
@@ -93,7 +102,8 @@ impl World {
                 .await
         });
         let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
-        Self { snapshots, members, touches, client: Client::start(channel).await }
+        let client = Client::start(channel.clone()).await;
+        Self { snapshots, members, touches, leads, channel, client }
     }
 
     /// Waits until the fleet has acknowledged this weight of these Services.
@@ -160,12 +170,47 @@ impl Client {
         Unanswered { kind, nonce: response.nonce, names }
     }
 
+    /// Waits for a response about the endpoints that were asked for.
+    async fn hears_of_endpoints(&mut self) {
+        loop {
+            let message = tokio::time::timeout(PATIENCE, self.responses.message()).await;
+            let response = message.expect("a response is missing").unwrap().expect("the stream has ended");
+            if TypeUrl::parse(&response.type_url) == Some(TypeUrl::Endpoints) {
+                return;
+            }
+        }
+    }
+
     async fn acknowledge(&mut self, response: Unanswered) {
         self.acknowledged.extend(response.names.into_iter().map(|name| (response.kind, name)));
         let type_url = response.kind.as_str().to_owned();
         let request = DeltaDiscoveryRequest { type_url, response_nonce: response.nonce, ..Default::default() };
         self.requests.send(request).await.unwrap();
     }
+}
+
+/// Why the server ends a stream; what it says before does not matter.
+async fn end<T>(responses: &mut Streaming<T>) -> Status {
+    loop {
+        match tokio::time::timeout(PATIENCE, responses.message()).await.expect("the stream goes on") {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("the stream ends without a reason"),
+            Err(status) => return status,
+        }
+    }
+}
+
+fn identity(id: SpiffeId, namespace: &str, pod: &str, uid: &str) -> PeerIdentity {
+    let pod = PodSubject { namespace: namespace.into(), pod: pod.into(), uid: uid.into() };
+    PeerIdentity { id, pod, expires: Timestamp::now() + jiff::SignedDuration::from_hours(1) }
+}
+
+fn member() -> PeerIdentity {
+    identity(testing::settings().fleet_id.clone(), "sluice-system", "fleet-1", UID)
+}
+
+fn sidecar() -> PeerIdentity {
+    identity("spiffe://cluster.local/ns/shop/sa/web".parse().unwrap(), "shop", "web-1", SIDECAR_UID)
 }
 
 fn key(service: &str) -> CanaryKey {
@@ -202,6 +247,8 @@ fn snapshot(services: &[(String, usize)], weight: i32) -> Snapshot {
     let member =
         Member { name: "fleet-1".into(), started: true, lagging: false, in_slices: true, addresses: Vec::new() };
     snapshot.members.insert(UID.to_owned(), member);
+    let revision = RevisionKey { canary: key("web"), revision: "aaa".into() };
+    snapshot.pods.insert(SIDECAR_UID.to_owned(), revision);
     snapshot
 }
 
@@ -231,4 +278,55 @@ async fn large_routes_come_in_several_responses_and_a_small_one_beside_them_does
     world.client.acknowledge(second).await;
     world.take(TypeUrl::Route, more).await;
     world.effective(&large, 50).await;
+}
+
+#[tokio::test]
+async fn a_member_of_the_fleet_raises_the_epoch_and_a_sidecar_is_only_told_to_come_back() {
+    for (identity, raised) in [(member(), vec![2]), (sidecar(), vec![])] {
+        let mut world = World::start_as(snapshot(&[], 0), identity).await;
+        let seen = Value { kind: Some(value::Kind::StringValue("2".into())) };
+        let metadata = Some(Struct { fields: [(EPOCH.to_owned(), seen)].into() });
+        let node = Some(Node { metadata, ..Default::default() });
+        world.client.requests.send(DeltaDiscoveryRequest { node, ..Default::default() }).await.unwrap();
+        assert_eq!(end(&mut world.client.responses).await.code(), Code::Unavailable);
+        assert_eq!(*world.leads.raised.lock().unwrap(), raised);
+    }
+}
+
+#[tokio::test]
+async fn a_stream_that_names_more_than_its_client_can_need_is_ended() {
+    const HALF: usize = 500;
+    let names = |from: usize| (from..from + HALF).map(|name| format!("{name:0>300}")).collect::<Vec<_>>();
+    let all = || names(0).into_iter().chain(names(HALF));
+    let ended = |status: Status| assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+
+    let mut world = World::start_as(snapshot(&[], 0), sidecar()).await;
+    world.client.subscribe(TypeUrl::Endpoints, names(0)).await;
+    world.client.hears_of_endpoints().await;
+    world.client.subscribe(TypeUrl::Endpoints, names(HALF)).await;
+    ended(end(&mut world.client.responses).await);
+
+    let mut client = Client::start(world.channel.clone()).await;
+    let held = DeltaDiscoveryRequest {
+        type_url: TypeUrl::Route.as_str().to_owned(),
+        initial_resource_versions: all().map(|name| (name, "1".to_owned())).collect(),
+        ..Default::default()
+    };
+    client.requests.send(held).await.unwrap();
+    ended(end(&mut client.responses).await);
+
+    let request = DiscoveryRequest {
+        type_url: TypeUrl::Endpoints.as_str().to_owned(),
+        resource_names: all().collect(),
+        ..Default::default()
+    };
+    let mut ads = AggregatedDiscoveryServiceClient::new(world.channel);
+    // Its requests go on: the server ends the stream.
+    let requests = futures::stream::iter([request]).chain(futures::stream::pending());
+    let mut responses = ads.stream_aggregated_resources(requests).await.unwrap().into_inner();
+    ended(end(&mut responses).await);
+
+    let mut fleet = World::start(snapshot(&[], 0)).await;
+    fleet.client.subscribe(TypeUrl::Endpoints, all().collect()).await;
+    fleet.client.hears_of_endpoints().await;
 }

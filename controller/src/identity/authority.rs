@@ -1,6 +1,6 @@
 //! What signs certificates, and what they may end in.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
@@ -205,10 +205,28 @@ impl Authority {
         }
     }
 
-    /// What should be published.
-    pub(super) fn next_trust(&self, now: Timestamp) -> Trust {
+    /// From the publication of a root to its first signature.
+    pub(super) fn spread(&self) -> Duration {
+        self.times.spread
+    }
+
+    /// What should be published. A new root waits for the namespaces in `behind`, whose copy could not be written: proxies there would
+    /// refuse what it signs. Not where nothing else could sign: then nobody would get a certificate.
+    pub(super) fn next_trust(&self, behind: &BTreeSet<String>, now: Timestamp) -> Trust {
         let state = self.state.borrow();
-        state.trust.advance(state.wanted.roots(), now, self.times)
+        let next = state.trust.advance(state.wanted.roots(), now, self.times);
+        if behind.is_empty() || state.signs.is_none() {
+            return next;
+        }
+        let waiting = next.clone().wait_on(now, self.times);
+        if waiting != next {
+            tracing::warn!(
+                namespaces = ?behind,
+                "a new root waits, for a day at most, before it signs: ConfigMap {} does not get there, and proxies there would refuse it",
+                labels::TRUST_BUNDLE
+            );
+        }
+        waiting
     }
 
     /// When that is next something else than at `looked`, or another root may sign: then [`Self::look`] is to be called.
@@ -369,6 +387,11 @@ mod tests {
         authority.issue(&KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap(), &subject, now)
     }
 
+    /// Every namespace has its copy.
+    fn told() -> BTreeSet<String> {
+        BTreeSet::new()
+    }
+
     fn signed_by(issued: &Issued, root: &Root) -> bool {
         use x509_parser::prelude::{FromDer, X509Certificate};
         let (_, leaf) = X509Certificate::from_der(&issued.certificate).unwrap();
@@ -404,32 +427,55 @@ mod tests {
         let now = Timestamp::from_second(Timestamp::now().as_second()).unwrap();
         let (old, new) = (wanted(now), wanted(now));
         let authority = Authority::new(old.clone(), Trust::default(), "cluster.local", TIMES, now);
-        authority.published(authority.next_trust(now), now);
+        authority.published(authority.next_trust(&told(), now), now);
         assert!(signed_by(&issue(&authority, now).unwrap(), &old.signer));
 
         let bundle = authority.bundle();
         authority.want(new.clone(), now);
         assert!(signed_by(&issue(&authority, now).unwrap(), &old.signer), "it is not even published");
-        authority.published(authority.next_trust(now), now);
+        authority.published(authority.next_trust(&told(), now), now);
         assert!(signed_by(&issue(&authority, now).unwrap(), &old.signer), "it is not known yet");
         assert!(bundle.has_changed().unwrap() && authority.roots().len() == 2);
         assert_eq!(authority.due(now), Some(now + TIMES.spread));
 
         // A replica that starts now has the new root only.
-        let late = Authority::new(new.clone(), authority.next_trust(now), "cluster.local", TIMES, now);
+        let late = Authority::new(new.clone(), authority.next_trust(&told(), now), "cluster.local", TIMES, now);
         let refused = issue(&late, now).unwrap_err();
         assert!(matches!(refused, IdentityError::NotKnownYet { .. }), "{refused}");
 
         for authority in [&authority, &late] {
             let known = now + TIMES.spread;
-            authority.published(authority.next_trust(known), known);
+            authority.published(authority.next_trust(&told(), known), known);
             assert!(signed_by(&issue(authority, known).unwrap(), &new.signer));
             assert_eq!(authority.roots().len(), 2, "what the old one signed is trusted on");
             let over = authority.due(known).unwrap();
             assert!(over >= known + DAY);
-            authority.published(authority.next_trust(over), over);
+            authority.published(authority.next_trust(&told(), over), over);
             assert_eq!((authority.roots(), authority.due(over)), (vec![new.signer.certificate.clone()], None));
         }
+    }
+
+    #[test]
+    fn a_new_root_waits_for_namespaces_that_do_not_get_it_while_the_former_one_can_sign() {
+        let now = Timestamp::from_second(Timestamp::now().as_second()).unwrap();
+        let (old, new) = (wanted(now), wanted(now));
+        let authority = Authority::new(old.clone(), Trust::default(), "cluster.local", TIMES, now);
+        authority.published(authority.next_trust(&told(), now), now);
+        authority.want(new.clone(), now);
+        authority.published(authority.next_trust(&told(), now), now);
+        let late = Authority::new(new.clone(), authority.next_trust(&told(), now), "cluster.local", TIMES, now);
+
+        let behind = BTreeSet::from(["shop".to_owned()]);
+        let (retried, known) = (now + TIMES.spread / 2, now + TIMES.spread);
+        for authority in [&authority, &late] {
+            authority.published(authority.next_trust(&behind, retried), retried);
+            authority.look(known);
+        }
+        assert!(signed_by(&issue(&authority, known).unwrap(), &old.signer));
+        assert!(signed_by(&issue(&late, known).unwrap(), &new.signer), "it has no other");
+
+        authority.look(retried + TIMES.spread);
+        assert!(signed_by(&issue(&authority, known).unwrap(), &new.signer), "they have got it");
     }
 
     #[test]

@@ -81,6 +81,7 @@ impl TrustBundle {
         let mut retry = FIRST_RETRY;
         let mut retry_at = None;
         let mut looked = Timestamp::now();
+        let mut behind = BTreeSet::new();
         loop {
             let due = async {
                 let roots = self.authority.due(looked).map(|at| Instant::now() + until(at).min(LOOK_AGAIN));
@@ -124,9 +125,16 @@ impl TrustBundle {
                 retry_at = retry_at.map(|at: Instant| at.max(Instant::now() + FIRST_RETRY));
                 continue;
             }
-            let failed = self.settle(&mut found, self.wanted(&cache), &self.authority.next_trust(looked), &lease).await;
-            (retry_at, retry) =
-                if failed { (Some(Instant::now() + retry), (retry * 2).min(LAST_RETRY)) } else { (None, FIRST_RETRY) };
+            let (wanted, trust) = (self.wanted(&cache), self.authority.next_trust(&behind, looked));
+            let failed = self.settle(&mut found, &wanted, &trust, &lease).await;
+            behind = lacking(&found, wanted, &trust.pem());
+            // Several times while a new root waits, which it does on if one fails.
+            let last = LAST_RETRY.min(self.authority.spread() / 4);
+            (retry_at, retry) = if failed {
+                (Some(Instant::now() + retry.min(last)), (retry * 2).min(last))
+            } else {
+                (None, FIRST_RETRY)
+            };
         }
     }
 
@@ -146,7 +154,7 @@ impl TrustBundle {
     async fn settle(
         &self,
         found: &mut BTreeMap<String, Found>,
-        wanted: BTreeSet<String>,
+        wanted: &BTreeSet<String>,
         trust: &Trust,
         lease: &LeaseHandle,
     ) -> bool {
@@ -159,13 +167,13 @@ impl TrustBundle {
                 conditions: Preconditions { uid: map.uid.clone(), resource_version: map.resource_version.clone() },
             })
             .collect();
-        todo.extend(wanted.into_iter().filter_map(|namespace| {
-            let map = found.get(&namespace);
+        todo.extend(wanted.iter().filter_map(|namespace| {
+            let map = found.get(namespace);
             let resource_version = map.and_then(|map| map.resource_version.clone());
-            let spans = spans_in(&namespace);
+            let spans = spans_in(namespace);
             let right =
                 map.is_some_and(|map| map.pem.as_ref() == Some(&pem) && (spans.is_none() || map.spans == spans));
-            (!right).then_some(Change::Apply { namespace, resource_version, spans })
+            (!right).then(|| Change::Apply { namespace: namespace.clone(), resource_version, spans })
         }));
         let done = stream::iter(todo).map(|change| self.carry_out(change, &pem, lease)).buffer_unordered(CONCURRENCY);
         let done: Vec<_> = done.collect().await;
@@ -245,6 +253,12 @@ fn note(found: &mut BTreeMap<String, Found>, map: ConfigMap) {
     let namespace = map.namespace().unwrap_or_default();
     let (uid, resource_version) = (map.metadata.uid, map.metadata.resource_version);
     found.insert(namespace, Found { uid, resource_version, ours, pem, spans });
+}
+
+/// Those of the namespaces whose copy is another one, or missing.
+fn lacking(found: &BTreeMap<String, Found>, mut namespaces: BTreeSet<String>, pem: &str) -> BTreeSet<String> {
+    namespaces.retain(|namespace| found.get(namespace).and_then(|map| map.pem.as_deref()) != Some(pem));
+    namespaces
 }
 
 fn until(at: Timestamp) -> Duration {

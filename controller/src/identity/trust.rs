@@ -18,6 +18,8 @@ use sluice_crds::labels;
 pub(super) const BUNDLE: &str = "ca.crt";
 /// Clocks of nodes differ, and a replica may sign with the former root until its watch tells it of the new one.
 const SLACK: Duration = Duration::from_secs(300);
+/// For so long a new root waits for namespaces that do not take it: one of them must not keep all others from a new root for ever.
+const LONGEST_WAIT: Duration = Duration::from_secs(24 * 3600);
 
 /// How long what takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +53,9 @@ struct Span {
     /// Published then: not every proxy may know it yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     since: Option<Timestamp>,
+    /// Where it waits on ([`Trust::wait_on`]): published first then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    first: Option<Timestamp>,
     /// It signs no more, and is forgotten then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     until: Option<Timestamp>,
@@ -99,12 +104,15 @@ impl Trust {
         let now = Timestamp::from_second(now.as_second()).unwrap_or(now);
         let mut next: Vec<Trusted> = Vec::new();
         for root in wanted {
-            let since = match self.find(root) {
-                Some(span) => span.since.filter(|since| now < *since + times.spread),
+            let span = match self.find(root) {
+                Some(span) if span.since.is_some_and(|since| now < since + times.spread) => {
+                    Span { until: None, ..span }
+                }
+                Some(_) => Span::default(),
                 // Where nothing is trusted yet, nobody has to be waited for.
-                None => (!self.0.is_empty()).then_some(now),
+                None => Span { since: (!self.0.is_empty()).then_some(now), ..Span::default() },
             };
-            next.push(Trusted { root: root.clone(), span: Span { since, until: None } });
+            next.push(Trusted { root: root.clone(), span });
         }
         for Trusted { root, span } in &self.0 {
             if next.iter().any(|trusted| trusted.root == *root) {
@@ -112,10 +120,29 @@ impl Trust {
             }
             let until = span.until.unwrap_or(now + times.until_unused());
             if now < until {
-                next.push(Trusted { root: root.clone(), span: Span { since: None, until: Some(until) } });
+                next.push(Trusted { root: root.clone(), span: Span { until: Some(until), ..Span::default() } });
             }
         }
         Self(next)
+    }
+
+    /// The same where somebody could not be told of a new root: its wait begins anew, and what signs meanwhile is trusted for longer.
+    /// Only in the second half of the wait, so that it is seldom written.
+    pub(super) fn wait_on(mut self, now: Timestamp, times: Times) -> Self {
+        let now = Timestamp::from_second(now.as_second()).unwrap_or(now);
+        let mut waits = false;
+        for Trusted { span, .. } in &mut self.0 {
+            let Some(since) = span.since else { continue };
+            let first = span.first.unwrap_or(since);
+            if now >= since + times.spread / 2 && now < first + LONGEST_WAIT {
+                (span.since, span.first) = (Some(now), Some(first));
+                waits = true;
+            }
+        }
+        for until in self.0.iter_mut().filter_map(|trusted| trusted.span.until.as_mut()).filter(|_| waits) {
+            *until = (*until).max(now + times.until_unused());
+        }
+        self
     }
 
     /// Whether every proxy has had the time to read of this root.
@@ -201,6 +228,25 @@ mod tests {
         assert_eq!(signing.roots().count(), 2);
         let last = stored(&signing.advance([&new].into_iter(), at(10 + 300 + 3600 + 300), TIMES));
         assert_eq!((last.roots().collect::<Vec<_>>(), last.due(at(0), TIMES)), (vec![&new], None));
+    }
+
+    #[test]
+    fn a_root_waits_on_for_whom_could_not_be_told_of_it_but_for_a_day_at_most() {
+        let (old, new) = (root(1), root(2));
+        let first = Trust::default().advance([&old].into_iter(), at(0), TIMES);
+        let both = first.advance([&new].into_iter(), at(0), TIMES);
+        assert_eq!(both.clone().wait_on(at(149), TIMES), both, "there is time yet");
+        let later = stored(&both.wait_on(at(150), TIMES));
+        assert!(!later.may_sign(&new, at(449), TIMES) && later.may_sign(&new, at(450), TIMES));
+        assert_eq!(later.due(at(450), TIMES), Some(at(150 + 300 + 3600 + 300)), "the old one signs on until then");
+
+        let (mut trust, mut now) = (later, 150);
+        while !trust.may_sign(&new, at(now), TIMES) {
+            now += 10;
+            trust = stored(&trust.advance([&new].into_iter(), at(now), TIMES).wait_on(at(now), TIMES));
+        }
+        assert!((86_400..86_400 + 300).contains(&now), "{now}");
+        assert!(trust.due(at(now), TIMES) >= Some(at(now + 3600)) && trust.roots().count() == 2);
     }
 
     #[test]

@@ -39,17 +39,15 @@ const TERMINATING_RETRY: Duration = Duration::from_secs(5);
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Writes under way at once.
 const WRITES: usize = 8;
+/// Most endpoints that the API server takes in one slice (discovery/v1 EndpointSlice).
+const MOST_ENDPOINTS: usize = 1000;
 
 /// Namespace and name of a slice.
 pub type SliceKey = (String, String);
 
-/// What should be, for the Services that can be said something about.
-#[derive(Debug, Default)]
-pub struct Desired {
-    pub slices: BTreeMap<SliceKey, EndpointSlice>,
-    /// Services (namespace, name) that are taken over but cannot be described yet: their slices stay as they are.
-    pub unknown: BTreeSet<(String, String)>,
-}
+/// What should be. One without `ports` is of a Service that has a port without a port of the fleet: a slice that is there keeps
+/// the ports that it has, and none is made.
+type Desired = BTreeMap<SliceKey, EndpointSlice>;
 
 /// Whether this Service is the `-primary` or `-canary` of the Canary: an equally named one of somebody else's is not.
 pub(super) fn is_companion(service: &Service, key: &CanaryKey) -> bool {
@@ -61,7 +59,7 @@ pub(super) fn is_companion(service: &Service, key: &CanaryKey) -> bool {
 /// as long as they exist.
 #[must_use]
 pub fn desired(inputs: &Inputs) -> Desired {
-    let mut desired = Desired::default();
+    let mut desired = Desired::new();
     let services: BTreeMap<(String, String), &Service> = inputs
         .services
         .iter()
@@ -74,8 +72,10 @@ pub fn desired(inputs: &Inputs) -> Desired {
         .filter(|pod| pod::is_member(pod, &inputs.settings) && pod::serves(pod))
         .collect();
     let lags = |pod: &Pod| pod.annotations().contains_key(labels::LAGGING);
-    // Where nobody reaches the leader any more, old news serve better than nobody does.
-    if !fleet.iter().all(|pod| lags(pod)) {
+    // Where most do not reach the leader, it is more likely cut off itself, beside the few that it hears and that nobody else
+    // reaches: old news serve better than nobody does.
+    let marked = fleet.iter().filter(|pod| lags(pod)).count();
+    if marked <= fleet.len() / 2 {
         fleet.retain(|pod| !lags(pod));
     }
     fleet.sort_by_key(|pod| pod.name_any());
@@ -90,15 +90,8 @@ pub fn desired(inputs: &Inputs) -> Desired {
             let at = (key.namespace.clone(), name);
             match services.get(&at) {
                 Some(service) if !companion || is_companion(service, &key) => {
-                    match slices_of(inputs, &key, service, &fleet) {
-                        Some(slices) => {
-                            let keyed = slices.into_iter().map(|slice| ((at.0.clone(), slice.name_any()), slice));
-                            desired.slices.extend(keyed);
-                        }
-                        None => {
-                            desired.unknown.insert(at);
-                        }
-                    }
+                    let slices = slices_of(inputs, &key, service, &fleet);
+                    desired.extend(slices.into_iter().map(|slice| ((at.0.clone(), slice.name_any()), slice)));
                 }
                 Some(_) | None => {}
             }
@@ -107,29 +100,30 @@ pub fn desired(inputs: &Inputs) -> Desired {
     desired
 }
 
-/// `None` while a port has no port of the fleet: kube-proxy rejects a port that a Service's slices do not have, so there is
+/// Without `ports` while one has no port of the fleet: kube-proxy rejects a port that a Service's slices do not have, so there is
 /// no half of a takeover.
-fn slices_of(inputs: &Inputs, key: &CanaryKey, service: &Service, fleet: &[&Pod]) -> Option<Vec<EndpointSlice>> {
-    let spec = service.spec.as_ref()?;
+fn slices_of(inputs: &Inputs, key: &CanaryKey, service: &Service, fleet: &[&Pod]) -> Vec<EndpointSlice> {
     let name = service.name_any();
-    let mut ports = Vec::new();
-    for port in spec.ports.iter().flatten().filter(|port| service::is_tcp(port)) {
+    let spec = service.spec.as_ref();
+    let ports = spec.into_iter().flat_map(|spec| spec.ports.iter().flatten()).filter(|port| service::is_tcp(port));
+    let ports = ports.map(|port| {
         let allocation = PortKey {
             fleet: inputs.settings.fleet.clone(),
             namespace: key.namespace.clone(),
             service: name.clone(),
             port: u16::try_from(port.port).ok()?,
         };
-        ports.push(EndpointPort {
+        Some(EndpointPort {
             // kube-proxy matches by it, and an unnamed port's is the empty text.
             name: Some(port.name.clone().unwrap_or_default()),
             port: Some(i32::from(*inputs.ports.get(&allocation)?)),
             protocol: Some("TCP".to_owned()),
             app_protocol: port.app_protocol.clone(),
-        });
-    }
-    ports.sort_by(|a, b| a.name.cmp(&b.name));
-    let families: Vec<&str> = match &spec.ip_families {
+        })
+    });
+    let mut ports: Option<Vec<EndpointPort>> = ports.collect();
+    ports.iter_mut().for_each(|ports| ports.sort_by(|a, b| a.name.cmp(&b.name)));
+    let families: Vec<&str> = match spec.and_then(|spec| spec.ip_families.as_ref()) {
         Some(families) if !families.is_empty() => families.iter().map(String::as_str).collect(),
         // Every API server since 1.23 says it; be it as it was before.
         Some(_) | None => vec!["IPv4"],
@@ -156,10 +150,11 @@ fn slices_of(inputs: &Inputs, key: &CanaryKey, service: &Service, fleet: &[&Pod]
             ..ObjectMeta::default()
         },
         address_type: family.to_owned(),
-        endpoints: fleet.iter().filter_map(|pod| endpoint(pod, family)).collect(),
-        ports: Some(ports.clone()),
+        // The first by name: every replica comes to the same.
+        endpoints: fleet.iter().filter_map(|pod| endpoint(pod, family)).take(MOST_ENDPOINTS).collect(),
+        ports: ports.clone(),
     };
-    Some(families.into_iter().map(slice).collect())
+    families.into_iter().map(slice).collect()
 }
 
 fn endpoint(pod: &Pod, family: &str) -> Option<Endpoint> {
@@ -193,6 +188,16 @@ pub enum Change {
     },
 }
 
+impl Change {
+    /// Whether there may be more endpoints than it writes.
+    fn is_full(&self) -> bool {
+        match self {
+            Self::Create(slice) | Self::Replace(slice) => slice.endpoints.len() == MOST_ENDPOINTS,
+            Self::Delete { .. } => false,
+        }
+    }
+}
+
 /// What is to be done to come from `inputs.slices` to `desired`.
 #[must_use]
 pub fn changes(inputs: &Inputs, desired: &Desired) -> BTreeMap<SliceKey, Change> {
@@ -201,27 +206,25 @@ pub fn changes(inputs: &Inputs, desired: &Desired) -> BTreeMap<SliceKey, Change>
     for slice in inputs.slices.iter().filter(|slice| is_ours(slice, inputs)) {
         let key = (slice.namespace().unwrap_or_default(), slice.name_any());
         found.insert(key.clone());
-        match desired.slices.get(&key) {
+        match desired.get(&key) {
             // The type of the addresses cannot be changed (discovery/v1 EndpointSlice).
             Some(wanted) if wanted.address_type == slice.address_type => {
-                if !same(slice, wanted) {
-                    let mut wanted = wanted.clone();
+                let mut wanted = wanted.clone();
+                wanted.ports = wanted.ports.or_else(|| slice.ports.clone());
+                if !same(slice, &wanted) {
                     wanted.metadata.resource_version = slice.metadata.resource_version.clone();
                     wanted.metadata.uid = slice.metadata.uid.clone();
                     changes.insert(key, Change::Replace(Box::new(wanted)));
                 }
             }
             Some(_) | None => {
-                let service = slice.labels().get(SERVICE_NAME).cloned().unwrap_or_default();
-                if !desired.unknown.contains(&(key.0.clone(), service)) {
-                    let (uid, resource_version) = (slice.uid(), slice.resource_version());
-                    changes.insert(key, Change::Delete { uid, resource_version });
-                }
+                let (uid, resource_version) = (slice.uid(), slice.resource_version());
+                changes.insert(key, Change::Delete { uid, resource_version });
             }
         }
     }
-    for (key, wanted) in &desired.slices {
-        if !found.contains(key) {
+    for (key, wanted) in desired {
+        if !found.contains(key) && wanted.ports.is_some() {
             changes.insert(key.clone(), Change::Create(Box::new(wanted.clone())));
         }
     }
@@ -255,9 +258,9 @@ fn same(found: &EndpointSlice, wanted: &EndpointSlice) -> bool {
 pub fn settled(inputs: &Inputs, namespace: &str, service: &str) -> bool {
     let desired = desired(inputs);
     let of_service = |slice: &EndpointSlice| slice.labels().get(SERVICE_NAME).is_some_and(|name| name == service);
-    let mut wanted = desired.slices.iter().filter(|(key, slice)| key.0 == namespace && of_service(slice)).peekable();
+    let mut wanted = desired.iter().filter(|(key, slice)| key.0 == namespace && of_service(slice)).peekable();
     let changes = changes(inputs, &desired);
-    wanted.peek().is_some() && wanted.all(|(key, _)| !changes.contains_key(key))
+    wanted.peek().is_some() && wanted.all(|(key, slice)| slice.ports.is_some() && !changes.contains_key(key))
 }
 
 /// Keeps the slices as they should be.
@@ -308,6 +311,11 @@ impl Writer {
     /// A write that fails is tried again later; it never stops the others.
     pub async fn round(&mut self, inputs: &Inputs, leads: bool) -> Option<Instant> {
         let (due, mut again) = self.due(inputs, leads);
+        if due.iter().any(|(_, change)| change.is_full()) {
+            tracing::warn!(
+                "an EndpointSlice takes {MOST_ENDPOINTS} endpoints: the fleet's Pods after these, by name, get no connections"
+            );
+        }
         let writes = due.into_iter().map(|(key, change)| {
             let client = self.client.clone();
             async move {
@@ -428,8 +436,8 @@ mod tests {
         let mut shop = taken_over();
         shop.more_ports.push(json!({"port": 81, "name": "", "protocol": "TCP", "appProtocol": "example.com/x"}));
         let inputs = shop.inputs();
-        insta::assert_yaml_snapshot!(desired(&inputs).slices[&("shop".into(), "web-sluice-default-ipv4".into())]);
-        let names: Vec<String> = desired(&inputs).slices.into_keys().map(|(_, name)| name).collect();
+        insta::assert_yaml_snapshot!(desired(&inputs)[&("shop".into(), "web-sluice-default-ipv4".into())]);
+        let names: Vec<String> = desired(&inputs).into_keys().map(|(_, name)| name).collect();
         assert_eq!(
             names,
             ["web-canary-sluice-default-ipv4", "web-primary-sluice-default-ipv4", "web-sluice-default-ipv4"]
@@ -440,7 +448,7 @@ mod tests {
     fn before_the_takeover_only_our_own_services_have_slices() {
         let mut shop = taken_over();
         shop.canary["status"]["stage"] = json!("AdoptFleet");
-        let names: Vec<String> = desired(&shop.inputs()).slices.into_keys().map(|(_, name)| name).collect();
+        let names: Vec<String> = desired(&shop.inputs()).into_keys().map(|(_, name)| name).collect();
         assert_eq!(names, ["web-canary-sluice-default-ipv4", "web-primary-sluice-default-ipv4"]);
     }
 
@@ -453,11 +461,7 @@ mod tests {
             shop.canary["status"]["service"] = serde_json::Value::Null;
             shop.canary["status"]["stage"] = json!(stage);
             let desired = desired(&shop.inputs());
-            assert_eq!(
-                desired.slices.contains_key(&("shop".into(), "web-sluice-default-ipv4".into())),
-                kept,
-                "{stage}"
-            );
+            assert_eq!(desired.contains_key(&("shop".into(), "web-sluice-default-ipv4".into())), kept, "{stage}");
         }
     }
 
@@ -469,9 +473,39 @@ mod tests {
         shop.pods[2]["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
         shop.fleet_pod("fleet-4", "10.0.1.4");
         shop.pods[3]["status"]["conditions"][0]["status"] = json!("False");
-        for slice in desired(&shop.inputs()).slices.values() {
+        for slice in desired(&shop.inputs()).values() {
             let addresses: Vec<&String> = slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses).collect();
             assert_eq!(addresses, ["10.0.1.2"]);
+        }
+    }
+
+    #[test]
+    fn marked_members_are_left_out_only_while_at_least_half_are_not_marked() {
+        for (members, marked, left) in [(1, 1, 1), (2, 1, 1), (2, 2, 2), (3, 1, 2), (3, 2, 3), (4, 2, 2), (4, 3, 4)] {
+            let mut shop = taken_over();
+            shop.pods.clear();
+            for member in 0..members {
+                shop.fleet_pod(&format!("fleet-{member}"), &format!("10.0.1.{member}"));
+            }
+            for pod in &mut shop.pods[..marked] {
+                pod["metadata"]["annotations"] = json!({"sluice.dev/lagging-since": "2026-01-01T00:00:00Z"});
+            }
+            for slice in desired(&shop.inputs()).values() {
+                assert_eq!(slice.endpoints.len(), left, "{marked} of {members} are marked");
+            }
+        }
+    }
+
+    #[test]
+    fn a_slice_has_no_more_endpoints_than_the_api_takes() {
+        let mut shop = taken_over();
+        for member in 2..1001 {
+            shop.fleet_pod(&format!("more-{member:04}"), &format!("10.1.{}.{}", member / 250, member % 250));
+        }
+        for slice in desired(&shop.inputs()).values() {
+            assert_eq!(slice.endpoints.len(), 1000);
+            let last = slice.endpoints[999].target_ref.as_ref().unwrap();
+            assert_eq!(last.name.as_deref(), Some("more-0999"), "the first by name, on every replica");
         }
     }
 
@@ -481,7 +515,7 @@ mod tests {
         shop.families = vec!["IPv4", "IPv6"];
         shop.pods[0]["status"]["podIPs"] = json!([{"ip": "10.0.1.1"}, {"ip": "fd00::1"}]);
         let desired = desired(&shop.inputs());
-        let v6 = &desired.slices[&("shop".into(), "web-sluice-default-ipv6".into())];
+        let v6 = &desired[&("shop".into(), "web-sluice-default-ipv6".into())];
         assert_eq!(v6.address_type, "IPv6");
         assert_eq!(v6.endpoints.len(), 1);
         assert_eq!(v6.endpoints[0].addresses, ["fd00::1"]);
@@ -489,16 +523,32 @@ mod tests {
 
     #[test]
     fn a_port_without_a_port_of_the_fleet_changes_nothing_rather_than_half() {
-        let shop = taken_over();
+        let mut shop = taken_over();
         let mut inputs = shop.inputs();
-        let all = desired(&inputs);
-        let first = changes(&inputs, &all);
+        let first = changes(&inputs, &desired(&inputs));
         apply(&mut inputs, first);
+        let ports: Vec<_> = inputs.slices.iter().map(|slice| slice.ports.clone()).collect();
         inputs.ports.clear();
-        let unknown = desired(&inputs);
-        assert!(unknown.slices.is_empty());
-        assert_eq!(unknown.unknown.len(), 3);
-        assert!(changes(&inputs, &unknown).is_empty());
+        assert!(changes(&inputs, &desired(&inputs)).is_empty());
+        assert!(!settled(&inputs, "shop", "web"));
+
+        // Its members change nevertheless: where nobody is left of the old ones, every port of the Service would be lost.
+        shop.pods.remove(0);
+        shop.fleet_pod("fleet-3", "10.0.1.3");
+        let slices = std::mem::take(&mut inputs.slices);
+        inputs = Inputs { slices, ports: BTreeMap::new(), ..shop.inputs() };
+        let due = changes(&inputs, &desired(&inputs));
+        assert_eq!(due.values().filter(|change| matches!(change, Change::Replace(_))).count(), 3);
+        apply(&mut inputs, due);
+        for (slice, ports) in inputs.slices.iter().zip(ports) {
+            assert_eq!(slice.ports, ports);
+            let addresses: Vec<&String> = slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses).collect();
+            assert_eq!(addresses, ["10.0.1.2", "10.0.1.3"]);
+        }
+        assert!(!settled(&inputs, "shop", "web"));
+
+        inputs.slices.clear();
+        assert!(changes(&inputs, &desired(&inputs)).is_empty(), "nothing is made that would have no ports");
     }
 
     #[test]
