@@ -131,6 +131,12 @@ impl State {
         *self.configured.borrow()
     }
 
+    /// Whether a stream to the control plane is open.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.lock().connected_to.is_some()
+    }
+
     /// Resolves once [`configured`](Self::configured).
     pub async fn wait_configured(&self) {
         // The sender lives in `self`, so this cannot fail.
@@ -227,6 +233,9 @@ enum StreamError {
     /// The controller would end the stream with the certificate that it was opened with.
     #[error("there is a renewed certificate")]
     Renewed,
+    /// The server was told that it is not open, and sends nothing again that was rejected: a new stream says what is held.
+    #[error("a listener could be opened after all")]
+    Opened,
     #[error("the controller at {address} is of epoch {found:?}, older than {highest}; it has been replaced")]
     Epoch { address: SocketAddr, found: Option<u64>, highest: u64 },
 }
@@ -235,7 +244,12 @@ impl StreamError {
     fn leader(&self) -> Option<SocketAddr> {
         match self {
             Self::Ended { status, .. } => leader(status),
-            Self::Connect(_) | Self::Closed { .. } | Self::Silent { .. } | Self::Renewed | Self::Epoch { .. } => None,
+            Self::Connect(_)
+            | Self::Closed { .. }
+            | Self::Silent { .. }
+            | Self::Renewed
+            | Self::Opened
+            | Self::Epoch { .. } => None,
         }
     }
 }
@@ -246,7 +260,7 @@ enum Round {
     Nothing,
     Progress,
     /// The next one is to follow at once.
-    Renewed,
+    Again,
 }
 
 /// Follows the control plane for the life of the process.
@@ -328,7 +342,7 @@ impl<A: Apply> Client<A> {
                 return std::future::pending().await;
             };
             match self.round(&certificate, backoff.is_fresh()).await {
-                Round::Renewed => {
+                Round::Again => {
                     backoff.reset();
                     continue;
                 }
@@ -362,8 +376,8 @@ impl<A: Apply> Client<A> {
                 inner.updates != before
             };
             self.failed(&error, first);
-            if matches!(error, StreamError::Renewed) {
-                return Round::Renewed;
+            if matches!(error, StreamError::Renewed | StreamError::Opened) {
+                return Round::Again;
             }
             if progress {
                 return Round::Progress;
@@ -381,7 +395,7 @@ impl<A: Apply> Client<A> {
         } else if first && matches!(error, StreamError::Connect(ConnectError::Resolve { .. })) {
             // One answer of the DNS that is late is no news for people yet.
             tracing::info!(%error, "the controllers were not found; tried again");
-        } else if matches!(error, StreamError::Renewed) {
+        } else if matches!(error, StreamError::Renewed | StreamError::Opened) {
             tracing::info!(%error, "the stream to the control plane is opened anew");
             return;
         } else {
@@ -444,8 +458,11 @@ impl<A: Apply> Client<A> {
                     last_response = Instant::now();
                 }
                 () = tokio::time::sleep_until(wake) => {
-                    self.apply().await;
+                    let opened = self.apply().await;
                     self.settle(&mut stream).await?;
+                    if opened {
+                        return Err(StreamError::Opened);
+                    }
                 }
             }
             self.note_configured(&stream, last_response);
@@ -581,14 +598,15 @@ impl<A: Apply> Client<A> {
         Ok(())
     }
 
-    /// Brings the workers to what is complete now, if that changed or did not fully succeed the last time.
-    async fn apply(&mut self) {
+    /// Brings the workers to what is complete now, if that changed or did not fully succeed the last time. Returns whether a listener
+    /// is open now that could not be opened before.
+    async fn apply(&mut self) -> bool {
         let snapshot = {
             let mut inner = self.state.lock();
             let snapshot = inner.resources.build();
             let same = self.applied.as_ref().is_some_and(|applied| Arc::ptr_eq(applied, &snapshot));
             if same && inner.failed.is_empty() {
-                return;
+                return false;
             }
             snapshot
         };
@@ -596,8 +614,12 @@ impl<A: Apply> Client<A> {
         for (listener, reason) in &failed {
             tracing::error!(listener, reason, "a listener cannot be opened; it is tried again");
         }
+        let mut inner = self.state.lock();
+        let before = std::mem::replace(&mut inner.failed, failed);
+        let opened =
+            before.keys().any(|name| !inner.failed.contains_key(name) && snapshot.listeners.contains_key(name.as_str()));
         self.applied = Some(snapshot);
-        self.state.lock().failed = failed;
+        opened
     }
 
     /// Answers the responses whose resources are all in effect or rejected, or that have waited long enough.

@@ -6,6 +6,7 @@ pub mod admin;
 pub mod ads;
 pub mod config;
 pub mod controller;
+pub mod cut_off;
 pub mod excerpt;
 pub mod failure;
 #[cfg(any(test, sluice_fuzz))]

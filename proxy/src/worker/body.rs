@@ -1,7 +1,6 @@
-//! Bodies on their way through: a request's, which can be sent again, and a response's, which is measured.
+//! Bodies on their way through: a request's, and a response's, which is measured.
 
 use std::{
-    cell::RefCell,
     pin::Pin,
     rc::Rc,
     task::{Context, Poll, ready},
@@ -21,13 +20,12 @@ use super::{
     http2, mirror,
     pool::{Lease, UpstreamError},
     progress::Progress,
+    replay::Attempt,
     stream::Stream,
     tally::Tally,
 };
 use crate::{failure::Failure, metrics::GrpcStatus};
 
-/// How much of a request's body is kept to send it again, in bytes.
-pub(super) const MAX_REPLAY: usize = 64 * 1024;
 /// How much of a body that nobody wants is read, in bytes, and of an answer for how long.
 const MAX_DISCARD: usize = 256 * 1024;
 const MAX_DISCARD_TIME: Duration = Duration::from_secs(1);
@@ -302,153 +300,6 @@ async fn discard<B: Body<Data = Bytes> + Unpin>(body: &mut B) -> bool {
         }
     }
     false
-}
-
-/// The body of a request that may have to be sent again: what was sent is kept, until an answer arrives or it is more
-/// than [`MAX_REPLAY`].
-#[derive(Clone)]
-pub(super) struct Replay(Rc<RefCell<Source>>);
-
-struct Source {
-    incoming: ClientBody,
-    kept: Vec<Bytes>,
-    kept_bytes: usize,
-    keep: bool,
-    trailers: Option<HeaderMap>,
-    ended: bool,
-    /// Attempt that may read.
-    attempt: u32,
-}
-
-/// One sending of a [`Replay`].
-pub(super) struct Attempt {
-    source: Rc<RefCell<Source>>,
-    number: u32,
-    /// Frames of `kept` that were given out.
-    position: usize,
-    done: bool,
-    /// What is left of a body of known length.
-    left: Option<u64>,
-}
-
-impl Replay {
-    pub(super) fn new(incoming: ClientBody) -> Self {
-        Self(Rc::new(RefCell::new(Source {
-            incoming,
-            kept: Vec::new(),
-            kept_bytes: 0,
-            keep: true,
-            trailers: None,
-            ended: false,
-            attempt: 0,
-        })))
-    }
-
-    /// The body from its start, if all that was sent of it is still there. An earlier attempt reads no further.
-    pub(super) fn attempt(&self) -> Option<Attempt> {
-        let mut source = self.0.borrow_mut();
-        if !source.keep {
-            return None;
-        }
-        source.attempt += 1;
-        let kept = u64::try_from(source.kept_bytes).unwrap_or(u64::MAX);
-        let left = if source.ended { Some(0) } else { source.incoming.size_hint().exact() };
-        Some(Attempt {
-            source: Rc::clone(&self.0),
-            number: source.attempt,
-            position: 0,
-            done: false,
-            left: left.map(|left| left + kept),
-        })
-    }
-
-    /// An answer has arrived: the request will not be sent again.
-    pub(super) fn settle(&self) {
-        let mut source = self.0.borrow_mut();
-        source.keep = false;
-        // The frames themselves go as they are passed; an attempt still reads those that it has not given out.
-    }
-}
-
-impl Body for Attempt {
-    type Data = Bytes;
-    type Error = BodyError;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let this = &mut *self;
-        let mut source = this.source.borrow_mut();
-        let source = &mut *source;
-        if source.attempt != this.number {
-            return Poll::Ready(Some(Err(BodyError::Superseded)));
-        }
-        if this.done {
-            return Poll::Ready(None);
-        }
-        if let Some(data) = source.kept.get(this.position) {
-            let data = data.clone();
-            this.position += 1;
-            take(&mut this.left, &data);
-            return Poll::Ready(Some(Ok(Frame::data(data))));
-        }
-        if source.ended {
-            this.done = true;
-            return Poll::Ready(source.trailers.clone().map(|trailers| Ok(Frame::trailers(trailers))));
-        }
-        match ready!(Pin::new(&mut source.incoming).poll_frame(cx)) {
-            Some(Ok(frame)) => match frame.into_data() {
-                Ok(data) => {
-                    if source.keep {
-                        source.kept_bytes += data.len();
-                        if source.kept_bytes <= MAX_REPLAY {
-                            source.kept.push(data.clone());
-                            this.position += 1;
-                        } else {
-                            source.keep = false;
-                        }
-                    }
-                    if !source.keep && this.position == source.kept.len() {
-                        source.kept.clear();
-                        this.position = 0;
-                    }
-                    take(&mut this.left, &data);
-                    Poll::Ready(Some(Ok(Frame::data(data))))
-                }
-                Err(frame) => {
-                    source.ended = true;
-                    this.done = true;
-                    source.trailers = frame.into_trailers().ok();
-                    Poll::Ready(source.trailers.clone().map(|trailers| Ok(Frame::trailers(trailers))))
-                }
-            },
-            Some(Err(error)) => {
-                source.keep = false;
-                Poll::Ready(Some(Err(error)))
-            }
-            None => {
-                source.ended = true;
-                this.done = true;
-                Poll::Ready(None)
-            }
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        let source = self.source.borrow();
-        self.done
-            || (self.position == source.kept.len()
-                && source.trailers.is_none()
-                && (source.ended || source.incoming.is_end_stream()))
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.left.map_or_else(SizeHint::default, SizeHint::with_exact)
-    }
-}
-
-fn take(left: &mut Option<u64>, data: &Bytes) {
-    if let Some(left) = left {
-        *left = left.saturating_sub(u64::try_from(data.len()).unwrap_or(u64::MAX));
-    }
 }
 
 impl Body for RequestBody {

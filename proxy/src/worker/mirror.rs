@@ -3,7 +3,6 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::VecDeque,
     net::SocketAddr,
     pin::Pin,
     rc::Rc,
@@ -23,11 +22,12 @@ use tokio::time::{Instant, sleep};
 
 use super::{
     Shared,
-    body::{self, BodyError, ClientBody, MAX_REPLAY, RequestBody, UpstreamBody},
+    body::{self, BodyError, ClientBody, RequestBody, UpstreamBody},
     cluster::Cluster,
     headers,
     outgoing::{MAX_TRIES, Outgoing, is_not_processed, repeatable},
     pool::{Lease, SendError, Wire},
+    replay::{MAX_REPLAY, keep},
 };
 use crate::{
     metrics::{GrpcStatus, MirrorMetrics, Mirrored},
@@ -36,8 +36,6 @@ use crate::{
 
 /// Copies that may be under way to a cluster on each thread. Of requests that come meanwhile there are none.
 const MOST_COPIES: u32 = 128;
-/// How far a copy may be behind its request, in bytes. Of a body that is known to be longer there is none.
-const MOST_BEHIND: usize = MAX_REPLAY;
 const GRPC_STATUS: &str = "grpc-status";
 /// From the end of a copy to that of its answer, where the route has no time-out: Envoy's default of `RouteAction.timeout`.
 const TIMEOUT: Duration = Duration::from_secs(15);
@@ -76,7 +74,8 @@ pub(super) fn copy(
     let mut copies = Vec::new();
     for mirror in mirrors.iter().filter(|mirror| mirror.share.draw()) {
         let length = body.size_hint().exact();
-        if length.is_some_and(|length| length > MOST_BEHIND as u64) {
+        // It may be no further behind its request than this, and of a body that is known to be longer there is none.
+        if length.is_some_and(|length| length > MAX_REPLAY as u64) {
             mirror.count(Mirrored::TooLarge, original);
             continue;
         }
@@ -274,8 +273,7 @@ fn marked(host: &str) -> Option<String> {
 
 /// What a copy has not taken yet of its request's body.
 struct Queue {
-    frames: VecDeque<Bytes>,
-    bytes: usize,
+    content: Vec<u8>,
     trailers: Option<HeaderMap>,
     state: State,
     reader: Option<Waker>,
@@ -298,13 +296,8 @@ pub(super) struct Feed {
 
 impl Feed {
     fn new(length: Option<u64>) -> (Self, CopiedBody, oneshot::Receiver<Mirrored>) {
-        let queue = Rc::new(RefCell::new(Queue {
-            frames: VecDeque::new(),
-            bytes: 0,
-            trailers: None,
-            state: State::Open,
-            reader: None,
-        }));
+        let queue =
+            Rc::new(RefCell::new(Queue { content: Vec::new(), trailers: None, state: State::Open, reader: None }));
         let (ended, end) = oneshot::channel();
         (Self { queue: Rc::clone(&queue), ended: Some(ended) }, CopiedBody { queue, left: length }, end)
     }
@@ -317,14 +310,12 @@ impl Feed {
         let mut queue = self.queue.borrow_mut();
         match read {
             Some(Ok(frame)) => {
-                if let Some(data) = frame.data_ref().filter(|data| !data.is_empty()) {
-                    queue.bytes += data.len();
-                    if queue.bytes > MOST_BEHIND {
+                if let Some(data) = frame.data_ref() {
+                    if !keep(&mut queue.content, data) {
                         drop(queue);
                         self.give_up(Mirrored::TooLarge);
                         return false;
                     }
-                    queue.frames.push_back(data.clone());
                 } else if let Some(trailers) = frame.trailers_ref() {
                     queue.trailers = Some(trailers.clone());
                     ended = true;
@@ -346,7 +337,7 @@ impl Feed {
     fn give_up(&mut self, why: Mirrored) {
         let Some(ended) = self.ended.take() else { return };
         let mut queue = self.queue.borrow_mut();
-        queue.frames.clear();
+        queue.content = Vec::new();
         queue.state = State::GivenUp;
         if let Some(reader) = queue.reader.take() {
             reader.wake();
@@ -376,8 +367,8 @@ impl Body for CopiedBody {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
         let mut queue = this.queue.borrow_mut();
-        if let Some(data) = queue.frames.pop_front() {
-            queue.bytes -= data.len();
+        if !queue.content.is_empty() {
+            let data = Bytes::from(std::mem::take(&mut queue.content));
             this.left = this.left.map(|left| left.saturating_sub(data.len() as u64));
             return Poll::Ready(Some(Ok(Frame::data(data))));
         }
@@ -393,7 +384,7 @@ impl Body for CopiedBody {
 
     fn is_end_stream(&self) -> bool {
         let queue = self.queue.borrow();
-        queue.state == State::Whole && queue.frames.is_empty() && queue.trailers.is_none()
+        queue.state == State::Whole && queue.content.is_empty() && queue.trailers.is_none()
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -403,6 +394,10 @@ impl Body for CopiedBody {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use futures::FutureExt;
+    use http_body_util::BodyExt;
+
     use super::*;
 
     #[test]
@@ -418,5 +413,19 @@ mod tests {
         for (host, expected) in table {
             assert_eq!(marked(host).as_deref(), expected, "{host}");
         }
+    }
+
+    #[test]
+    fn what_a_copy_has_not_taken_holds_none_of_the_buffers_that_it_was_read_into() {
+        let (mut feed, copied, _ended) = Feed::new(None);
+        for _ in 0..1000 {
+            let buffer: Arc<[u8]> = Arc::from([b'x'; 8 * 1024]);
+            let part = Frame::data(Bytes::from_owner(Arc::clone(&buffer)).slice(..1));
+            assert!(feed.pass_on(Some(&Ok(part)), false));
+            assert_eq!(Arc::strong_count(&buffer), 1);
+        }
+        feed.pass_on(None, true);
+        let all = copied.collect().now_or_never().unwrap().unwrap().to_bytes();
+        assert_eq!(all, [b'x'; 1000][..]);
     }
 }

@@ -20,6 +20,7 @@ mod outgoing;
 mod pool;
 mod progress;
 mod relay;
+mod replay;
 mod request;
 mod retry;
 mod rewrite;

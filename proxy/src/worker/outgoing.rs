@@ -7,9 +7,10 @@ use http::{HeaderMap, Method, Request, Response, Uri, Version, request};
 use http_body::Body;
 
 use super::{
-    body::{Replay, RequestBody},
+    body::RequestBody,
     cluster::Cluster,
     pool::{Endpoint, Wire},
+    replay::Replay,
 };
 use crate::failure::NOT_PROCESSED;
 

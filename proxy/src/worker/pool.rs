@@ -177,7 +177,7 @@ pub(super) struct Endpoint {
     opening: RefCell<Option<Opening>>,
 }
 
-type Opening = SharedFuture<oneshot::Receiver<Result<(), Rc<ConnectError>>>>;
+type Opening = SharedFuture<oneshot::Receiver<Result<Rc<Multiplexed>, Rc<ConnectError>>>>;
 
 struct Idle {
     connection: client::Connection,
@@ -517,17 +517,17 @@ impl Endpoint {
         outstanding: Outstanding,
         mut now: Instant,
     ) -> Result<(Response<UpstreamBody>, Lease), SendError> {
-        let (mut opened, mut waited) = (false, false);
+        let (mut opened, mut waited) = (None, false);
         let connection = loop {
             match self.share(now) {
                 // Whoever waits for one comes first.
-                Share::Free(connection) if opened || waited || self.connections.streams.is_empty() => break connection,
-                Share::None => {
-                    opened = true;
-                    if let Err(error) = self.open(connector).await {
-                        return Err(SendError::Connect { request: Box::new(request), error });
-                    }
+                Share::Free(connection) if opened.is_some() || waited || self.connections.streams.is_empty() => {
+                    break connection;
                 }
+                Share::None => match self.open(connector).await {
+                    Ok(new) => opened = Some(new),
+                    Err(error) => return Err(SendError::Connect { request: Box::new(request), error }),
+                },
                 Share::Free(_) | Share::Full => {
                     let Some(_pending) = self.connections.load().wait() else {
                         return Err(SendError::Overflow { request: Box::new(request) });
@@ -538,6 +538,8 @@ impl Endpoint {
                 }
             }
         };
+        // While it was made, an older one may have got room, and an end that is only seen now.
+        let new = opened.is_some_and(|opened| Rc::ptr_eq(&opened, &connection));
         let stream = StreamCount::on(&connection);
         // Who came between the end of its wait and now waits behind it, and may have room as well.
         if waited {
@@ -553,7 +555,7 @@ impl Endpoint {
                     self.shared.borrow_mut().retain(|other| !Rc::ptr_eq(other, &connection));
                 }
                 Err(match error {
-                    http2::client::NoAnswer::Unsent { request, .. } if !opened => SendError::Stale { request },
+                    http2::client::NoAnswer::Unsent { request, .. } if !new => SendError::Stale { request },
                     http2::client::NoAnswer::Unsent { request, error } => {
                         SendError::Connect { request, error: ConnectError::Http(self.address, error.into()) }
                     }
@@ -578,8 +580,8 @@ impl Endpoint {
         Share::None
     }
 
-    /// Returns when some new HTTP/2 connection has been made.
-    async fn open(self: &Rc<Self>, connector: &Rc<Connector>) -> Result<(), ConnectError> {
+    /// Waits until some new HTTP/2 connection has been made.
+    async fn open(self: &Rc<Self>, connector: &Rc<Connector>) -> Result<Rc<Multiplexed>, ConnectError> {
         let opening = self.opening.borrow().clone();
         let opening = opening.unwrap_or_else(|| {
             let (done, opening) = oneshot::channel();
@@ -596,8 +598,9 @@ impl Endpoint {
                     let life = Cell::new(Life::begin());
                     let of = Rc::clone(&endpoint.connections);
                     let connection = Rc::new(Multiplexed { of, connection, streams: Cell::new(0), since, life });
-                    endpoint.shared.borrow_mut().push(connection);
+                    endpoint.shared.borrow_mut().push(Rc::clone(&connection));
                     endpoint.connections.streams.free_all();
+                    connection
                 });
                 endpoint.opening.borrow_mut().take();
                 let _ = done.send(result);

@@ -392,8 +392,15 @@ async fn a_listener_that_cannot_be_opened_is_rejected_and_tried_again() {
     assert!(!listeners_request.initial_resource_versions.contains_key(api), "it does not serve");
     stream.request_of(TypeUrl::Endpoints).await;
     assert!(!stream.request_of(TypeUrl::Route).await.initial_resource_versions.contains_key(api));
+    let nonce = stream.send(TypeUrl::Route, vec![resource(api, "r1", &route(api, &[(PRIMARY, 1)]))], &[]).await;
+    assert_eq!(stream.answer(TypeUrl::Route, &nonce, &mut Vec::new()).await.len(), 1, "it cannot be opened still");
+
+    // A server sends nothing again that was rejected: it is told on a new stream that the port is open.
     bench.failing.lock().unwrap().clear();
-    stream.acked(TypeUrl::Route, vec![resource(api, "r1", &route(api, &[(PRIMARY, 1)]))], &[]).await;
+    let (mut stream, _, listeners_request) = bench.stream().await;
+    assert!(listeners_request.initial_resource_versions.contains_key(api));
+    stream.request_of(TypeUrl::Endpoints).await;
+    assert_eq!(stream.request_of(TypeUrl::Route).await.initial_resource_versions.get(api).unwrap(), "r1");
 }
 
 #[tokio::test]

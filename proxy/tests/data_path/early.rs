@@ -11,9 +11,10 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures::{StreamExt, stream};
 use h2::Reason;
 use http::{Method, Response};
-use http_body_util::BodyExt;
+use http_body_util::{BodyExt, StreamBody};
 use sluice_proxy::{
     metrics::Metrics,
     snapshot::{Cluster, FilterChain, Limits, Listener, TrafficPolicy, UpstreamProtocol},
@@ -365,5 +366,30 @@ async fn an_answer_is_whole_though_its_upstream_wants_no_more_of_the_request() {
         assert_eq!((failed, proxy.counted("a", "5xx", "")), (None, 0));
         eventually("the end", || proxy.metric(ACTIVE) == 0).await;
         assert_eq!(proxy.metric("sluice_client_aborts_total{listener=\"shop/cart:80\"}"), 0);
+    }
+}
+
+/// As of gRPC's streams both ways.
+#[tokio::test]
+async fn one_that_its_client_cancels_while_both_are_under_way_is_no_failure_of_its_version() {
+    for protocol in UPSTREAM {
+        let app = App::start(own_ip(), 8080, |request| async move {
+            tokio::spawn(request.into_body().collect());
+            let begin = stream::iter([Ok(hyper::body::Frame::data("early".into()))]);
+            Response::new(BodyExt::boxed(StreamBody::new(begin.chain(stream::pending()))))
+        })
+        .await;
+        let proxy = proxy_to(over(protocol, &app), None, |_| {}).await;
+        let (read, mut write) = frames::connect(&proxy).await;
+        write.write_all(&frame(HEADERS, END_HEADERS, 1, POST)).await.unwrap();
+        let mut client = Http2(read, write);
+        while client.next().await.payload != b"early" {}
+        // So that one read finds both. CANCEL.
+        let last = [frame(DATA, 0, 1, b"last"), frame(RST_STREAM, 0, 1, &8_u32.to_be_bytes())];
+        client.send(last.concat().into()).await;
+        eventually("the end", || proxy.metric(ACTIVE) == 0).await;
+        assert_eq!(proxy.metric("sluice_client_aborts_total{listener=\"shop/cart:80\"}"), 1, "{protocol:?}");
+        assert_eq!(proxy.metric("sluice_local_errors_total{listener=\"shop/cart:80\",flag=\"UC\"}"), 0);
+        assert_eq!((proxy.counted("a", "5xx", ""), proxy.outcomes("a", LIMIT).bad), (0, 0));
     }
 }

@@ -8,16 +8,24 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode};
+use h2::server::{self, SendResponse};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
-use sluice_proxy::workers::Role;
+use sluice_proxy::{
+    metrics::Metrics,
+    snapshot::{ClientTls, Cluster, UpstreamProtocol},
+    workers::Role,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
+    sync::{mpsc, oneshot},
 };
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use crate::{
+    http2::client,
     support::*,
     upstream_http1::{head, upstream},
 };
@@ -89,8 +97,11 @@ async fn a_request_that_a_sidecar_did_not_process_is_sent_again_whole() {
     let (ip, without_app, ca) = (own_ip(), own_ip(), Ca::new());
     let app = App::start(ip, 8080, |request| async move {
         assert!(!request.headers().contains_key("x-sluice-not-processed"));
-        let body = request.into_body().collect().await.unwrap().to_bytes();
-        Response::builder().header("x-sluice-not-processed", "1").body(full(body)).unwrap()
+        let body = request.into_body().collect().await.unwrap();
+        let sum = body.trailers().and_then(|trailers| trailers.get("x-sum")).cloned();
+        let mut answer = Response::builder().header("x-sluice-not-processed", "1");
+        answer.headers_mut().unwrap().extend(sum.map(|sum| (HeaderName::from_static("x-sum"), sum)));
+        answer.body(full(body.to_bytes())).unwrap()
     })
     .await;
     let (good, bad) = (sidecar(&ca, ip, false).await, sidecar(&ca, without_app, false).await);
@@ -98,25 +109,31 @@ async fn a_request_that_a_sidecar_did_not_process_is_sent_again_whole() {
     fleet.serve(http_to([(mesh_cluster("abc", &[&good, &bad]), 100)])).await;
     let (mut http1, mut http2) = (Http1::connect(fleet.address).await, Http2::connect(fleet.address).await);
     for round in 0..30 {
-        // In several frames, of known and of unknown length.
+        // In several frames, of known and of unknown length; that has trailers, too.
         let body = format!("{round:-<32000}");
-        let chunks: Vec<_> =
-            body.as_bytes().chunks(10_000).map(|c| Ok(Frame::data(Bytes::copy_from_slice(c)))).collect();
-        let stream = StreamBody::new(futures::stream::iter(chunks));
-        let chunked = Request::post("/").header("host", "a").body(stream.boxed()).unwrap();
+        let chunked = || {
+            let chunks = body.as_bytes().chunks(10_000).map(|c| Frame::data(Bytes::copy_from_slice(c)));
+            let sum = HeaderMap::from_iter([(HeaderName::from_static("x-sum"), HeaderValue::from(round))]);
+            let frames: Vec<_> = chunks.chain([Frame::trailers(sum)]).map(Ok).collect();
+            StreamBody::new(futures::stream::iter(frames)).boxed()
+        };
+        let announced = Request::post("/").header("host", "a").header("trailer", "x-sum").body(chunked()).unwrap();
         let multiplexed = Request::post("http://a/").body(full(body.clone())).unwrap();
-        for answer in [
-            http1.send(post("/", body.clone())).await.unwrap(),
-            http1.send(chunked).await.unwrap(),
-            http2.send(multiplexed).await.unwrap(),
+        let of_unknown_length = Request::post("http://a/").body(chunked()).unwrap();
+        let sum = round.to_string();
+        for (answer, sum) in [
+            (http1.send(post("/", body.clone())).await.unwrap(), ""),
+            (http1.send(announced).await.unwrap(), &*sum),
+            (http2.send(multiplexed).await.unwrap(), ""),
+            (http2.send(of_unknown_length).await.unwrap(), &*sum),
         ] {
-            assert_eq!((answer.status, answer.body == body), (StatusCode::OK, true));
+            assert_eq!((answer.status, answer.body == body, answer.header("x-sum")), (StatusCode::OK, true, sum));
             assert!(!answer.headers.contains_key("x-sluice-not-processed"));
         }
     }
-    assert_eq!(app.requests(), 90);
+    assert_eq!(app.requests(), 120);
     assert!(fleet.metric(&format!("{RETRIES}\"not_processed\"}}")) > 10);
-    assert_eq!((fleet.counted("abc", "2xx", ""), fleet.counted("abc", "5xx", "")), (90, 0));
+    assert_eq!((fleet.counted("abc", "2xx", ""), fleet.counted("abc", "5xx", "")), (120, 0));
 }
 
 #[tokio::test]
@@ -355,4 +372,68 @@ async fn an_http2_server_that_goes_away_costs_no_request() {
         done.unwrap();
     }
     assert_eq!(proxy.counted("a", "2xx", ""), 320);
+}
+
+/// Serves two requests at once, which the test answers. Answers one when it has been told to end.
+fn serve_two_at_once(
+    stream: TlsStream<TcpStream>,
+    taken: mpsc::Sender<SendResponse<Bytes>>,
+) -> oneshot::Sender<SendResponse<Bytes>> {
+    let (end, mut ends) = oneshot::channel::<SendResponse<Bytes>>();
+    tokio::spawn(async move {
+        let mut connection = server::Builder::new().max_concurrent_streams(2).handshake(stream).await.unwrap();
+        let mut told = false;
+        loop {
+            tokio::select! {
+                request = connection.accept() => match request {
+                    Some(Ok((_, respond))) => taken.send(respond).await.unwrap(),
+                    Some(Err(_)) | None => return,
+                },
+                last = &mut ends, if !told => {
+                    told = true;
+                    let Ok(mut last) = last else { continue };
+                    connection.graceful_shutdown();
+                    last.send_response(Response::new(()), true).unwrap();
+                }
+            }
+        }
+    });
+    end
+}
+
+#[tokio::test]
+async fn a_request_that_waited_for_a_new_connection_and_met_one_that_ends_goes_on_the_new_one() {
+    let (ca, listener) = (Ca::new(), TcpListener::bind((own_ip(), 20443)).await.unwrap());
+    let acceptor = TlsAcceptor::from(ca.identity(APP).server_config(FLEET, &[b"h2"]));
+    let tls = Some(ClientTls { sni: "p8080.abc".into(), server_id: APP.into() });
+    let address = listener.local_addr().unwrap();
+    let cluster = Cluster { tls, protocol: UpstreamProtocol::Http2, ..cluster("a", &[address]) };
+    let proxy = Proxy::with(Role::Fleet, ca.identity(FLEET), |options| options.metrics = Metrics::new("test", 1));
+    proxy.serve(http_to([(cluster, 100)])).await;
+    let mut client = client(&proxy).await;
+    let mut ask = || client.send_request(Request::get("http://cart.shop/").body(()).unwrap(), true).unwrap().0;
+    let (taken, mut requests) = mpsc::channel(8);
+    let connection = async || soon("a connection", listener.accept()).await.unwrap().0;
+    let handshake = async |stream| soon("the handshake", acceptor.accept(stream)).await.unwrap();
+
+    let first = ask();
+    let end = serve_two_at_once(handshake(connection().await).await, taken.clone());
+    let to_first = soon("the first request", requests.recv()).await.unwrap();
+    let _second = ask();
+    let _to_second = soon("the second request", requests.recv()).await.unwrap();
+    let third = ask();
+    let new = connection().await;
+    // Behind the GOAWAY comes an answer, by which the old connection seems to have room.
+    end.send(to_first).unwrap();
+    assert_eq!(soon("the first answer", first).await.unwrap().status(), 200);
+    let _end = serve_two_at_once(handshake(new).await, taken);
+    let mut third = std::pin::pin!(third);
+    tokio::select! {
+        to_third = soon("the third request", requests.recv()) => {
+            to_third.unwrap().send_response(Response::new(()), true).unwrap();
+        }
+        answer = &mut third => panic!("it reached nobody: {answer:?}"),
+    }
+    assert_eq!(soon("the third answer", third).await.unwrap().status(), 200);
+    assert_eq!(proxy.metric(&format!("{RETRIES}\"connect\"}}")), 0);
 }

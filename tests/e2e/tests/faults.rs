@@ -150,6 +150,14 @@ async fn a_fleet_member_that_stays_cut_off_gets_no_new_connections_and_holds_not
     println!("promoted {} ms after it was cut off", unix_ms() - cut);
     assert_eq!(done.failed_checks, 0);
     assert!(is_marked().await && !is_in_slices().await);
+    // It knows nothing of that, and goes on leading what clients have open to it to a revision that ends now.
+    let former = done.retiring.first().map(|retiring| retiring.revision.clone()).unwrap();
+    eventually("the end of the former revision's Pods", MINUTE, || async {
+        stage.app.pods_of(&former).await.unwrap().is_empty().then_some(())
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    stage.nothing_failed().await;
     between_member_and_controllers(&node, "-D", &ip).await;
     eventually("its return", 2 * MINUTE, || async { (!is_marked().await && is_in_slices().await).then_some(()) }).await;
     stage.end().await;

@@ -21,7 +21,7 @@ use super::{
     super::{body::RequestBody, headers::Peer, stream::Stream},
     Error, Incoming, REMEMBERED, REMEMBERED_FOR, SEND_BUFFER, SHARED_FRAMES, SHARED_WINDOW, STREAM_WINDOW,
     batch::Batch,
-    body::{Outgoing, Unsent},
+    body::{Outgoing, Part, Unsent},
     max_headers,
 };
 
@@ -35,7 +35,7 @@ pub(in super::super) enum NoAnswer {
 
 /// A connection that its streams share. It ends behind the last of them when it is dropped.
 pub(in super::super) struct Connection {
-    sender: SendRequest<Bytes>,
+    sender: SendRequest<Part>,
     over: Rc<Cell<bool>>,
 }
 

@@ -7,7 +7,6 @@ use std::{
     task::{Context, Poll},
 };
 
-use bytes::Bytes;
 use h2::{
     Reason, RecvStream,
     server::{Builder, SendResponse},
@@ -26,7 +25,7 @@ use super::{
     },
     CLIENT_WINDOW, Incoming, REMEMBERED, REMEMBERED_FOR, SEND_BUFFER, SHARED_FRAMES, SHARED_WINDOW, STREAM_WINDOW,
     batch::{Batch, Farewell},
-    body::Outgoing,
+    body::{Outgoing, Part},
     max_headers,
     written::Written,
 };
@@ -42,7 +41,7 @@ const GIVEN_UP: usize = 4096;
 
 /// A connection from a client.
 pub(in super::super) struct Connection {
-    frames: h2::server::Connection<Batch, Bytes>,
+    frames: h2::server::Connection<Batch, Part>,
     farewell: Farewell,
     /// What h2 had to reset so far, and whether it counts, too.
     resets: Rc<Cell<usize>>,
@@ -104,7 +103,7 @@ impl Connection {
 /// A request, and the way back of its answer.
 pub(in super::super) struct Exchange {
     request: Request<RecvStream>,
-    respond: SendResponse<Bytes>,
+    respond: SendResponse<Part>,
 }
 
 impl Exchange {
