@@ -616,8 +616,9 @@ impl<A: Apply> Client<A> {
         }
         let mut inner = self.state.lock();
         let before = std::mem::replace(&mut inner.failed, failed);
-        let opened =
-            before.keys().any(|name| !inner.failed.contains_key(name) && snapshot.listeners.contains_key(name.as_str()));
+        let opened = before
+            .keys()
+            .any(|name| !inner.failed.contains_key(name) && snapshot.listeners.contains_key(name.as_str()));
         self.applied = Some(snapshot);
         opened
     }

@@ -47,7 +47,10 @@ mod tests {
     async fn connections_are_renewed_while_no_controller_is_heard_and_at_no_other_time() {
         let (connected, announced) = (Rc::new(Cell::new(true)), Rc::new(RefCell::new(Vec::new())));
         let (is, told, began) = (connected.clone(), announced.clone(), Instant::now());
-        let task = renew_connections(move || is.get(), async move || told.borrow_mut().push((Instant::now() - began).as_secs()));
+        let task = renew_connections(
+            move || is.get(),
+            async move || told.borrow_mut().push((Instant::now() - began).as_secs()),
+        );
         let script = async {
             for (until, now) in [(100, false), (140, true), (200, false), (310, true), (600, true)] {
                 tokio::time::sleep_until(began + Duration::from_secs(until) + Duration::from_millis(1)).await;

@@ -219,16 +219,20 @@ pub async fn run(role: Role, settings: Settings) -> Result<(), ProcessError> {
             Role::Sidecar => 1,
         },
     };
-    let mut client = Client::new(controller, introduction, renewer.current(), Switch(Arc::clone(&workers)), Arc::clone(&state));
+    let mut client =
+        Client::new(controller, introduction, renewer.current(), Switch(Arc::clone(&workers)), Arc::clone(&state));
     let mut tasks = JoinSet::new();
     if role == Role::Fleet {
         client = client.reporting(metrics);
         let workers = Arc::clone(&workers);
-        tasks.spawn(renew_connections(move || state.is_connected(), async move || {
-            if let Err(error) = workers.announce_drain().await {
-                tracing::error!(%error, "connections cannot be asked to end");
-            }
-        }));
+        tasks.spawn(renew_connections(
+            move || state.is_connected(),
+            async move || {
+                if let Err(error) = workers.announce_drain().await {
+                    tracing::error!(%error, "connections cannot be asked to end");
+                }
+            },
+        ));
     }
     tasks.spawn(Arc::clone(&admin).serve(health, Port::Health));
     tasks.spawn(Arc::clone(&admin).serve(local, Port::Admin));

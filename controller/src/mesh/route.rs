@@ -522,7 +522,10 @@ mod tests {
         let [route] = &routes(&shop, "shop/web:80")[..] else { panic!() };
         let policy: CorsMessage = unpack(&route.typed_per_filter_config[CORS]).unwrap();
         assert_eq!((policy.allow_methods.as_str(), policy.max_age.as_str()), ("GET,PUT", "3600"));
-        assert_eq!(["0s", "500ms", "1s", "1500ms"].map(|age| whole_seconds(duration(age).unwrap())), ["0", "1", "1", "2"]);
+        assert_eq!(
+            ["0s", "500ms", "1s", "1500ms"].map(|age| whole_seconds(duration(age).unwrap())),
+            ["0", "1", "1", "2"]
+        );
         assert_eq!(policy.allow_origin_string_match.len(), 2);
         let snapshot = build(&shop.inputs());
         let listener = snapshot.fleet.get(TypeUrl::Listener, "shop/web:80").unwrap();

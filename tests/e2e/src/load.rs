@@ -109,6 +109,7 @@ impl Load {
     /// # Panics
     /// If more ended so than can have been open.
     #[must_use]
+    #[allow(clippy::print_stdout)]
     pub fn lost_but_for_the_takeover(&self, from_ms: u64, through_fleet_ms: u64) -> Vec<Bucket> {
         let (own, lost): (Vec<_>, Vec<_>) = self
             .lost_since(from_ms)

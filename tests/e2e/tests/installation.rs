@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 use sluice_crds::{Canary, CanaryStatus, Phase, Stage, labels};
 use sluice_e2e::{
     adopted::{
-        Adopted, MINUTE, Use, adopted, at_weight_20, cluster, ended, eventually, expect, of_ours, quick, quiet, slow, under_load_in,
-        uninstalled, unique,
+        Adopted, MINUTE, Use, adopted, at_weight_20, cluster, ended, eventually, expect, of_ours, quick, quiet, slow,
+        under_load_in, uninstalled, unique,
     },
     cluster::{Cluster, SYSTEM},
     installation::{self, CONTROLLERS_AWAY},

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use sluice_crds::{
-    Backend, CanaryStatus, Condition, ConditionStatus, Phase, RejectedRevision, Retiring, Stage, TemplateStatus, Traffic,
-    Waiting,
+    Backend, CanaryStatus, Condition, ConditionStatus, Phase, RejectedRevision, Retiring, Stage, TemplateStatus,
+    Traffic, Waiting,
 };
 
 use super::{

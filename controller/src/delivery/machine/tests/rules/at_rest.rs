@@ -96,8 +96,15 @@ fn a_deleted_target_leaves_the_primary_serving_and_is_named() {
     assert_eq!(world.desired(FIRST), 3);
     // Another Deployment of that name, whose generation happens to be one that was seen.
     let generation = world.status.template.as_ref().unwrap().observed_generation.max(2);
-    world.target =
-        Some(Target { uid: 2, generation, revision: "v2".into(), configs: [].into(), replicas: 3, wish: None, ready: 0 });
+    world.target = Some(Target {
+        uid: 2,
+        generation,
+        revision: "v2".into(),
+        configs: [].into(),
+        replicas: 3,
+        wish: None,
+        ready: 0,
+    });
     world.settle();
     assert_eq!((world.status.primary_revision.as_deref(), world.target.as_ref().unwrap().replicas), (Some("v2"), 0));
 }
@@ -106,7 +113,8 @@ fn a_deleted_target_leaves_the_primary_serving_and_is_named() {
 fn made_anew(world: &mut World, replicas: u32) {
     world.target = None;
     world.settle();
-    let anew = Target { uid: 2, generation: 1, revision: FIRST.into(), configs: [].into(), replicas, wish: None, ready: 0 };
+    let anew =
+        Target { uid: 2, generation: 1, revision: FIRST.into(), configs: [].into(), replicas, wish: None, ready: 0 };
     world.target = Some(anew);
 }
 

@@ -85,7 +85,11 @@ fn a_release_that_is_held_while_its_pods_come_up_does_not_end_by_the_progress_de
         world.problems.clear();
         world.target = target;
         world.settle();
-        assert_eq!((world.status.phase, world.status.primary_revision.as_deref()), (Phase::Succeeded, Some("v2")), "{hold:?}");
+        assert_eq!(
+            (world.status.phase, world.status.primary_revision.as_deref()),
+            (Phase::Succeeded, Some("v2")),
+            "{hold:?}"
+        );
     }
 }
 
