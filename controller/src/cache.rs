@@ -15,10 +15,13 @@ use std::{
 
 use futures::StreamExt;
 use jiff::Timestamp;
-use k8s_openapi::api::{
-    apps::v1::{ControllerRevision, ReplicaSet},
-    core::v1::{ConfigMap, Namespace, Pod, Secret, Service},
-    discovery::v1::EndpointSlice,
+use k8s_openapi::{
+    api::{
+        apps::v1::{ControllerRevision, ReplicaSet},
+        core::v1::{ConfigMap, Namespace, Pod, Secret, Service},
+        discovery::v1::EndpointSlice,
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use kube::{
     Api, Client, Resource, ResourceExt,
@@ -31,6 +34,7 @@ use kube::{
     },
 };
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use sluice_crds::{Canary, MetricTemplate, labels};
 use tokio::{
     sync::{Notify, watch},
@@ -153,13 +157,24 @@ pub fn version_number(version: Option<&str>) -> Option<u64> {
     version?.parse().ok()
 }
 
+/// Bytes of memory, as `weight` counts them, that a Deployment may take here. Whoever may create Deployments could fill the controllers'
+/// memory otherwise: one that fits into etcd's 1.5 MiB takes 25 MiB here if it is full of args, and 150 MiB if it is full of environment
+/// variables. A thousand of those are within it.
+pub const DEPLOYMENT_LIMIT: usize = 1024 * 1024;
+/// What a field of a larger one may take to stay.
+const FIELD_LIMIT: usize = 8 * 1024;
+/// Deployments that are listed at once. All of a page are held whole before the first is pruned: ten that are full of args take 250 MiB.
+/// Fewer would make the list of a large cluster slow.
+const DEPLOYMENTS_PAGE: u32 = 10;
+
 /// The stores.
 #[derive(Clone)]
 pub struct Cache {
     pub canaries: Store<Canary>,
     pub canaries_progress: Progress,
     pub metric_templates: Store<MetricTemplate>,
-    /// Untyped, so that no field of a newer API server is dropped.
+    /// Untyped, so that no field of a newer API server is dropped. Of one that is larger than [`DEPLOYMENT_LIMIT`] there is no
+    /// `spec.template`.
     pub deployments: Store<DynamicObject>,
     /// Untyped, without the values that they measured last.
     pub autoscalers: Store<DynamicObject>,
@@ -216,7 +231,8 @@ impl Cache {
             None => Api::all_with(client.clone(), resource),
         };
         let resource = deployment_resource();
-        let deployments = Pending::new(untyped(&resource), resource, all(), prune_metadata::<DynamicObject>);
+        let config = all().page_size(DEPLOYMENTS_PAGE);
+        let deployments = Pending::new(untyped(&resource), resource, config, prune_deployment);
         let resource = autoscaler_resource();
         let autoscalers = Pending::new(untyped(&resource), resource, all(), prune_autoscaler);
         let replica_sets =
@@ -448,6 +464,55 @@ fn prune_metadata<K: Resource>(object: &mut K) {
     }
 }
 
+/// Of one that is too large there stays what is read of any Deployment but the target of a Canary: who it is, whose, and how many
+/// replicas it has. That `spec.template` is not there, which no API server leaves out, tells the target's Canary.
+fn prune_deployment(deployment: &mut DynamicObject) {
+    prune_metadata(deployment);
+    if weight(&deployment.data) + metadata_weight(&deployment.metadata) <= DEPLOYMENT_LIMIT {
+        return;
+    }
+    for part in ["spec", "status"] {
+        if let Some(fields) = deployment.data.get_mut(part).and_then(Value::as_object_mut) {
+            fields.retain(|field, value| field != "template" && weight(value) <= FIELD_LIMIT);
+        }
+    }
+    let meta = &mut deployment.metadata;
+    let ours = [labels::CANARY, labels::REVISION, labels::REPLICAS];
+    for map in [&mut meta.labels, &mut meta.annotations].into_iter().flatten() {
+        map.retain(|key, value| ours.contains(&key.as_str()) && value.len() <= FIELD_LIMIT);
+    }
+    meta.finalizers = None;
+    // A Deployment of ours has two.
+    if let Some(owners) = &mut meta.owner_references {
+        owners.truncate(16);
+    }
+}
+
+/// About how many bytes of memory a value takes: an entry and the smallest allocation of a string, or the smallest node of a map, which
+/// has room for eleven entries.
+fn weight(value: &Value) -> usize {
+    const ENTRY: usize = 64;
+    const MAP: usize = 640;
+    match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => ENTRY,
+        Value::String(text) => ENTRY + text.len(),
+        Value::Array(items) => ENTRY + items.iter().map(weight).sum::<usize>(),
+        Value::Object(fields) => MAP + fields.iter().map(|(key, value)| key.len() + weight(value)).sum::<usize>(),
+    }
+}
+
+/// The same of metadata without `managedFields`.
+fn metadata_weight(meta: &ObjectMeta) -> usize {
+    const TEXT: usize = 64;
+    let maps = [&meta.labels, &meta.annotations].into_iter().flatten().flatten();
+    let maps = maps.map(|(key, value)| 2 * TEXT + key.len() + value.len());
+    let finalizers = meta.finalizers.iter().flatten().map(|name| TEXT + name.len());
+    let owners = meta.owner_references.iter().flatten();
+    let owners =
+        owners.map(|owner| 4 * TEXT + owner.api_version.len() + owner.kind.len() + owner.name.len() + owner.uid.len());
+    maps.chain(finalizers).chain(owners).sum()
+}
+
 /// Of one that a Canary owns it has to be seen whether somebody else has written it since.
 fn prune_service(service: &mut Service) {
     let owned = service.owner_references().iter().any(|owner| owner.kind == Canary::kind(&()));
@@ -462,7 +527,7 @@ fn prune_service(service: &mut Service) {
 /// What was measured changes all the time, and no room reads it.
 fn prune_autoscaler(autoscaler: &mut DynamicObject) {
     prune_metadata(autoscaler);
-    if let Some(status) = autoscaler.data.get_mut("status").and_then(serde_json::Value::as_object_mut) {
+    if let Some(status) = autoscaler.data.get_mut("status").and_then(Value::as_object_mut) {
         status.retain(|key, _| key == "conditions");
     }
 }
@@ -575,5 +640,86 @@ where
                 }
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use serde_json::json;
+
+    fn deployment(container: Value) -> DynamicObject {
+        serde_json::from_value(json!({
+            "apiVersion": "apps/v1", "kind": "Deployment",
+            "metadata": {
+                "name": "web", "namespace": "shop", "uid": "u", "generation": 3,
+                "labels": {"app": "web", "sluice.dev/canary": "web", "sluice.dev/revision": "v1"},
+                "annotations": {"sluice.dev/replicas": "4"},
+                "ownerReferences": [{"apiVersion": "sluice.dev/v1beta1", "kind": "Canary", "name": "web", "uid": "c", "controller": true}],
+            },
+            "spec": {
+                "replicas": 0, "paused": true, "strategy": {"type": "Recreate"},
+                "selector": {"matchLabels": {"app": "web"}},
+                "template": {"metadata": {"labels": {"app": "web"}}, "spec": {"containers": [container]}},
+            },
+            "status": {"availableReplicas": 2, "conditions": [{"type": "ReplicaFailure", "status": "True"}]},
+        }))
+        .unwrap()
+    }
+
+    fn kept(deployment: &DynamicObject) -> usize {
+        weight(&deployment.data) + metadata_weight(&deployment.metadata)
+    }
+
+    #[test]
+    fn of_a_deployment_that_is_too_large_all_is_kept_but_its_template() {
+        let small = deployment(json!({"name": "app"}));
+        for (what, container) in [
+            ("args", json!({"name": "app", "args": vec!["a"; 400_000]})),
+            ("environment", json!({"name": "app", "env": vec![json!({"name": "a"}); 100_000]})),
+            ("one long string", json!({"name": "app", "args": ["a".repeat(1_500_000)]})),
+        ] {
+            let mut large = deployment(container);
+            prune_deployment(&mut large);
+            assert!(kept(&large) < 64 * 1024, "{what}: {}", kept(&large));
+            let mut wanted = small.clone();
+            wanted.data["spec"].as_object_mut().unwrap().remove("template");
+            wanted.labels_mut().remove("app");
+            assert_eq!(large, wanted, "{what}");
+        }
+    }
+
+    #[test]
+    fn whatever_makes_a_deployment_large_goes() {
+        let many = |prefix: &str| (0..200_000).map(|number| (format!("{prefix}{number}"), String::new())).collect();
+        let mut labelled = deployment(json!({"name": "app"}));
+        labelled.labels_mut().extend::<BTreeMap<_, _>>(many("sluice.dev/"));
+        labelled.finalizers_mut().extend(vec!["a/b".to_owned(); 200_000]);
+        let mut selecting = deployment(json!({"name": "app"}));
+        selecting.data["spec"]["selector"]["matchExpressions"] =
+            json!([{"key": "app", "operator": "In", "values": vec!["web"; 200_000]}]);
+        let mut owned = deployment(json!({"name": "app"}));
+        let owner = owned.owner_references()[0].clone();
+        owned.owner_references_mut().extend(vec![owner; 20_000]);
+        for mut large in [labelled, selecting, owned] {
+            prune_deployment(&mut large);
+            assert!(kept(&large) < 64 * 1024, "{}", kept(&large));
+            assert_eq!(large.data["spec"]["template"], Value::Null);
+            assert_eq!(label(&large, labels::CANARY), Some(CanaryKey::new("shop", "web")));
+        }
+    }
+
+    #[test]
+    fn an_ordinary_deployment_is_kept_as_it_is() {
+        let reference =
+            |name: String| json!({"name": name, "valueFrom": {"configMapKeyRef": {"name": "web", "key": "a"}}});
+        let env: Vec<_> = (0..400).map(|number| reference(format!("VARIABLE_{number}"))).collect();
+        let mut ordinary = deployment(json!({"name": "app", "env": env}));
+        let before = ordinary.clone();
+        prune_deployment(&mut ordinary);
+        assert_eq!(ordinary, before);
     }
 }

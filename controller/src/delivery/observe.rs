@@ -21,10 +21,14 @@ use super::{
 };
 use crate::{
     analysis::Report,
-    cache::{Cache, CanaryKey, deployment_resource},
+    cache::{Cache, CanaryKey, DEPLOYMENT_LIMIT, deployment_resource},
     guard::Breach,
     mesh::{Limits, RevisionFacts},
 };
+
+/// Stands for the revision of a template that is too large to be kept. No hash has vowels, so it is that of no revision: nothing can be
+/// made or released of it, and what serves is another one.
+const TOO_LARGE: &str = "too-large";
 
 /// The observation, and the objects that it was made from: actions are carried out on exactly these.
 #[derive(Debug, Default)]
@@ -68,7 +72,7 @@ pub fn target(cache: &Cache, canary: &Canary) -> Option<Arc<DynamicObject>> {
 pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Reports) -> Observed {
     let key = CanaryKey::of(canary);
     let target = target(cache, canary);
-    let pod_template = target.as_ref().map(|target| &target.data["spec"]["template"]);
+    let pod_template = target.as_deref().and_then(pod_template);
     let apex_name = canary.spec.service_name();
     let service = |name: &str| cache.services.get(&ObjectRef::new(name).within(&key.namespace));
     let apex = service(apex_name);
@@ -88,9 +92,10 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
     warnings.extend(services::capped(canary, reports.limits));
     problems.extend(conflict(canary, &cache.canaries_in(Some(&key.namespace))));
 
-    let template = target.as_ref().zip(pod_template).map(|(target, pod_template)| {
+    let template = target.as_ref().map(|target| {
         let template = template_of(cache, target, pod_template, &tracked, &pods);
         problems.extend(template_problems(target, pod_template, &tracked));
+        let Some(pod_template) = pod_template else { return template };
         problems.extend(taken_names(cache, canary, &template.revision, &tracked));
         let all = cache
             .services
@@ -201,10 +206,19 @@ fn deployment(cache: &Cache, canary: &Canary, name: &str) -> Option<Arc<DynamicO
         .get(&ObjectRef::new_with(name, deployment_resource()).within(canary.metadata.namespace.as_deref()?))
 }
 
+/// `None` where the Deployment is too large for the cache: nothing may be read out of what is not kept.
+fn pod_template(target: &DynamicObject) -> Option<&Value> {
+    target.data.pointer("/spec/template")
+}
+
+fn revision(pod_template: Option<&Value>, configs: &BTreeMap<String, String>) -> String {
+    pod_template.map_or_else(|| TOO_LARGE.to_owned(), |template| template::revision_hash(template, configs))
+}
+
 fn template_of(
     cache: &Cache,
     target: &DynamicObject,
-    pod_template: &Value,
+    pod_template: Option<&Value>,
     tracked: &Tracked,
     pods: &[Arc<Pod>],
 ) -> machine::Template {
@@ -217,7 +231,7 @@ fn template_of(
     machine::Template {
         uid: target.uid().unwrap_or_default(),
         generation: target.metadata.generation.unwrap_or_default(),
-        revision: template::revision_hash(pod_template, &configs),
+        revision: revision(pod_template, &configs),
         tracked_configs: configs,
         replicas: desired_replicas(target),
         wish: target.annotations().get(labels::REPLICAS).and_then(|wish| wish.parse().ok()),
@@ -227,15 +241,18 @@ fn template_of(
     }
 }
 
-fn template_problems(target: &DynamicObject, pod_template: &Value, tracked: &Tracked) -> Vec<Problem> {
+fn template_problems(target: &DynamicObject, pod_template: Option<&Value>, tracked: &Tracked) -> Vec<Problem> {
     let name = target.name_any();
     let mut problems = Vec::new();
-    if let Err(refused) = template::check(pod_template) {
-        problems.push(Problem {
-            reason: "TemplateUnsupported",
-            message: format!("Deployment {name} cannot run behind the fleet: {refused}"),
-        });
-    }
+    let refused = match pod_template.map(template::check) {
+        Some(Ok(())) => None,
+        Some(Err(refused)) => Some(format!("Deployment {name} cannot run behind the fleet: {refused}")),
+        None => Some(format!(
+            "the pod template of Deployment {name} is too large to be released: the Deployment takes more than {} KiB of the controllers' memory; move long args and many environment variables into a ConfigMap or the image",
+            DEPLOYMENT_LIMIT / 1024
+        )),
+    };
+    problems.extend(refused.map(|message| Problem { reason: "TemplateUnsupported", message }));
     if target.data.pointer("/spec/strategy/type").and_then(Value::as_str) == Some("Recreate") {
         problems.push(Problem {
             reason: "TemplateUnsupported",
@@ -725,12 +742,32 @@ mod tests {
                 "spec": {"strategy": {"type": kind}},
             }))
             .unwrap();
-            template_problems(&target, &json!({"spec": {"containers": [{"name": "app"}]}}), &Tracked::default())
+            template_problems(&target, Some(&json!({"spec": {"containers": [{"name": "app"}]}})), &Tracked::default())
         };
         assert_eq!(problems("RollingUpdate"), []);
         let [problem] = &problems("Recreate")[..] else { panic!() };
         assert_eq!(problem.reason, "TemplateUnsupported");
-        assert!(problem.message.contains("Deployment web") && problem.message.contains("spec.strategy.type"), "{problem:?}");
+        assert!(
+            problem.message.contains("Deployment web") && problem.message.contains("spec.strategy.type"),
+            "{problem:?}"
+        );
+    }
+
+    #[test]
+    fn a_target_that_is_too_large_to_be_kept_says_so_and_has_no_revision() {
+        let target: DynamicObject = serde_json::from_value(json!({
+            "apiVersion": "apps/v1", "kind": "Deployment",
+            "metadata": {"name": "web", "namespace": "shop"}, "spec": {"replicas": 2},
+        }))
+        .unwrap();
+        let [problem] = &template_problems(&target, pod_template(&target), &Tracked::default())[..] else { panic!() };
+        assert_eq!(problem.reason, "TemplateUnsupported");
+        let says =
+            "the pod template of Deployment web is too large to be released: the Deployment takes more than 1024 KiB";
+        assert!(problem.message.starts_with(says), "{}", problem.message);
+        let revision = revision(pod_template(&target), &BTreeMap::new());
+        assert_eq!(revision, TOO_LARGE);
+        assert_ne!(revision, template::revision_hash(&Value::Null, &BTreeMap::new()));
     }
 
     #[test]
@@ -743,7 +780,7 @@ mod tests {
             .unwrap()
         };
         let template = json!({"spec": {"containers": [{"name": "app"}]}});
-        let found = |paused: Value| template_problems(&target(paused), &template, &Tracked::default());
+        let found = |paused: Value| template_problems(&target(paused), Some(&template), &Tracked::default());
         assert_eq!(found(json!(null)), []);
         assert_eq!(found(json!(false)), []);
         let [problem] = &found(json!(true))[..] else { panic!() };
