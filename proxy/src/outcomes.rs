@@ -137,10 +137,11 @@ impl Side {
     fn since_last(&mut self, metrics: &Metrics, slow_above: Duration) -> Outcomes {
         let now = metrics.outcomes(&self.labels, slow_above);
         let last = std::mem::replace(&mut self.last, now);
-        if now.requests < last.requests || now.bad < last.bad || now.slow < last.slow {
-            // The series went with its last user, and was made again: it has counted from 0.
-            return now;
+        // Less would be that of a revision that was forgotten in the middle of its release, and has counted from 0 since.
+        Outcomes {
+            requests: now.requests.saturating_sub(last.requests),
+            bad: now.bad.saturating_sub(last.bad),
+            slow: now.slow.saturating_sub(last.slow),
         }
-        Outcomes { requests: now.requests - last.requests, bad: now.bad - last.bad, slow: now.slow - last.slow }
     }
 }

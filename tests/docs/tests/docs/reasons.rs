@@ -30,6 +30,7 @@ const OTHERS: &[&str] = &[
     "PodInitializing",
     "PodScheduled",
     "Ports",
+    "Recreate",
     "ReplicaFailure",
     "RuntimeDefault",
     "ScalingActive",
