@@ -1,5 +1,5 @@
 //! A member of the fleet that hears no controller for long. The leader takes its address from the Services then, and after another
-//! minute waits for it no longer (docs/xds.md). Connections that clients have to it would keep the weights of before for ever, also when
+//! minute waits for it no longer (docs/troubleshooting.md, `FleetAcknowledgement`). Connections that clients have to it would keep the weights of before for ever, also when
 //! the Pods of a revision are gone. So it asks them to end, each after an answer (`connection: close`, GOAWAY), and clients come again:
 //! to others, once its address is gone; to itself as long as nobody else hears a controller either.
 

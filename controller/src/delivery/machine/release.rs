@@ -126,14 +126,11 @@ fn tell_rejected(run: &mut Run<'_>) {
 }
 
 fn settled(run: &mut Run<'_>) -> Next {
-    if let Some(problem) = run.problem() {
-        return run.stall(problem.clone());
+    if let Some(problem) = run.hindered() {
+        return run.stall(problem);
     }
     let pending = run.status.pending_release.clone();
     let back = pending.as_ref().is_some_and(|pending| pending.unjudged == plan::ROLLBACK);
-    if run.seen.template.is_none() && !back {
-        return run.stall(adopt::target_not_found(run.spec));
-    }
     if run.status.phase != Phase::Waiting {
         return Next::Wait;
     }

@@ -356,13 +356,7 @@ impl<'a> Run<'a> {
 
     /// What forbids the release to go on.
     pub(super) fn problem(&self) -> Option<&'a Problem> {
-        let back = self.status.pending_release.as_ref().map_or_else(
-            || {
-                let plan = self.status.plan.as_ref().filter(|_| self.status.canary_revision.is_some());
-                plan.is_some_and(plan::is_manual_rollback)
-            },
-            |pending| pending.unjudged == plan::ROLLBACK,
-        );
+        let back = self.goes_back();
         // What is asked for serves, or was refused: there is no change that its owner could hold back.
         let unchanged = self.status.stage == Stage::Settled && self.status.phase != Phase::Waiting;
         self.seen.problems.iter().find(|problem| {
@@ -374,9 +368,19 @@ impl<'a> Run<'a> {
 
     /// [`Self::problem`], or that the target is not there, which only a way back can do without.
     pub(super) fn hindered(&self) -> Option<Problem> {
-        let back = || self.status.plan.as_ref().is_some_and(plan::is_manual_rollback);
-        let gone = || (self.seen.template.is_none() && !back()).then(|| adopt::target_not_found(self.spec));
+        let gone = || (self.seen.template.is_none() && !self.goes_back()).then(|| adopt::target_not_found(self.spec));
         self.problem().cloned().or_else(gone)
+    }
+
+    /// A way back by hand is under way, or is what comes next.
+    fn goes_back(&self) -> bool {
+        self.status.pending_release.as_ref().map_or_else(
+            || {
+                let plan = self.status.plan.as_ref().filter(|_| self.status.canary_revision.is_some());
+                plan.is_some_and(plan::is_manual_rollback)
+            },
+            |pending| pending.unjudged == plan::ROLLBACK,
+        )
     }
 
     // What is decided.
