@@ -5,7 +5,7 @@ use jiff::Timestamp;
 use sluice_crds::{Backend, FrozenPlan, FrozenStep, InconclusiveAction, Phase, Rollback, Stage, Verb, VerdictStatus};
 
 use super::{
-    Next, Problem, Run, adopt, guarded,
+    Next, Problem, Run, guarded,
     run::{PAUSED, SUSPENDED, after, mentions, micros},
     verbs,
 };
