@@ -116,6 +116,7 @@ struct Shared {
     /// The highest epoch that anybody has seen: the next one is above it.
     highest: AtomicU64,
     raised: Notify,
+    given_up: Notify,
     /// Who holds the Lease, as last seen.
     holder: watch::Sender<Option<String>>,
 }
@@ -175,6 +176,12 @@ impl LeaseHandle {
         } else if self.0.highest.fetch_max(seen, Ordering::Relaxed) < seen {
             self.0.raised.notify_one();
         }
+    }
+
+    /// Ends our term, if we lead: another replica may take the Lease when it has run out, or we do, where nobody has within twice that
+    /// time. Returns at once.
+    pub fn give_up(&self) {
+        self.0.given_up.notify_waiters();
     }
 }
 
@@ -275,14 +282,27 @@ impl Election {
                 won = self.stand_by() => won?,
             };
             tracing::info!(epoch = term.epoch, "this replica leads");
-            let last = self.lead(lease, term, &stop).await;
+            let shared = Arc::clone(&self.shared);
+            let led = tokio::select! {
+                led = self.lead(lease, term, &stop) => Some(led),
+                () = shared.given_up.notified() => None,
+            };
             self.shared.publish(None);
-            let last = last?;
-            if stop.is_cancelled() {
+            let last = led.transpose()?;
+            let gave_up = last.is_none();
+            if let Some(last) = last.filter(|_| stop.is_cancelled()) {
                 self.release(last).await;
                 return Ok(());
             }
             tracing::warn!(epoch = term.epoch, "this replica no longer leads");
+            if gave_up {
+                // What it was writing may still arrive, so the Lease is not given back: it runs out.
+                self.shared.holder.send_replace(None);
+                tokio::select! {
+                    () = stop.cancelled() => return Ok(()),
+                    () = sleep(2 * self.settings.duration) => {}
+                }
+            }
         }
     }
 

@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use kube::{Client, Config};
+use kube::{Client, Config, ResourceExt as _};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use sluice_controller::{
     admission::{Keeper, Pace, Uninstall, Webhook},
@@ -22,7 +22,7 @@ use sluice_controller::{
         Authority, Certificates, GrpcPort, KubeTokenReviews, OwnCertificate, Rotation, Subject, Times, TrustBundle,
     },
     lease::{Election, LeaseHandle},
-    mesh::{CatchUp, Publisher, PublisherHandle},
+    mesh::{CatchUp, Publisher, PublisherHandle, serves},
     notify,
     settings::{CommandLine, LogFormat, LogSettings, Settings, UninstallSettings},
     web::{self, Calls, Metrics},
@@ -335,6 +335,21 @@ impl Leadership for Leads {
         let pod = self.cache.pods.find(|pod| pod.metadata.uid.as_ref() == Some(&holder))?;
         let ip = pod.status.as_ref()?.pod_ip.clone()?;
         Some(std::net::SocketAddr::new(ip.parse().ok()?, self.settings.grpc_address.port()).to_string())
+    }
+
+    fn give_up(&self) -> bool {
+        let Settings { pod_namespace, pod_uid, .. } = &self.settings;
+        let ours = [("app.kubernetes.io/name", "sluice"), ("app.kubernetes.io/component", "controller")];
+        let another = self.cache.pods.find(|pod| {
+            pod.namespace().as_ref() == Some(pod_namespace)
+                && ours.iter().all(|(key, value)| pod.labels().get(*key).is_some_and(|it| it == value))
+                && pod.metadata.uid.as_ref() != Some(pod_uid)
+                && serves(pod)
+        });
+        if another.is_some() {
+            self.lease.give_up();
+        }
+        another.is_some()
     }
 }
 

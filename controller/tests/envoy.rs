@@ -294,6 +294,9 @@ impl Leadership for Leads {
     fn leader(&self) -> Option<String> {
         None
     }
+    fn give_up(&self) -> bool {
+        false
+    }
 }
 
 impl Server {

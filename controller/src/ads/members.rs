@@ -19,6 +19,8 @@ use crate::{
 
 /// A member that has had no stream for so long is marked, and leaves the slices unless most are marked.
 pub const SILENCE: Duration = Duration::from_secs(30);
+/// Where most members have been silent for so long, it is likely that we are cut off, and not they.
+const UNHEARD: Duration = Duration::from_secs(60);
 
 /// What the members hold, shared by the streams and the readers.
 #[derive(Debug)]
@@ -71,7 +73,11 @@ impl Member {
     }
 
     fn is_silent(&self) -> bool {
-        self.stream.is_none() && self.silent_since.elapsed() >= SILENCE
+        self.is_silent_for(SILENCE)
+    }
+
+    fn is_silent_for(&self, time: Duration) -> bool {
+        self.stream.is_none() && self.silent_since.elapsed() >= time
     }
 
     fn holds(&self, kind: TypeUrl, name: &str, resource: &Resource) -> bool {
@@ -238,6 +244,16 @@ impl Members {
         }
         marks
     }
+
+    /// Whether more than half have been silent for [`UNHEARD`] in this term.
+    pub(super) fn most_are_silent(&self) -> bool {
+        let snapshot = self.snapshot.borrow().clone();
+        let known = self.lock();
+        let members = || snapshot.members.iter().filter(|(_, pod)| pod.started);
+        let silent =
+            members().filter(|(uid, _)| known.members.get(*uid).is_some_and(|member| member.is_silent_for(UNHEARD)));
+        2 * silent.count() > members().count()
+    }
 }
 
 impl Known {
@@ -375,6 +391,31 @@ mod tests {
         // A configuration that it refuses must not keep it away from the others' traffic.
         test.says(stream, TypeUrl::Route, &[(PORT, "r1")], &[(PORT, "no")]);
         assert_eq!(test.members.marks(), [("fleet-1".to_owned(), false)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_leader_is_unheard_when_more_than_half_have_been_silent_for_a_minute_of_its_term() {
+        let mut two = world("r1", false);
+        let second = two.members["uid"].clone();
+        two.members.insert("second".to_owned(), second);
+        let test = Test::new(two);
+        let stream = test.members.connected("uid");
+        test.members.marks();
+        tokio::time::advance(UNHEARD).await;
+        assert!(!test.members.most_are_silent(), "it is one of two");
+        test.members.disconnected("uid", stream);
+        tokio::time::advance(UNHEARD - Duration::from_secs(1)).await;
+        assert!(!test.members.most_are_silent());
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert!(test.members.most_are_silent());
+
+        test.members.begin_term();
+        test.members.marks();
+        assert!(!test.members.most_are_silent(), "they have had no time in this term");
+        tokio::time::advance(UNHEARD).await;
+        assert!(test.members.most_are_silent());
+        test.members.connected("uid");
+        assert!(!test.members.most_are_silent());
     }
 
     #[tokio::test]

@@ -41,6 +41,8 @@ use crate::{
 
 /// How often silent members are looked for.
 const LOOK: Duration = Duration::from_secs(1);
+/// A leader that most of the fleet does not hear gives up once in so long: where no other replica is heard either, it only passes on.
+const GIVE_UP_AGAIN: Duration = Duration::from_secs(600);
 /// Key of the highest epoch that a client has seen, in `node.metadata`.
 const EPOCH: &str = "sluice.dev/epoch";
 /// Most bytes of names that a sidecar may have told on a stream ([`State::named`]): it asks for a handful.
@@ -59,6 +61,8 @@ pub trait Leadership: Send + Sync + 'static {
     fn raise(&self, epoch: u64);
     /// `ip:port` of the leader's gRPC port, if it is known.
     fn leader(&self) -> Option<String>;
+    /// Most of the fleet does not hear us: ends our term, unless there is no other replica that could lead. Whether it did.
+    fn give_up(&self) -> bool;
 }
 
 /// The service. Cheap to clone.
@@ -125,13 +129,15 @@ impl Ads {
         Ok(Attendant { ads: self.clone(), sees, name: session.who.pod.common_name(), session })
     }
 
-    /// Marks silent members and unmarks those that are back, while this replica leads. Ends when leadership is gone for good.
+    /// Marks silent members and unmarks those that are back, while this replica leads, and ends its term where most are silent: a
+    /// replica on another node may be heard. Ends when leadership is gone for good.
     pub async fn mark_silent(self, client: Client) {
         let pods: Api<Pod> = Api::namespaced(client, &self.settings.release_namespace);
         let mut tick = tokio::time::interval(LOOK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let term = self.leadership.term();
         let mut looked = tokio::time::Instant::now();
+        let mut gave_up: Option<tokio::time::Instant> = None;
         loop {
             tick.tick().await;
             if term.has_changed().is_err() {
@@ -160,6 +166,14 @@ impl Ads {
                     Ok(Err(error)) => tracing::warn!(member = name, %error, "cannot mark"),
                     Err(_) => tracing::warn!(member = name, "cannot mark: the API server does not answer"),
                 }
+            }
+            let again = gave_up.is_none_or(|at| at.elapsed() >= GIVE_UP_AGAIN);
+            if again && self.members.most_are_silent() && self.leadership.give_up() {
+                gave_up = Some(tokio::time::Instant::now());
+                tracing::warn!(
+                    "most of the fleet is silent to this replica, though it reaches the API server: it gives up its term, so that \
+                     another one leads, which may be heard"
+                );
             }
         }
     }

@@ -49,6 +49,9 @@ impl Leadership for Leads {
     fn leader(&self) -> Option<String> {
         None
     }
+    fn give_up(&self) -> bool {
+        false
+    }
 }
 
 /// The server, and its one client.

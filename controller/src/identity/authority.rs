@@ -157,6 +157,11 @@ impl Authority {
         Self::new(wanted, Trust::default(), trust_domain, Times { life, spread: Duration::from_secs(300) }, now)
     }
 
+    #[cfg(test)]
+    pub(super) fn wanted(&self) -> Wanted {
+        self.state.borrow().wanted.clone()
+    }
+
     pub fn trust_domain(&self) -> &str {
         &self.trust_domain
     }

@@ -60,10 +60,25 @@ struct Found {
     spans: Option<String>,
 }
 
+impl Found {
+    /// Whether these roots are in it, and, for the one in the release namespace, what is said of them.
+    fn says(&self, pem: &str, spans: Option<&str>) -> bool {
+        self.pem.as_deref() == Some(pem) && (spans.is_none() || self.spans.as_deref() == spans)
+    }
+}
+
 /// What has to be written in one namespace.
 enum Change {
     Apply { namespace: String, resource_version: Option<String>, spans: Option<String> },
     Delete { namespace: String, conditions: Preconditions },
+}
+
+impl Change {
+    fn namespace(&self) -> &str {
+        match self {
+            Self::Apply { namespace, .. } | Self::Delete { namespace, .. } => namespace,
+        }
+    }
 }
 
 impl TrustBundle {
@@ -171,26 +186,28 @@ impl TrustBundle {
             let map = found.get(namespace);
             let resource_version = map.and_then(|map| map.resource_version.clone());
             let spans = spans_in(namespace);
-            let right =
-                map.is_some_and(|map| map.pem.as_ref() == Some(&pem) && (spans.is_none() || map.spans == spans));
+            let right = map.is_some_and(|map| map.says(&pem, spans.as_deref()));
             (!right).then(|| Change::Apply { namespace: namespace.clone(), resource_version, spans })
         }));
-        let done = stream::iter(todo).map(|change| self.carry_out(change, &pem, lease)).buffer_unordered(CONCURRENCY);
-        let done: Vec<_> = done.collect().await;
+        // What is remembered comes before what is told, and a slow namespace does not hold it up.
+        let (memory, copies) = todo.into_iter().partition(|change| change.namespace() == self.release_namespace);
         let mut failed = false;
-        for result in done {
-            match result {
-                Ok(Some(map)) => {
-                    if map.namespace().as_ref() == Some(&self.release_namespace) {
-                        self.authority.published(trust.clone(), Timestamp::now());
+        for todo in [memory, copies] {
+            let todo = stream::iter::<Vec<Change>>(todo);
+            let done = todo.map(|change| self.carry_out(change, &pem, lease)).buffer_unordered(CONCURRENCY);
+            for result in done.collect::<Vec<_>>().await {
+                match result {
+                    Ok(Some(map)) => note(found, map),
+                    Ok(None) => {}
+                    Err(why) => {
+                        failed = true;
+                        tracing::warn!("{why}; tried again");
                     }
-                    note(found, map);
                 }
-                Ok(None) => {}
-                Err(why) => {
-                    failed = true;
-                    tracing::warn!("{why}; tried again");
-                }
+            }
+            // Also where it was right before: the answer to the write that made it so may never have come.
+            if found.get(&self.release_namespace).is_some_and(|map| map.says(&pem, Some(&spans))) {
+                self.authority.published(trust.clone(), Timestamp::now());
             }
         }
         failed
@@ -257,11 +274,62 @@ fn note(found: &mut BTreeMap<String, Found>, map: ConfigMap) {
 
 /// Those of the namespaces whose copy is another one, or missing.
 fn lacking(found: &BTreeMap<String, Found>, mut namespaces: BTreeSet<String>, pem: &str) -> BTreeSet<String> {
-    namespaces.retain(|namespace| found.get(namespace).and_then(|map| map.pem.as_deref()) != Some(pem));
+    namespaces.retain(|namespace| !found.get(namespace).is_some_and(|map| map.says(pem, None)));
     namespaces
 }
 
 fn until(at: Timestamp) -> Duration {
     // A negative duration is none: it is due.
     Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use kube::client::Body;
+
+    use super::*;
+    use crate::lease::{Election, LeaseSettings};
+
+    /// The leader's first write was carried out, but its answer did not come: it must not take every root for known ever after.
+    #[tokio::test]
+    async fn what_was_written_without_an_answer_is_known_to_be_published() {
+        let client = Client::new(
+            tower::service_fn(async |_: http::Request<Body>| {
+                Err::<http::Response<Body>, _>(std::io::Error::other("nothing is to be asked"))
+            }),
+            "sluice-system",
+        );
+        let settings = LeaseSettings {
+            namespace: "sluice-system".to_owned(),
+            name: "sluice".to_owned(),
+            holder: "me".to_owned(),
+            duration: Duration::from_secs(15),
+            renew_deadline: Duration::from_secs(10),
+            retry: Duration::from_secs(2),
+        };
+        let (_election, lease) = Election::new(client.clone(), settings).unwrap();
+        let authority = Arc::new(Authority::for_tests("cluster.local", Duration::from_secs(3600)));
+        let bundle = TrustBundle {
+            client,
+            authority: Arc::clone(&authority),
+            release_namespace: "sluice-system".to_owned(),
+            watched: None,
+        };
+        let trust = authority.next_trust(&BTreeSet::new(), Timestamp::now());
+        let map =
+            Found { uid: None, resource_version: None, ours: true, pem: Some(trust.pem()), spans: Some(trust.spans()) };
+        let mut found = BTreeMap::from([("sluice-system".to_owned(), map)]);
+        let wanted = BTreeSet::from(["sluice-system".to_owned()]);
+        assert!(!bundle.settle(&mut found, &wanted, &trust, &lease).await);
+
+        let now = Timestamp::now();
+        let other = Authority::for_tests("cluster.local", Duration::from_secs(3600));
+        authority.want(other.wanted(), now);
+        let next = authority.next_trust(&BTreeSet::new(), now);
+        assert_eq!(
+            (next.roots().count(), authority.own_signer().certificate == other.own_signer().certificate),
+            (2, false)
+        );
+    }
 }

@@ -33,6 +33,7 @@ use crate::cache::CanaryKey;
 pub use build::{build, wanted_ports};
 pub use inputs::{Inputs, Limits, RevisionFacts, Settings, target_port};
 pub(crate) use pod::ips;
+pub use pod::serves;
 pub use publisher::{CatchUp, CatchUpError, Publisher, PublisherHandle};
 pub use sendable::{LARGEST_ROUTES, Unsendable, unsendable};
 pub use service::{Protocol, protocol};

@@ -25,7 +25,8 @@ pub(super) fn is_member(pod: &Pod, settings: &Settings) -> bool {
 }
 
 /// Ready, and not about to go.
-pub(super) fn serves(pod: &Pod) -> bool {
+#[must_use]
+pub fn serves(pod: &Pod) -> bool {
     is_ready(pod) && pod.metadata.deletion_timestamp.is_none()
 }
 

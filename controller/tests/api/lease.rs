@@ -145,6 +145,26 @@ async fn a_restarted_container_takes_its_own_lease_back_at_once_as_a_new_epoch()
 }
 
 #[tokio::test]
+async fn a_leader_that_gives_up_is_followed_by_another_or_leads_again_where_there_is_none() {
+    let Some((client, _)) = server::client().await else { return };
+    let namespace = server::namespace(&client, "lease-given-up").await;
+    let first = Replica::start(&client, &namespace, "first");
+    first.leads(|_| true).await;
+    first.handle.give_up();
+    assert_eq!(first.leads(|epoch| epoch > 1).await, 2);
+
+    let second = Replica::start(&client, &namespace, "second");
+    second.sees("first").await;
+    first.handle.give_up();
+    assert_eq!(second.leads(|_| true).await, 3);
+    assert!(!first.handle.may_write() && second.handle.may_write());
+    // It is a standby as any other: it sees who leads, and follows it.
+    first.sees("second").await;
+    drop(second);
+    assert_eq!(first.leads(|_| true).await, 4);
+}
+
+#[tokio::test]
 async fn a_leader_that_is_told_to_stop_gives_the_lease_back() {
     let Some((client, _)) = server::client().await else { return };
     let namespace = server::namespace(&client, "lease-release").await;

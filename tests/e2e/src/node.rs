@@ -38,6 +38,16 @@ impl Node {
         run(self.scripts.join("exec"), &[&[&*self.cluster], arguments].concat()).await
     }
 
+    /// Runs a command of this machine in a Pod's network.
+    ///
+    /// # Errors
+    /// If the container runs no process here, or what the command says when it fails.
+    pub async fn exec_beside(&self, pod: &Pod, container: &str, arguments: &[&str]) -> anyhow::Result<String> {
+        let process = processes(pod, container)?.into_iter().next();
+        let process = process.with_context(|| format!("Pod {} has no process on this machine", pod.name_any()))?;
+        run(PathBuf::from("nsenter"), &[&[&*format!("--net=/proc/{process}/ns/net")], arguments].concat()).await
+    }
+
     /// Cuts a node off the network until what is returned is dropped.
     ///
     /// # Errors

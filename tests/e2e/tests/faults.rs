@@ -316,6 +316,37 @@ async fn a_leader_that_is_frozen_beyond_its_lease_writes_nothing_when_it_thaws()
     stage.end().await;
 }
 
+/// As where the network of Pods is broken on a node, and the node's own is not.
+#[tokio::test]
+#[ignore = "full"]
+async fn a_leader_that_the_fleet_does_not_reach_gives_up_and_the_release_goes_on() {
+    let Some(node) = Node::of_ours("to cut the connections of a Pod") else { return };
+    let Some(stage) = adopted("unheard", Use::Alone, &[], quick()).await else { return };
+    let cluster = stage.app.cluster.clone();
+    stage.in_mid_release().await;
+    let _expected = expect(&[MEMBER_AWAY, CONTROLLERS_AWAY, &["it gives up its term"]].concat());
+    let (unheard, epoch) = leader(&cluster).await;
+    let cut_off = async |action| {
+        let rule = ["iptables", action, "INPUT", "-p", "tcp", "--dport", "18000", "-j", "DROP"];
+        node.exec_beside(&unheard, "controller", &rule).await.unwrap();
+    };
+    cut_off("-I").await;
+    let at = unix_ms();
+    let next = eventually("another leader", 3 * MINUTE, || async {
+        try_leader(&cluster).await.filter(|(_, now)| *now > epoch)
+    });
+    let (next, _) = next.await;
+    println!("another leads {} ms after the fleet was cut off from the leader", unix_ms() - at);
+    assert_ne!(next.uid(), unheard.uid());
+    let done = stage.wait("phase Succeeded", unix_ms(), succeeded).await;
+    assert_eq!(done.failed_checks, 0);
+    // It lives on, as a standby.
+    let (leads, _) = leader(&cluster).await;
+    assert_eq!(leads.uid(), next.uid());
+    cut_off("-D").await;
+    stage.end().await;
+}
+
 #[tokio::test]
 async fn a_fleet_proxy_that_is_killed_takes_only_what_it_had_in_flight() {
     let Some(node) = Node::of_ours("to kill a process") else { return };
