@@ -12,7 +12,7 @@ use sluice_controller::{
 use sluice_crds::{Canary, Phase, labels};
 use sluice_xds::TypeUrl;
 
-use crate::world::World;
+use crate::{release::image, world::World};
 
 /// So many names of so many characters, each with this.
 fn map(number: usize, length: usize, value: &Value) -> Value {
@@ -77,6 +77,31 @@ async fn a_canary_as_large_as_it_may_be_takes_nothing_over_until_it_is_smaller()
     world.api::<Canary>().patch("web", &PatchParams::default(), &Patch::Merge(&smaller)).await.unwrap();
     assert_eq!(world.until_settled("web").await.phase, Phase::Initialized);
     assert!(selector().await.contains_key(labels::FLEET));
+}
+
+/// The API server takes objects of 1.5 MiB; a controller keeps no template of more than one.
+#[tokio::test]
+async fn a_version_that_is_too_large_is_no_release_until_it_is_smaller() {
+    let Some(world) = World::new("large-version").await else { return };
+    world.running_application("web").await;
+    world.canary("web", json!({"spec": {"skipAnalysis": true}})).await;
+    let serving = world.until_settled("web").await.primary_revision;
+    let version = |padding: usize| {
+        let mut patch = image("app:2");
+        patch["spec"]["template"]["spec"]["containers"][0]["args"] = json!(["x".repeat(padding)]);
+        patch
+    };
+    world.patch_deployment("web", version(1200 << 10)).await;
+    let message = world.until_stalled("web", "TemplateUnsupported").await;
+    assert!(message.starts_with("the pod template of Deployment web is too large"), "{message}");
+    let status = world.status("web").await;
+    assert_eq!((status.primary_revision, status.canary_revision), (serving.clone(), None));
+
+    world.patch_deployment("web", version(10)).await;
+    let settled = world.until_status("web", "the smaller version serves", |status| {
+        status.phase == Phase::Succeeded && status.primary_revision != serving
+    });
+    settled.await;
 }
 
 /// One Canary and its apex, with a port of the fleet.

@@ -321,7 +321,10 @@ async fn a_leader_that_is_frozen_beyond_its_lease_writes_nothing_when_it_thaws()
 #[ignore = "full"]
 async fn a_leader_that_the_fleet_does_not_reach_gives_up_and_the_release_goes_on() {
     let Some(node) = Node::of_ours("to cut the connections of a Pod") else { return };
-    let Some(stage) = adopted("unheard", Use::Alone, &[], quick()).await else { return };
+    // New Pods, too, hear nothing from it until another one leads.
+    let mut spec = quick();
+    spec["progressDeadlineSeconds"] = json!(300);
+    let Some(stage) = adopted("unheard", Use::Alone, &[], spec).await else { return };
     let cluster = stage.app.cluster.clone();
     stage.in_mid_release().await;
     let _expected = expect(&[MEMBER_AWAY, CONTROLLERS_AWAY, &["it gives up its term"]].concat());
