@@ -49,8 +49,8 @@ bench: ## CPU, latency and memory against Envoy and HAProxy, in one run (QUICK=1
 	tests/bench/run
 
 .PHONY: scale
-scale: ## What 1, 100 and 500 Canaries cost when nothing happens (COUNTS=1,100 WINDOW=60; JSON=FILE: the table)
-	PROFILE=release tests/with-cluster scale $${CARGO_TARGET_DIR:-target}/release/sluice-scale
+scale: ## What 1, 100 and 500 Canaries cost when nothing happens (COUNTS=1,100 WINDOW=60; JSON=FILE: the table; QUICK=1: only that it runs)
+	$(if $(QUICK),COUNTS=1 WINDOW=5 tests/with-cluster scale $${CARGO_TARGET_DIR:-target}/debug/sluice-scale,PROFILE=release tests/with-cluster scale $${CARGO_TARGET_DIR:-target}/release/sluice-scale)
 
 .PHONY: conformance
 conformance: ## The proxy held to other people's tests: h2spec, smuggling corpus, beside Envoy

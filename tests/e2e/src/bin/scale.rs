@@ -137,6 +137,8 @@ async fn create(cluster: &Cluster, namespace: &str, number: usize) -> anyhow::Re
         "spec": {
             "targetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": name},
             "service": {"port": 80, "targetPort": "http"},
+            // Said here: a Deployment that is at 0 when it is taken over gets a Pod.
+            "replicas": 0,
             "analysis": {"interval": "30s", "stepWeights": [20], "metrics": [
                 {"name": "request-success-rate", "interval": "1m", "thresholdRange": {"min": 99}},
             ]},
