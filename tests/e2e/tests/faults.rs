@@ -335,10 +335,10 @@ async fn a_leader_that_the_fleet_does_not_reach_gives_up_and_the_release_goes_on
     };
     cut_off("-I").await;
     let at = unix_ms();
-    let next = eventually("another leader", 3 * MINUTE, || async {
+    let (next, _) = eventually("another leader", 3 * MINUTE, || async {
         try_leader(&cluster).await.filter(|(_, now)| *now > epoch)
-    });
-    let (next, _) = next.await;
+    })
+    .await;
     println!("another leads {} ms after the fleet was cut off from the leader", unix_ms() - at);
     assert_ne!(next.uid(), unheard.uid());
     let done = stage.wait("phase Succeeded", unix_ms(), succeeded).await;
