@@ -27,7 +27,10 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use sluice_hello::v1::{GreetRequest, WatchRequest, hello_client::HelloClient};
 use sluice_load::{BUCKET_MS, Bucket, CUT, RESENT, STREAM, WEBSOCKET};
-use tokio::net::TcpStream;
+use tokio::{
+    net::TcpStream,
+    time::{Interval, MissedTickBehavior},
+};
 use tonic::transport::{Channel, Endpoint};
 
 #[derive(Clone, Parser)]
@@ -152,6 +155,13 @@ async fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The times of requests. A machine that stood still does not make up for it: a burst would be counted as what a release did.
+fn ticks(per_second: u32) -> Interval {
+    let mut ticks = tokio::time::interval(Duration::from_secs(1) / per_second);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    ticks
+}
+
 type Sender = http1::SendRequest<Full<bytes::Bytes>>;
 
 /// For gRPC, whose calls wait for their one connection.
@@ -163,7 +173,7 @@ const POSTED: &[u8] = &[b'x'; 256];
 /// Sends each request at its time, whether or not earlier ones were answered.
 async fn http(options: Options, recorder: Recorder) {
     let pool: Arc<Mutex<Vec<Sender>>> = Arc::default();
-    let mut tick = tokio::time::interval(Duration::from_secs(1) / options.rate);
+    let mut tick = ticks(options.rate);
     let mut flights = tokio::task::JoinSet::new();
     for count in 0_u64.. {
         tick.tick().await;
@@ -307,7 +317,7 @@ fn grpc_client(options: &Options) -> Option<HelloClient<Channel>> {
 /// Unary calls on one HTTP/2 connection.
 async fn grpc_calls(options: Options, recorder: Recorder) {
     let Some(client) = grpc_client(&options) else { return };
-    let mut tick = tokio::time::interval(Duration::from_secs(1) / options.grpc_rate);
+    let mut tick = ticks(options.grpc_rate);
     let mut flights = tokio::task::JoinSet::new();
     loop {
         tick.tick().await;
@@ -375,7 +385,7 @@ async fn in_time<T>(
 async fn websocket(options: Options, recorder: Recorder) {
     let url = format!("ws://{}/ws", options.target);
     let timeout = Duration::from_secs(options.timeout_s);
-    let mut tick = tokio::time::interval(Duration::from_secs(1) / options.ws_rate);
+    let mut tick = ticks(options.ws_rate);
     loop {
         tick.tick().await;
         let result: anyhow::Result<()> = async {
