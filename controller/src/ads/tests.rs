@@ -34,6 +34,13 @@ const CLUSTER: usize = 400 << 10;
 struct Leads {
     term: watch::Sender<Option<u64>>,
     raised: Mutex<Vec<u64>>,
+    gave_up: Mutex<Vec<tokio::time::Instant>>,
+}
+
+impl Default for Leads {
+    fn default() -> Self {
+        Self { term: watch::Sender::new(Some(1)), raised: Mutex::default(), gave_up: Mutex::default() }
+    }
 }
 
 impl Leadership for Leads {
@@ -50,7 +57,8 @@ impl Leadership for Leads {
         None
     }
     fn give_up(&self) -> bool {
-        false
+        self.gave_up.lock().unwrap().push(tokio::time::Instant::now());
+        true
     }
 }
 
@@ -88,7 +96,7 @@ impl World {
         let (snapshots, receiver) = watch::channel(Arc::new(snapshot));
         let touches = Touches::default();
         let members = Members::new(receiver.clone(), touches.clone(), Duration::from_secs(60));
-        let leads = Arc::new(Leads { term: watch::Sender::new(Some(1)), raised: Mutex::default() });
+        let leads = Arc::new(Leads::default());
         let ads = Ads::new(testing::settings(), receiver, members.clone(), leads.clone(), "controller-1");
         let layer = tonic::service::InterceptorLayer::new(move |mut request: Request<()>| {
             let identity = Some(identity.clone());
@@ -332,4 +340,22 @@ async fn a_stream_that_names_more_than_its_client_can_need_is_ended() {
     let mut fleet = World::start(snapshot(&[], 0)).await;
     fleet.client.subscribe(TypeUrl::Endpoints, all().collect()).await;
     fleet.client.hears_of_endpoints().await;
+}
+
+/// It leads again at once, as where the other replica is not heard either.
+#[tokio::test(start_paused = true)]
+async fn a_leader_that_the_fleet_does_not_reach_gives_up_its_term_once_in_ten_minutes() {
+    let (_snapshots, receiver) = watch::channel(Arc::new(snapshot(&[], 0)));
+    let members = Members::new(receiver.clone(), Touches::default(), Duration::from_secs(60));
+    let leads = Arc::new(Leads::default());
+    let ads = Ads::new(testing::settings(), receiver, members, leads.clone(), "controller-1");
+    let refuses = tower::service_fn(async |_: http::Request<kube::client::Body>| {
+        Err::<http::Response<kube::client::Body>, _>(std::io::Error::other("no mark is to be written"))
+    });
+    let looking = tokio::spawn(ads.mark_silent(kube::Client::new(refuses, "sluice-system")));
+    tokio::time::sleep(3 * GIVE_UP_AGAIN).await;
+    looking.abort();
+    let times = leads.gave_up.lock().unwrap().clone();
+    let apart: Vec<_> = times.windows(2).map(|two| two[1] - two[0]).collect();
+    assert!(times.len() == 3 && apart.iter().all(|time| *time >= GIVE_UP_AGAIN), "{apart:?}");
 }

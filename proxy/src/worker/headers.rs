@@ -184,16 +184,18 @@ pub(super) fn keep_websocket(headers: &mut HeaderMap) {
 
 /// Whether a message has any header that the cleaning below is about. Most have none, and one pass over their names
 /// costs less than looking for each.
-fn needs_cleaning(headers: &HeaderMap) -> bool {
-    headers.keys().any(|name| match *name {
-        header::CONNECTION | header::TE | header::TRANSFER_ENCODING | header::UPGRADE | header::EXPECT => true,
+fn needs_cleaning(headers: &HeaderMap, version: Version) -> bool {
+    headers.iter().any(|(name, value)| match *name {
+        // What every gRPC client says, and all that may be said there (RFC 9113, 8.2.2).
+        header::TE => version != Version::HTTP_2 || value != "trailers",
+        header::CONNECTION | header::TRANSFER_ENCODING | header::UPGRADE | header::EXPECT => true,
         _ => [KEEP_ALIVE, PROXY_CONNECTION, NOT_PROCESSED, FLAG_HEADER, FORWARDED_CLIENT_CERT].contains(name),
     })
 }
 
 /// Takes off what concerned the connection from the client, and what only proxies of ours may say.
 pub(super) fn clean_request(headers: &mut HeaderMap, version: Version) {
-    if !needs_cleaning(headers) {
+    if !needs_cleaning(headers, version) {
         return;
     }
     let trailers = headers.get_all(header::TE).iter().any(|value| {
@@ -217,7 +219,7 @@ pub(super) fn clean_request(headers: &mut HeaderMap, version: Version) {
 /// Takes off what concerned the connection to the upstream, and what only proxies of ours may say: the flag of an
 /// answer that a sidecar gave passes the fleet.
 pub(super) fn clean_response(headers: &mut HeaderMap, version: Version, from_application: bool) {
-    if !needs_cleaning(headers) {
+    if !needs_cleaning(headers, version) {
         return;
     }
     clean_hop_by_hop(headers, version);

@@ -2,7 +2,8 @@
 //!
 //! `h2` flushes after every frame of data that it does not copy. In TLS each of these would be a record and a system call, and wake the
 //! receiver: a burst of answers on one connection would cost as much as on many. So small writes are collected, and sent by a
-//! task of their own, which is woken by the first of them and comes after all tasks that are ready by then.
+//! task of their own, which is woken by the first of them, and comes when all who are ready by then had their turn and the sockets were
+//! looked at once more: an upstream's answers to one client come in several pieces, between those to others.
 
 use std::{
     cell::RefCell,
@@ -13,7 +14,10 @@ use std::{
     task::{Context, Poll, Waker, ready},
 };
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    task::yield_now,
+};
 
 use super::{
     super::{http1::COPY, stream::Stream, thread},
@@ -79,19 +83,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin + 'static> Batch<S> {
             farewell: false,
         }));
         let sending = Rc::clone(&inner);
-        tokio::task::spawn_local(poll_fn(move |cx| {
-            let inner = &mut *sending.borrow_mut();
-            if !inner.waiting
-                && let Poll::Ready(Err(error)) = inner.poll_send_all(cx)
-            {
-                inner.failed = Some(error);
+        tokio::task::spawn_local(async move {
+            let mut over = false;
+            while !over {
+                // What can be read by now is read first: what comes of it goes with the rest.
+                yield_now().await;
+                let mut woken = false;
+                poll_fn(|cx| {
+                    if std::mem::replace(&mut woken, true) {
+                        return Poll::Ready(());
+                    }
+                    over = sending.borrow_mut().turn(cx);
+                    if over { Poll::Ready(()) } else { Poll::Pending }
+                })
+                .await;
             }
-            if inner.closed || inner.failed.is_some() {
-                return Poll::Ready(());
-            }
-            inner.sender = Some(cx.waker().clone());
-            Poll::Pending
-        }));
+        });
         Self(inner)
     }
 
@@ -120,6 +127,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Inner<S> {
         }
         self.rest();
         Poll::Ready(Ok(()))
+    }
+
+    /// A turn of the task that sends. Returns whether it was the last one; if not, the task is woken for the next.
+    fn turn(&mut self, cx: &mut Context<'_>) -> bool {
+        if !self.waiting
+            && let Poll::Ready(Err(error)) = self.poll_send_all(cx)
+        {
+            self.failed = Some(error);
+        }
+        let over = self.closed || self.failed.is_some();
+        if !over {
+            self.sender = Some(cx.waker().clone());
+        }
+        over
     }
 
     fn rest(&mut self) {
@@ -315,6 +336,29 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_others_write_who_can_go_on_by_then_is_sent_with_it() {
+        with(1 << 20, async |batch, mut receiver, writes| {
+            let batch = Rc::new(RefCell::new(batch));
+            let (mut far, mut near) = duplex(1);
+            let other = Rc::clone(&batch);
+            tokio::task::spawn_local(async move {
+                near.read_u8().await.unwrap();
+                other.borrow_mut().write_all(b"second").await.unwrap();
+            });
+            while batch.borrow().0.borrow().sender.is_none() {
+                yield_now().await;
+            }
+            // As an upstream's connection does it: what it has read lets several go on, one after the other.
+            batch.borrow_mut().write_all(b"first").await.unwrap();
+            far.write_u8(0).await.unwrap();
+            let mut seen = [0; 11];
+            receiver.read_exact(&mut seen).await.unwrap();
+            assert_eq!((&seen, &writes.borrow()[..]), (b"firstsecond", &[11][..]));
+        })
+        .await;
+    }
+
+    #[tokio::test]
     async fn small_and_large_keep_their_order_however_little_is_taken_at_once() {
         for room in [1, 100, 5000, 1 << 20] {
             with(room, async |mut batch, mut receiver, _| {
@@ -359,7 +403,9 @@ mod tests {
         with(100, async |mut batch, receiver, _| {
             drop(receiver);
             batch.write_all(b"lost").await.unwrap();
-            tokio::task::yield_now().await;
+            while batch.0.borrow().failed.is_none() {
+                yield_now().await;
+            }
             assert_eq!(batch.write_all(b"too late").await.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
         })
         .await;

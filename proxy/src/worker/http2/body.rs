@@ -199,17 +199,20 @@ impl<B: Body<Data = Bytes> + Unpin> Outgoing<B> {
                             continue;
                         }
                         self.send_joined(false)?;
-                        if !data.is_empty() {
+                        if data.len() > COPY {
                             // h2 asks for as much as it is given; before that, more than a sign of room would be kept from other streams.
                             self.stream.reserve_capacity(1);
                             self.waits = Some((data, last));
-                        } else if last {
-                            return Poll::Ready(Ok(self.send(data, true)?));
+                        } else if !data.is_empty() || last {
+                            // Nothing waits to be written: as little as what is joined.
+                            self.send(data, last)?;
+                            if last {
+                                return Poll::Ready(Ok(()));
+                            }
                         }
                     }
                     Err(frame) => {
                         self.send_joined(false)?;
-                        self.stream.reserve_capacity(0);
                         let trailers = frame.into_trailers().unwrap_or_default();
                         return Poll::Ready(Ok(self.stream.send_trailers(trailers)?));
                     }
