@@ -217,6 +217,21 @@ async fn a_deployment_that_is_made_anew_without_replicas_scales_nothing_down() {
 }
 
 #[tokio::test]
+async fn a_deployment_at_0_gets_one_pod_unless_its_canary_wants_none() {
+    let Some(world) = World::new("at-0").await else { return };
+    for (name, canary, replicas) in [("silent", json!({}), 1), ("none", json!({"spec": {"replicas": 0}}), 0)] {
+        world.running_application(name).await;
+        world.patch_deployment(name, json!({"spec": {"replicas": 0}})).await;
+        let pods = format!("app={name}");
+        world.until("it has no Pods", || async { world.pods(&pods).await.is_empty().then_some(()) }).await;
+        world.canary(name, canary).await;
+        let revision = world.until_settled(name).await.primary_revision.unwrap();
+        let serving = world.deployments().get(&format!("{name}-{revision}")).await.unwrap();
+        assert_eq!(serving.data["spec"]["replicas"], replicas, "{name}");
+    }
+}
+
+#[tokio::test]
 async fn somebody_who_writes_all_the_time_delays_but_does_not_stop_a_takeover() {
     let Some(world) = World::new("conflict").await else { return };
     world.running_application("web").await;
