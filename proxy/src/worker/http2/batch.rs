@@ -337,20 +337,16 @@ mod tests {
 
     #[tokio::test]
     async fn what_others_write_who_can_go_on_by_then_is_sent_with_it() {
-        with(1 << 20, async |batch, mut receiver, writes| {
-            let batch = Rc::new(RefCell::new(batch));
-            let (mut far, mut near) = duplex(1);
-            let other = Rc::clone(&batch);
-            tokio::task::spawn_local(async move {
-                near.read_u8().await.unwrap();
-                other.borrow_mut().write_all(b"second").await.unwrap();
-            });
-            while batch.borrow().0.borrow().sender.is_none() {
+        with(1 << 20, async |mut batch, mut receiver, writes| {
+            while batch.0.borrow().sender.is_none() {
                 yield_now().await;
             }
-            // As an upstream's connection does it: what it has read lets several go on, one after the other.
-            batch.borrow_mut().write_all(b"first").await.unwrap();
-            far.write_u8(0).await.unwrap();
+            batch.write_all(b"first").await.unwrap();
+            // As with an upstream's connection: what it has read lets several go on, one after the other.
+            let (goes_on, other) = tokio::sync::oneshot::channel();
+            tokio::task::spawn_local(async { goes_on.send(()) });
+            other.await.unwrap();
+            batch.write_all(b"second").await.unwrap();
             let mut seen = [0; 11];
             receiver.read_exact(&mut seen).await.unwrap();
             assert_eq!((&seen, &writes.borrow()[..]), (b"firstsecond", &[11][..]));
