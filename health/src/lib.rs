@@ -124,6 +124,12 @@ impl Places {
         Self { most, held: VecDeque::new() }
     }
 
+    /// Whether nobody holds one.
+    #[must_use]
+    pub fn is_free(&self) -> bool {
+        self.held.iter().all(|held| held.strong_count() == 0)
+    }
+
     /// To a connection, which has it as long as it has `to`, and is told by it to give way: the oldest is, where there is none left. Who
     /// has one becomes the newest.
     pub fn give(&mut self, to: &Arc<Notify>) {

@@ -2,10 +2,11 @@
 //! request who sent it.
 
 use std::{
+    collections::HashMap,
     io,
     net::SocketAddr,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
     time::Duration,
 };
@@ -37,6 +38,11 @@ const HANDSHAKE: Duration = Duration::from_secs(5);
 /// Connections that have shown no certificate, handshakes among them. Each takes some 50 KiB, so whoever reaches the port cannot have more,
 /// and no proxy is to wait behind them: the oldest gives way. A proxy that comes for its certificate needs a moment.
 const MAX_STRANGERS: usize = 256;
+/// Connections of one Pod, whose sidecar may be anybody's program. A proxy of ours has one, and a second while it comes back; the oldest
+/// gives way.
+const MAX_OF_A_POD: usize = 8;
+/// Requests under way on a connection, of which each may make us keep names. A proxy of ours has three.
+const MAX_STREAMS: u32 = 16;
 /// That wait to be accepted.
 const BACKLOG: i32 = 1024;
 /// docs/xds.md, "Keepalive".
@@ -108,7 +114,7 @@ impl GrpcPort {
         let serving = Server::builder()
             .http2_keepalive_interval(Some(PING_INTERVAL))
             .http2_keepalive_timeout(Some(PING_TIMEOUT))
-            .max_concurrent_streams(64)
+            .max_concurrent_streams(MAX_STREAMS)
             .http2_max_header_list_size(16 * 1024)
             .add_routes(services)
             .serve_with_incoming_shutdown(incoming, stopped);
@@ -193,6 +199,7 @@ async fn accept(listener: TcpListener, mut tls: Tls, connections: mpsc::Sender<C
     let trust_domain: Arc<str> = tls.authority.trust_domain().into();
     let mut handshakes = tokio::task::JoinSet::new();
     let mut strangers = Places::new(MAX_STRANGERS);
+    let pods = Arc::new(Mutex::new(Pods::default()));
     loop {
         while handshakes.try_join_next().is_some() {}
         let (stream, address) = match listener.accept().await {
@@ -210,12 +217,13 @@ async fn accept(listener: TcpListener, mut tls: Tls, connections: mpsc::Sender<C
         let acceptor = tls.acceptor();
         let trust_domain = Arc::clone(&trust_domain);
         let connections = connections.clone();
+        let pods = Arc::clone(&pods);
         let place = Arc::new(Notify::new());
         strangers.give(&place);
         handshakes.spawn(async move {
             let gives_way = Arc::clone(&place);
             let shaken = tokio::select! {
-                shaken = timeout(HANDSHAKE, handshake(acceptor, stream, address, &trust_domain, place)) => shaken,
+                shaken = timeout(HANDSHAKE, handshake(acceptor, stream, address, &trust_domain, &pods, place)) => shaken,
                 () = gives_way.notified() => Ok(Err(GAVE_WAY.to_owned())),
             };
             drop(gives_way);
@@ -231,7 +239,27 @@ async fn accept(listener: TcpListener, mut tls: Tls, connections: mpsc::Sender<C
     }
 }
 
-const GAVE_WAY: &str = "it has shown no certificate, and gave way to a newer one";
+const GAVE_WAY: &str = "it gave way to a newer one, as there are too many of its Pod or without a certificate";
+
+/// The places of connections that have shown a certificate, by their Pod's uid.
+#[derive(Default)]
+struct Pods {
+    places: HashMap<String, Places>,
+    /// Those without connections are forgotten when there are so many.
+    most: usize,
+}
+
+impl Pods {
+    fn place(&mut self, uid: &str) -> Arc<Notify> {
+        if self.places.len() >= self.most {
+            self.places.retain(|_, places| !places.is_free());
+            self.most = 2 * self.places.len() + 16;
+        }
+        let place = Arc::new(Notify::new());
+        self.places.entry(uid.to_owned()).or_insert_with(|| Places::new(MAX_OF_A_POD)).give(&place);
+        place
+    }
+}
 
 /// `place`: of a stranger.
 async fn handshake(
@@ -239,7 +267,8 @@ async fn handshake(
     stream: TcpStream,
     address: SocketAddr,
     trust_domain: &str,
-    place: Arc<Notify>,
+    pods: &Mutex<Pods>,
+    mut place: Arc<Notify>,
 ) -> Result<Connection, String> {
     stream.set_nodelay(true).map_err(|e| e.to_string())?;
     let stream = acceptor.accept(stream).await.map_err(|error| format!("TLS: {error}"))?;
@@ -250,16 +279,18 @@ async fn handshake(
         .map(|certificate| PeerIdentity::read(certificate, trust_domain))
         .transpose()
         .map_err(|error| format!("client certificate: {error}"))?;
-    let gives_way = identity.is_none().then(|| Box::pin(place.notified_owned()));
-    Ok(Connection { stream, peer: Peer { address, identity }, gives_way })
+    if let Some(identity) = &identity {
+        place = pods.lock().unwrap_or_else(PoisonError::into_inner).place(&identity.pod.uid);
+    }
+    Ok(Connection { stream, peer: Peer { address, identity }, gives_way: Box::pin(place.notified_owned()) })
 }
 
 /// A connection whose handshake is done.
 struct Connection {
     stream: TlsStream<TcpStream>,
     peer: Peer,
-    /// Of a stranger: the end of its place.
-    gives_way: Option<Pin<Box<OwnedNotified>>>,
+    /// The end of its place.
+    gives_way: Pin<Box<OwnedNotified>>,
 }
 
 impl Connected for Connection {
@@ -272,9 +303,7 @@ impl Connected for Connection {
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if let Some(gives_way) = &mut self.gives_way
-            && gives_way.as_mut().poll(cx).is_ready()
-        {
+        if self.gives_way.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Err(io::Error::other(GAVE_WAY)));
         }
         Pin::new(&mut self.stream).poll_read(cx, buffer)

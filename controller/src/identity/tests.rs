@@ -300,6 +300,46 @@ async fn connections_that_show_no_certificate_keep_nobody_from_one() {
     tokio::time::timeout(Duration::from_secs(30), within).await.unwrap();
 }
 
+/// Whoever runs as a Pod with a sidecar has its certificate.
+#[tokio::test]
+async fn a_pod_has_so_many_connections_and_takes_none_from_others() {
+    let server = start().await;
+    let name = || ServerName::try_from(HOST).unwrap();
+    let of = |pod: &str| {
+        let mut subject = subject(DOMAIN, "web");
+        subject.pod.uid = pod.to_owned();
+        let key = new_key();
+        let issued = server.authority.issue(&key, &subject, Timestamp::now()).unwrap();
+        tls(&server, Some((issued.certificate, key)))
+    };
+    let connect = async |connector: &TlsConnector| {
+        let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, server.port)).await.unwrap();
+        let mut stream = connector.connect(name(), stream).await.unwrap();
+        // The server's settings: it is taken.
+        stream.read_u8().await.unwrap();
+        stream
+    };
+    let within = async {
+        let (greedy, other) = (of("greedy"), of("other"));
+        let mut others = connect(&other).await;
+        let mut taken = Vec::new();
+        for _ in 0..12 {
+            taken.push(connect(&greedy).await);
+        }
+        for first in &mut taken[..4] {
+            let _ = first.read_to_end(&mut Vec::new()).await;
+        }
+        for stays in taken[4..].iter_mut().chain([&mut others]) {
+            // Until there is nothing more to read, and no end.
+            while tokio::time::timeout(Duration::from_millis(200), stays.read_u8()).await.is_ok_and(|read| {
+                read.expect("it is open");
+                true
+            }) {}
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), within).await.unwrap();
+}
+
 #[tokio::test]
 async fn certificates_that_are_old_or_strange_are_refused() {
     let server = start().await;
