@@ -18,7 +18,10 @@ use sluice_xds::{
     },
     sluice::identity::v1::{SignRequest, SignResponse, certificate_service_client::CertificateServiceClient},
 };
-use tokio::{io::AsyncReadExt, net::TcpStream};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 use tokio_rustls::TlsConnector;
 use tokio_stream::Empty;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
@@ -330,11 +333,13 @@ async fn a_pod_has_so_many_connections_and_takes_none_from_others() {
             let _ = first.read_to_end(&mut Vec::new()).await;
         }
         for stays in taken[4..].iter_mut().chain([&mut others]) {
-            // Until there is nothing more to read, and no end.
-            while tokio::time::timeout(Duration::from_millis(200), stays.read_u8()).await.is_ok_and(|read| {
-                read.expect("it is open");
-                true
-            }) {}
+            // The preface, SETTINGS and a PING (RFC 9113, 3.4 and 6.7), which is answered.
+            stays.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+            stays.write_all(b"\0\0\x08\x06\0\0\0\0\0are you?").await.unwrap();
+            let mut seen = Vec::new();
+            while !seen.ends_with(b"are you?") {
+                seen.push(stays.read_u8().await.unwrap());
+            }
         }
     };
     tokio::time::timeout(Duration::from_secs(30), within).await.unwrap();
