@@ -3,6 +3,7 @@
 
 mod delta;
 mod members;
+mod server;
 mod sotw;
 mod stream;
 #[cfg(test)]
@@ -23,7 +24,7 @@ use sluice_xds::{
         config::core::v3::{ControlPlane, Node},
         service::discovery::v3::{
             DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
-            aggregated_discovery_service_server::{AggregatedDiscoveryService, AggregatedDiscoveryServiceServer},
+            aggregated_discovery_service_server::AggregatedDiscoveryService,
         },
     },
 };
@@ -32,6 +33,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 pub use members::{Members, SILENCE};
+pub use server::AdsServer;
 use stream::State;
 
 use crate::{
@@ -45,9 +47,9 @@ const LOOK: Duration = Duration::from_secs(1);
 const GIVE_UP_AGAIN: Duration = Duration::from_secs(600);
 /// Key of the highest epoch that a client has seen, in `node.metadata`.
 const EPOCH: &str = "sluice.dev/epoch";
-/// Most bytes of names that a sidecar may have told on a stream ([`State::named`]): it asks for a handful.
+/// Most bytes of names that a sidecar may have told on a stream ([`State::named`]), and of one message of it: it asks for a handful.
 const SIDECAR_NAMES: usize = 256 << 10;
-/// The same of a member of the fleet: the names of a listener for each port of the fleet, with their routes, clusters and
+/// The same of a member of the fleet, which says in one message what it holds: the names of a listener for each port of the fleet, with their routes, clusters and
 /// endpoints, are less than half of it.
 const FLEET_NAMES: usize = 64 << 20;
 
@@ -101,8 +103,12 @@ impl Ads {
 
     /// The tonic service.
     #[must_use]
-    pub fn server(self) -> AggregatedDiscoveryServiceServer<Self> {
-        AggregatedDiscoveryServiceServer::new(self)
+    pub fn server(self) -> AdsServer {
+        AdsServer::new(self)
+    }
+
+    fn is_fleet(&self, who: &PeerIdentity) -> bool {
+        who.id == self.settings.fleet_id
     }
 
     /// Who asks, and what it may see. A Pod that the cache does not show yet is told to come back.
@@ -110,7 +116,7 @@ impl Ads {
     fn sees(&self, who: &PeerIdentity) -> Result<Sees, Status> {
         let snapshot = self.snapshot.borrow();
         let uid = &who.pod.uid;
-        if who.id == self.settings.fleet_id {
+        if self.is_fleet(who) {
             return Ok(Sees::Fleet { uid: uid.clone() });
         }
         match snapshot.pods.get(uid) {
@@ -307,22 +313,21 @@ impl Attendant {
         tracing::debug!(client = self.name, sees = ?self.sees, "xDS stream begins");
         let end = loop {
             tokio::select! {
-                request = requests.next() => match request {
-                    None => break None,
-                    Some(Err(status)) => break Some(status),
-                    Some(Ok(request)) => {
-                        let taken = self.check_epoch(V::node(&request)).and_then(|()| {
-                            let kind = variant.take(&mut state, &request);
-                            self.check_names(&state).map(|()| kind)
-                        });
-                        match taken {
-                            Ok(Some(kind)) => self.report(stream, &mut state, kind),
-                            Ok(None) => {}
-                            Err(status) => {
-                                // Without waiting: who does not read would keep what it sent.
-                                let _ = sender.try_send(Err(status.clone()));
-                                break Some(status);
-                            }
+                request = requests.next() => {
+                    let Some(request) = request else { break None };
+                    // One that cannot be read, or is too large, ends the stream as well.
+                    let taken = request.and_then(|request| {
+                        self.check_epoch(V::node(&request))?;
+                        let kind = variant.take(&mut state, &request);
+                        self.check_names(&state).map(|()| kind)
+                    });
+                    match taken {
+                        Ok(Some(kind)) => self.report(stream, &mut state, kind),
+                        Ok(None) => {}
+                        Err(status) => {
+                            // Without waiting: who does not read would keep what it sent.
+                            let _ = sender.try_send(Err(status.clone()));
+                            break Some(status);
                         }
                     }
                 },

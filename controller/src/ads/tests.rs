@@ -306,8 +306,9 @@ async fn a_member_of_the_fleet_raises_the_epoch_and_a_sidecar_is_only_told_to_co
 
 #[tokio::test]
 async fn a_stream_that_names_more_than_its_client_can_need_is_ended() {
-    const HALF: usize = 500;
-    let names = |from: usize| (from..from + HALF).map(|name| format!("{name:0>300}")).collect::<Vec<_>>();
+    // Short ones, of which all are small enough for one message.
+    const HALF: usize = 2000;
+    let names = |from: usize| (from..from + HALF).map(|name| format!("{name:0>20}")).collect::<Vec<_>>();
     let all = || names(0).into_iter().chain(names(HALF));
     let ended = |status: Status| assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
 
@@ -340,6 +341,25 @@ async fn a_stream_that_names_more_than_its_client_can_need_is_ended() {
     let mut fleet = World::start(snapshot(&[], 0)).await;
     fleet.client.subscribe(TypeUrl::Endpoints, all().collect()).await;
     fleet.client.hears_of_endpoints().await;
+}
+
+/// A message above gRPC's default of 4 MiB: a member that comes back says at once what it holds. A sidecar's is refused by its first five
+/// bytes, before there is room made for it.
+#[tokio::test]
+async fn a_member_of_the_fleet_says_in_one_message_what_it_holds_and_a_sidecar_sends_small_ones() {
+    let holds = |bytes: usize| DeltaDiscoveryRequest {
+        type_url: TypeUrl::Route.as_str().to_owned(),
+        initial_resource_versions: (0..bytes / 100).map(|name| (format!("{name:0>100}"), "1".to_owned())).collect(),
+        ..Default::default()
+    };
+    let mut world = World::start(snapshot(&[], 0)).await;
+    world.client.requests.send(holds(5 << 20)).await.unwrap();
+    world.client.subscribe(TypeUrl::Endpoints, vec!["shop".to_owned()]).await;
+    world.client.hears_of_endpoints().await;
+
+    let mut world = World::start_as(snapshot(&[], 0), sidecar()).await;
+    world.client.requests.send(holds(300 << 10)).await.unwrap();
+    assert_eq!(end(&mut world.client.responses).await.code(), Code::OutOfRange);
 }
 
 /// It leads again at once, as where the other replica is not heard either.
