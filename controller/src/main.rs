@@ -1,7 +1,11 @@
 //! The controller: starts every room, and stops them in order.
 #![forbid(unsafe_code)]
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use anyhow::Context as _;
 use kube::{Client, Config, ResourceExt as _};
@@ -137,6 +141,7 @@ async fn run(settings: Settings, provider: Arc<CryptoProvider>) -> anyhow::Resul
         leading: leading.clone(),
         cache: cache.clone(),
         settings: settings.clone(),
+        found: Mutex::default(),
     });
     let mesh_settings = Arc::new(mesh_settings);
     let ads =
@@ -315,6 +320,19 @@ struct Leads {
     leading: watch::Receiver<Option<u64>>,
     cache: Cache,
     settings: Settings,
+    found: Mutex<Option<Found>>,
+}
+
+/// Where a holder is. When a leader ends all clients ask at once, and there are many Pods to look through.
+struct Found {
+    holder: String,
+    address: Option<String>,
+    at: Instant,
+}
+
+impl Found {
+    /// Until then nobody looks again.
+    const HOLDS: Duration = Duration::from_secs(1);
 }
 
 impl Leadership for Leads {
@@ -332,9 +350,14 @@ impl Leadership for Leads {
 
     fn leader(&self) -> Option<String> {
         let holder = self.lease.holder()?;
-        let pod = self.cache.pods.find(|pod| pod.metadata.uid.as_ref() == Some(&holder))?;
-        let ip = pod.status.as_ref()?.pod_ip.clone()?;
-        Some(std::net::SocketAddr::new(ip.parse().ok()?, self.settings.grpc_address.port()).to_string())
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = found.as_ref().filter(|it| it.holder == holder && it.at.elapsed() < Found::HOLDS) {
+            return found.address.clone();
+        }
+        let pod = self.cache.pods.find(|pod| pod.metadata.uid.as_ref() == Some(&holder));
+        let ip = pod.and_then(|pod| pod.status.as_ref()?.pod_ip.as_ref()?.parse().ok());
+        let address = ip.map(|ip| SocketAddr::new(ip, self.settings.grpc_address.port()).to_string());
+        found.insert(Found { holder, address, at: Instant::now() }).address.clone()
     }
 
     fn give_up(&self) -> bool {

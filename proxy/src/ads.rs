@@ -528,7 +528,8 @@ impl<A: Apply> Client<A> {
     fn versions(&self, kind: TypeUrl) -> BTreeMap<String, String> {
         let inner = self.state.lock();
         let mut versions = inner.resources.versions(kind);
-        versions.retain(|name, _| not_applied(&inner, kind, name).is_none());
+        let failed = not_applied(&inner, kind);
+        versions.retain(|name, _| !failed.contains_key(name.as_str()));
         versions
     }
 
@@ -630,6 +631,7 @@ impl<A: Apply> Client<A> {
             let mut inner = self.state.lock();
             let now = Instant::now();
             stream.outstanding.retain_mut(|response| {
+                let failed = not_applied(&inner, response.kind);
                 let mut waiting = Vec::new();
                 for name in &response.names {
                     if response.rejected.iter().any(|rejected| rejected.name == *name) {
@@ -637,8 +639,8 @@ impl<A: Apply> Client<A> {
                     }
                     let error = if let Some(missing) = inner.resources.missing_cluster(response.kind, name) {
                         ConfigError::Incomplete { missing: format!("the cluster '{missing}' or its endpoints") }
-                    } else if let Some(reason) = not_applied(&inner, response.kind, name) {
-                        ConfigError::NotApplied { reason: reason.to_owned() }
+                    } else if let Some(reason) = failed.get(name.as_str()) {
+                        ConfigError::NotApplied { reason: (*reason).to_owned() }
                     } else {
                         continue;
                     };
@@ -681,17 +683,16 @@ impl<A: Apply> Client<A> {
     }
 }
 
-/// Why a listener, or a listener of this route, is not open.
-fn not_applied<'a>(inner: &'a Inner, kind: TypeUrl, name: &str) -> Option<&'a str> {
-    let reason = match kind {
-        TypeUrl::Cluster | TypeUrl::Endpoints => None,
-        TypeUrl::Listener => inner.failed.get(name),
-        TypeUrl::Route => {
-            let mut failed = inner.failed.iter();
-            failed.find(|(listener, _)| inner.resources.listeners_of(name).any(|it| it == *listener)).map(|it| it.1)
-        }
-    };
-    reason.map(String::as_str)
+/// The listeners that are not open, or the routes that such a listener serves, and why.
+fn not_applied(inner: &Inner, kind: TypeUrl) -> BTreeMap<&str, &str> {
+    let failed = || inner.failed.iter().map(|(listener, reason)| (listener.as_str(), reason.as_str()));
+    match kind {
+        TypeUrl::Cluster | TypeUrl::Endpoints => BTreeMap::new(),
+        TypeUrl::Listener => failed().collect(),
+        TypeUrl::Route => failed()
+            .flat_map(|(listener, reason)| inner.resources.routes_of(listener).map(move |route| (route, reason)))
+            .collect(),
+    }
 }
 
 /// The ACK or the NACK of a response.

@@ -667,12 +667,18 @@ impl Metrics {
         family("sluice_upgrades_total", "counter", "Requests that became a tunnel.", |s| &s.upgrades);
         family("sluice_injected_delays_total", "counter", "Requests that a fault on purpose held up.", |s| &s.delays);
 
+        // There may be ten thousand listeners, and most never have a client.
+        let idle = |series: &Series<ListenerShard>| series.shards.iter().all(|shard| shard.connections.get() == 0);
+
         head(&mut out, "sluice_local_errors_total", "counter", "Requests that this proxy failed, by response flag.");
         for (labels, series) in &listeners {
+            let idle = idle(series);
             for flag in Flag::ALL {
                 let count = series.shards.iter().map(|shard| shard.local_errors[flag as usize].get()).sum();
-                let labels = format!("{labels},flag=\"{}\"", flag.name());
-                line(&mut out, "sluice_local_errors_total", &labels, count);
+                if count > 0 || !idle {
+                    let labels = format!("{labels},flag=\"{}\"", flag.name());
+                    line(&mut out, "sluice_local_errors_total", &labels, count);
+                }
             }
         }
         let help = "Connections, requests and breaches of protocol that were refused, by reason.";
@@ -680,7 +686,7 @@ impl Metrics {
         for (labels, series) in &listeners {
             for (why, name) in Refused::ALL {
                 let count: u64 = series.shards.iter().map(|shard| shard.refused.0[why as usize].get()).sum();
-                // There may be ten thousand listeners, and most reasons never occur.
+                // Most reasons never occur.
                 if count > 0 {
                     line(&mut out, "sluice_refused_total", &format!("{labels},reason=\"{name}\""), count);
                 }
@@ -688,9 +694,12 @@ impl Metrics {
         }
         head(&mut out, "sluice_retries_total", "counter", "Requests sent again, within their revision.");
         for (labels, series) in &listeners {
+            let idle = idle(series);
             for (why, name) in Retry::ALL {
                 let count = series.shards.iter().map(|shard| shard.retries[why as usize].get()).sum();
-                line(&mut out, "sluice_retries_total", &format!("{labels},reason=\"{name}\""), count);
+                if count > 0 || !idle {
+                    line(&mut out, "sluice_retries_total", &format!("{labels},reason=\"{name}\""), count);
+                }
             }
         }
         let help = "Copies of requests for a revision, by their answer or why there was none.";

@@ -26,12 +26,17 @@ const MAX_REQUEST: usize = 32 * 1024;
 const MAX_CSR: usize = 4 * 1024;
 /// TokenReviews in flight: what an API server takes from us without noticing.
 const MAX_REVIEWS: usize = 32;
+/// Requests that wait for those. Far fewer than the connections of strangers, of which the oldest gives way: where more came than the API
+/// server can answer, all would wait, and none live to see its answer.
+const MAX_WAITING: usize = 128;
 
 /// Signs certificates for whoever shows a token that the API server vouches for.
 pub struct Certificates<R> {
     authority: Arc<Authority>,
     reviews: R,
     in_flight: Semaphore,
+    /// Those in flight and those that wait.
+    admitted: Semaphore,
     /// Before the token is looked at: an address is about one Pod.
     per_address: RateLimit<IpAddr>,
     /// After it: a Pod needs a certificate at each start and at two thirds of its life.
@@ -41,18 +46,27 @@ pub struct Certificates<R> {
 impl<R: TokenReviews> Certificates<R> {
     /// The service, ready to be mounted.
     pub fn server(authority: Arc<Authority>, reviews: R) -> CertificateServiceServer<Certificates<R>> {
-        CertificateServiceServer::new(Self {
+        CertificateServiceServer::new(Self::new(authority, reviews)).max_decoding_message_size(MAX_REQUEST)
+    }
+
+    pub(super) fn new(authority: Arc<Authority>, reviews: R) -> Self {
+        Self {
             authority,
             reviews,
             in_flight: Semaphore::new(MAX_REVIEWS),
+            admitted: Semaphore::new(MAX_REVIEWS + MAX_WAITING),
             per_address: RateLimit::new(30, Duration::from_secs(1)),
             per_pod: RateLimit::new(10, Duration::from_secs(10)),
-        })
-        .max_decoding_message_size(MAX_REQUEST)
+        }
     }
 
     #[allow(clippy::result_large_err)] // tonic's own error type
     async fn caller(&self, token: &str) -> Result<Caller, Status> {
+        let Ok(_admitted) = self.admitted.try_acquire() else {
+            return Err(Status::unavailable(
+                "too many wait for the API server to answer about their tokens (TokenReview); try again, here or at another replica",
+            ));
+        };
         let review = async {
             // The semaphore is never closed; a closed one would refuse.
             let _permit = self.in_flight.acquire().await.ok()?;

@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeMap, net::Ipv4Addr, sync::Arc, time::Duration};
 
+use futures::FutureExt;
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use k8s_openapi::api::authentication::v1::{TokenReviewStatus, UserInfo};
@@ -16,7 +17,10 @@ use sluice_xds::{
         aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
         aggregated_discovery_service_server::{AggregatedDiscoveryService, AggregatedDiscoveryServiceServer},
     },
-    sluice::identity::v1::{SignRequest, SignResponse, certificate_service_client::CertificateServiceClient},
+    sluice::identity::v1::{
+        SignRequest, SignResponse, certificate_service_client::CertificateServiceClient,
+        certificate_service_server::CertificateService,
+    },
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -304,6 +308,29 @@ async fn connections_that_show_no_certificate_keep_nobody_from_one() {
 }
 
 /// Whoever runs as a Pod with a sidecar has its certificate.
+/// After a power cut thousands of sidecars come at once. If all of them waited, those whose turn it is would be the oldest connections
+/// of strangers, which give way.
+#[tokio::test]
+async fn who_comes_when_too_many_wait_for_the_api_server_is_sent_away_at_once() {
+    let service = Certificates::new(Arc::new(authority(DOMAIN)), Known(BTreeMap::new()));
+    let csr_der = csr(&new_key());
+    let ask = |number: u8, token: &str| {
+        let mut request = Request::new(SignRequest { csr_der: csr_der.clone(), token: token.to_owned() });
+        let address = ([10, 0, 0, number], 1).into();
+        request.extensions_mut().insert(Peer { address, identity: None });
+        Box::pin(service.sign(request))
+    };
+    let mut waiting: Vec<_> = (0..160).map(|number| ask(number, "hang")).collect();
+    for asked in &mut waiting {
+        assert!(asked.now_or_never().is_none());
+    }
+    let refused = ask(160, "anything").now_or_never().expect("it waits").unwrap_err();
+    assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+    // Whoever leaves makes room.
+    waiting.truncate(31);
+    assert_eq!(ask(161, "anything").await.unwrap_err().code(), Code::Unauthenticated);
+}
+
 #[tokio::test]
 async fn a_pod_has_so_many_connections_and_takes_none_from_others() {
     let server = start().await;

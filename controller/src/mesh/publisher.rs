@@ -2,7 +2,10 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -11,7 +14,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use kube::{
     Api, Client, Resource, ResourceExt,
     api::ListParams,
-    core::{NamespaceResourceScope, ObjectList, PartialObjectMeta},
+    core::NamespaceResourceScope,
     runtime::reflector::{ObjectRef, Store},
 };
 use serde::de::DeserializeOwned;
@@ -38,6 +41,8 @@ const COALESCE: Duration = Duration::from_millis(10);
 const REST: u32 = 4;
 /// Longest that one call to the API server may take.
 const CALL: Duration = Duration::from_secs(10);
+/// Objects in one answer of a list.
+const PAGE: u32 = 500;
 /// Wait after a call that failed.
 const RETRY: Duration = Duration::from_secs(1);
 /// How often a new leader looks whether its cache has caught up.
@@ -64,7 +69,10 @@ struct Shared {
     /// keeps what it holds.
     kept: Mutex<Arc<BTreeMap<CanaryKey, Arc<Canary>>>>,
     snapshot: watch::Sender<Arc<Snapshot>>,
-    building: Mutex<()>,
+    /// How many snapshots were asked for.
+    asked: AtomicU64,
+    /// How many of these the newest one was built after.
+    building: Mutex<u64>,
     /// Canaries whose traffic a new snapshot carries otherwise than the one before.
     touches: Touches,
 }
@@ -95,6 +103,7 @@ impl PublisherHandle {
             without: Mutex::default(),
             kept: Mutex::default(),
             snapshot: watch::Sender::new(Arc::default()),
+            asked: AtomicU64::new(0),
             building: Mutex::default(),
             touches,
         }))
@@ -115,7 +124,13 @@ impl PublisherHandle {
             canary: canary.and_then(|canary| canary.status.as_ref()?.traffic.as_ref()?.canary.clone()),
             seen: canary.and_then(|canary| canary.resource_version()),
         };
-        lock(&self.0.cuts).entry(key.clone()).or_insert(cut);
+        {
+            let mut cuts = lock(&self.0.cuts);
+            if cuts.get(key).is_some_and(|before| before.canary == cut.canary) {
+                return;
+            }
+            cuts.insert(key.clone(), cut);
+        }
         self.rebuild();
     }
 
@@ -157,10 +172,15 @@ impl PublisherHandle {
         inputs
     }
 
-    /// Builds and publishes, if that changes anything.
+    /// Builds and publishes, if that changes anything. Many who ask at once wait for one build.
     pub fn rebuild(&self) {
+        let asked = 1 + self.0.asked.fetch_add(1, Ordering::SeqCst);
         // An older snapshot must never follow a newer one, so the facts are gathered within.
-        let _building = lock(&self.0.building);
+        let mut building = lock(&self.0.building);
+        if *building >= asked {
+            return;
+        }
+        *building = self.0.asked.load(Ordering::SeqCst);
         let inputs = self.inputs();
         let next = build(&inputs);
         self.keep(&inputs, &next);
@@ -439,12 +459,9 @@ impl CatchUp {
         let mut told = false;
         loop {
             let listed = Instant::now();
-            // No resourceVersion: a read from the quorum.
-            let list = within(api.list_metadata(&ListParams::default()))
-                .await
-                .map_err(|source| CatchUpError { kind, source })?;
+            let list = Listed::read(&api).await.map_err(|source| CatchUpError { kind, source })?;
             while listed.elapsed() < CATCH_UP_ANEW {
-                if progress.is_past(list.metadata.resource_version.as_deref()) || shows(store, &list) {
+                if progress.is_past(list.version.as_deref()) || list.is_shown_by(store) {
                     return Ok(());
                 }
                 tokio::time::sleep(CATCH_UP).await;
@@ -471,26 +488,54 @@ impl CatchUp {
     }
 }
 
-/// Whether a store shows what was listed. It never may, if something of that was deleted before the store had the rest of it.
-fn shows<K>(store: &Store<K>, list: &ObjectList<PartialObjectMeta<K>>) -> bool
-where
-    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + 'static,
-{
-    let behind = list.items.iter().any(|item| {
-        let reference = ObjectRef::<K>::new(&item.name_any()).within(&item.namespace().unwrap_or_default());
-        store.get(&reference).is_none_or(|cached| {
-            let (cached, wanted) = (cached.resource_version(), item.resource_version());
-            cached != wanted && !is_newer(cached.as_deref(), wanted.as_deref())
-        })
-    });
-    let names: BTreeSet<(Option<String>, String)> =
-        list.items.iter().map(|item| (item.namespace(), item.name_any())).collect();
-    // What the store has, the list does not, and is no newer than the list, was deleted before it.
-    let gone = |cached: &Arc<K>| {
-        !names.contains(&(cached.namespace(), cached.name_any()))
-            && !is_newer(cached.resource_version().as_deref(), list.metadata.resource_version.as_deref())
-    };
-    !behind && !store.state().iter().any(gone)
+/// What of all objects of a kind tells whether a store shows them.
+#[derive(Default)]
+struct Listed {
+    version: Option<String>,
+    /// By namespace and name, its resourceVersion.
+    items: BTreeMap<(Option<String>, String), Option<String>>,
+}
+
+impl Listed {
+    /// By pages: the metadata of ten thousand Pods, with who manages which field, takes hundreds of megabytes.
+    async fn read<K>(api: &Api<K>) -> Result<Self, CallError>
+    where
+        K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + DeserializeOwned,
+    {
+        let mut listed = Self::default();
+        // No resourceVersion: a read from the quorum. Further pages are of the same moment.
+        let mut params = ListParams::default().limit(PAGE);
+        loop {
+            let page = within(api.list_metadata(&params)).await?;
+            let items = page.items.into_iter();
+            listed.items.extend(items.map(|item| ((item.namespace(), item.name_any()), item.resource_version())));
+            listed.version = page.metadata.resource_version;
+            match page.metadata.continue_.filter(|token| !token.is_empty()) {
+                Some(token) => params = params.continue_token(&token),
+                None => return Ok(listed),
+            }
+        }
+    }
+
+    /// It never may, if something of it was deleted before the store had the rest of it.
+    fn is_shown_by<K>(&self, store: &Store<K>) -> bool
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + 'static,
+    {
+        let behind = self.items.iter().any(|((namespace, name), wanted)| {
+            let reference = ObjectRef::<K>::new(name).within(namespace.as_deref().unwrap_or_default());
+            store.get(&reference).is_none_or(|cached| {
+                let cached = cached.resource_version();
+                cached != *wanted && !is_newer(cached.as_deref(), wanted.as_deref())
+            })
+        });
+        // What the store has, the list does not, and is no newer than the list, was deleted before it.
+        let gone = |cached: &Arc<K>| {
+            !self.items.contains_key(&(cached.namespace(), cached.name_any()))
+                && !is_newer(cached.resource_version().as_deref(), self.version.as_deref())
+        };
+        !behind && !store.state().iter().any(gone)
+    }
 }
 
 /// Why a replica cannot know that its cache is recent.

@@ -37,8 +37,8 @@ pub const STALL: Duration = Duration::from_secs(5);
 const TERMINATING_RETRY: Duration = Duration::from_secs(5);
 /// Longest that one write may take.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Writes under way at once.
-const WRITES: usize = 8;
+/// Writes under way at once. A member that ends closes its ports some 5 s later, and thousands of slices may have it.
+const WRITES: usize = 32;
 /// Most endpoints that the API server takes in one slice (discovery/v1 EndpointSlice).
 const MOST_ENDPOINTS: usize = 1000;
 

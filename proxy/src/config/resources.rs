@@ -343,12 +343,10 @@ impl Resources {
         !self.listeners.iter().any(waiting)
     }
 
-    /// The listeners that serve this route.
-    pub fn listeners_of<'a>(&'a self, route: &'a str) -> impl Iterator<Item = &'a str> {
-        let serving = self.listeners.iter().filter(move |(_, staged)| {
-            staged.effective.as_ref().is_some_and(|held| held.value.routes().any(|name| name == route))
-        });
-        serving.map(|(name, _)| name.as_str())
+    /// The routes that this listener serves.
+    pub fn routes_of(&self, listener: &str) -> impl Iterator<Item = &str> {
+        let serves = self.listeners.get(listener).and_then(|staged| staged.effective.as_ref());
+        serves.into_iter().flat_map(|held| held.value.routes())
     }
 
     /// The snapshot of all that is complete. The same `Arc` as before if nothing changed in it, and in a new one the

@@ -184,6 +184,8 @@ fn series_of_a_revision_and_a_listener_are_as_many_as_the_documents_say() {
     let count = || metrics.render().lines().filter(|line| !line.starts_with('#')).count();
     let process = count();
     let listener = metrics.listener("l", 0);
+    assert_eq!(count() - process, 7);
+    listener.opened();
     assert_eq!(count() - process, 26);
     let revision = metrics.revision(&labels(), 0);
     assert_eq!(count() - process - 26, 4 + 2 * 31);

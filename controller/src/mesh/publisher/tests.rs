@@ -182,6 +182,54 @@ async fn whose_traffic_changed_is_touched_and_nothing_is_published_without_a_cha
     assert_eq!(touches.take().await, BTreeSet::from([CanaryKey::new("shop", "web")]));
 }
 
+/// As where a dependency fails, and all releases with it.
+#[test]
+fn many_who_cut_at_once_wait_for_one_snapshot_and_not_each_for_its_own() {
+    const ASK: u64 = 16;
+    let (gathered, shop) = (Arc::new(Mutex::new(0_u64)), Shop::new());
+    let handle = PublisherHandle::new(
+        {
+            let (gathered, inputs) = (gathered.clone(), shop.inputs());
+            move || {
+                *lock(&gathered) += 1;
+                inputs.clone()
+            }
+        },
+        Touches::default(),
+    );
+    let first = lock(&handle.0.building);
+    std::thread::scope(|scope| {
+        for _ in 0..ASK {
+            scope.spawn(|| handle.rebuild());
+        }
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        while handle.0.asked.load(Ordering::SeqCst) < ASK {
+            assert!(std::time::Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+        drop(first);
+    });
+    assert_eq!(*lock(&gathered), 1, "all had asked before it began");
+    handle.rebuild();
+    assert_eq!(*lock(&gathered), 2);
+}
+
+#[test]
+fn a_canary_that_is_cut_already_is_not_built_again_at_each_look() {
+    let mut shop = Shop::new();
+    shop.traffic("aaa", Some("bbb"), 50);
+    let (shop, handle, _) = published(shop);
+    let key = CanaryKey::new("shop", "web");
+    handle.cut(&key);
+    let asked = || handle.0.asked.load(Ordering::SeqCst);
+    let before = asked();
+    handle.cut(&key);
+    assert_eq!(asked(), before);
+    lock(&shop).traffic("aaa", Some("ccc"), 50);
+    handle.cut(&key);
+    assert_eq!((asked(), weight(&handle)), (before + 1, 0), "another one of which nothing was published yet");
+}
+
 /// How a watch says that the Pod is gone.
 #[derive(Clone, Copy, Debug)]
 enum Told {
@@ -199,11 +247,12 @@ fn with_a_pod_that_goes(told: Told) -> Client {
         let (listed, gone) = (listed.clone(), gone.clone());
         async move {
             let pods = request.uri().path().ends_with("/pods");
-            let watch = request.uri().query().is_some_and(|query| query.contains("watch=true"));
             let accept = request.headers().get("accept").map(|accept| accept.to_str().unwrap());
             let metadata = accept.is_some_and(|accept| accept.contains("PartialObjectMetadata"));
             let is_gone = gone.load(Ordering::SeqCst);
-            let answer = match (pods, watch, metadata) {
+            let query = request.uri().query().unwrap_or_default().to_owned();
+            let asked = |what: &str| query.contains(what);
+            let answer = match (pods, asked("watch=true"), metadata) {
                 (true, true, _) if !is_gone => {
                     listed.notified().await;
                     gone.store(true, Ordering::SeqCst);
@@ -214,9 +263,14 @@ fn with_a_pod_that_goes(told: Told) -> Client {
                         }
                     }
                 }
-                (true, false, true) if !is_gone => {
+                // By pages, of which the second has it.
+                (true, false, true) if !is_gone && asked("continue=more") => {
                     listed.notify_one();
                     list(&[pod("10")], "10")
+                }
+                (true, false, true) if !is_gone => {
+                    assert!(asked("limit=500"), "{query}");
+                    json!({"metadata": {"resourceVersion": "10", "continue": "more"}, "items": []})
                 }
                 (true, false, false) if !is_gone => list(&[pod("5")], "5"),
                 (true, false, _) => list(&[], "12"),
