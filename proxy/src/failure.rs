@@ -1,7 +1,7 @@
 //! Answers that this proxy gives itself, and why: typed causes, and one function that maps a cause to status and flag.
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header};
 
 use crate::{metrics::GrpcStatus, refused::Refused, snapshot::Abort};
 
@@ -189,7 +189,10 @@ impl Failure {
     pub fn response(&self, grpc: bool) -> Response<Bytes> {
         let (status, flag, code) = self.answer();
         let text = self.to_string();
-        let body = if grpc { Bytes::new() } else { Bytes::from(format!("{text}\n")) };
+        // What has no content is nobody's error page (RFC 9110, 15.3.5, 15.3.6 and 15.4.5).
+        let empty =
+            grpc || matches!(status, StatusCode::NO_CONTENT | StatusCode::RESET_CONTENT | StatusCode::NOT_MODIFIED);
+        let body = if empty { Bytes::new() } else { Bytes::from(format!("{text}\n")) };
         let mut response = Response::new(body);
         let headers = response.headers_mut();
         headers.insert(FLAG_HEADER, HeaderValue::from_static(flag.name()));
@@ -201,7 +204,9 @@ impl Failure {
                 headers.insert("grpc-message", message);
             }
         } else {
-            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+            if !empty {
+                headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+            }
             if *self == Self::MethodRefused {
                 // RFC 9110, 15.5.6: a 405 names what is allowed.
                 let allowed = HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS");
@@ -213,15 +218,18 @@ impl Failure {
     }
 }
 
-/// Whether a request is gRPC, by its content type.
+/// Whether a request is gRPC, by its content type. It is always a POST
+/// (<https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>, Requests): of a GET with such a header no version is to answer for
+/// that it has no `grpc-status`.
 #[must_use]
-pub fn is_grpc(headers: &HeaderMap) -> bool {
-    headers.get(header::CONTENT_TYPE).is_some_and(|value| {
-        value
-            .as_bytes()
-            .strip_prefix(b"application/grpc")
-            .is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';' | b' ')))
-    })
+pub fn is_grpc(method: &Method, headers: &HeaderMap) -> bool {
+    *method == Method::POST
+        && headers.get(header::CONTENT_TYPE).is_some_and(|value| {
+            value
+                .as_bytes()
+                .strip_prefix(b"application/grpc")
+                .is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';' | b' ')))
+        })
 }
 
 #[cfg(test)]
@@ -273,7 +281,8 @@ mod tests {
         for (value, expected) in table {
             let mut headers = HeaderMap::new();
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(value));
-            assert_eq!(is_grpc(&headers), expected, "{value}");
+            assert_eq!(is_grpc(&Method::POST, &headers), expected, "{value}");
+            assert!(!is_grpc(&Method::GET, &headers), "{value}");
         }
     }
 }

@@ -380,6 +380,8 @@ async fn serve_http1(connection: &Rc<Connection>, stream: Stream) {
     let mut patience = pin!(Patience::new(connection));
     loop {
         let request = client.request(|cx, begun| patience.as_mut().poll(cx, connection, begun)).await;
+        // What may have come of the next one begins to be waited for when it is its turn.
+        patience.begun = None;
         let request = match request {
             Ok(Some(request)) => request,
             Ok(None) => break,

@@ -60,6 +60,7 @@ pub(super) fn check_request(parts: &mut request::Parts) -> Result<(), Failure> {
         return Err(Failure::BadRequest(Refused::Host, "the authority of the target is not a host and a port"));
     }
     if parts.version == Version::HTTP_2 {
+        check_target(parts)?;
         return match (host, authority) {
             (Some(host), Some(authority)) if !host.as_bytes().eq_ignore_ascii_case(authority.as_str().as_bytes()) => {
                 Err(Failure::BadRequest(Refused::Host, "the header Host differs from :authority"))
@@ -82,9 +83,24 @@ pub(super) fn check_request(parts: &mut request::Parts) -> Result<(), Failure> {
             parts.headers.insert(header::HOST, host);
         }
         let path = parts.uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
-        parts.uri = Uri::from(path);
+        // An empty path is that of the root (RFC 9110, 4.2.3).
+        parts.uri =
+            if path.as_str().starts_with('?') { format!("/{path}").parse().ok() } else { Some(Uri::from(path)) }
+                .ok_or(TARGET)?;
     }
     Ok(())
+}
+
+const TARGET: Failure = Failure::BadRequest(Refused::Target, "its target is not one for its method");
+
+/// As `http1` does. An application would answer by a reset, and that would be its version's failure (RFC 9113, 8.3.1).
+fn check_target(parts: &request::Parts) -> Result<(), Failure> {
+    let target = parts.uri.path_and_query().map_or("", PathAndQuery::as_str);
+    let fits = target.starts_with('/')
+        || (target == "*" && parts.method == Method::OPTIONS)
+        || (target.is_empty() && parts.method == Method::CONNECT);
+    let served = parts.uri.scheme().is_none_or(|scheme| *scheme == Scheme::HTTP || *scheme == Scheme::HTTPS);
+    if fits && served { Ok(()) } else { Err(TARGET) }
 }
 
 /// What the client asked with: as the first proxy noted it, as far as it is a scheme that is served here, else by this connection.
@@ -112,9 +128,6 @@ pub(super) fn translate(parts: &mut request::Parts, wire: Wire, ended: bool, tls
             parts.version = Version::HTTP_2;
         }
         Wire::Http1 => {
-            if parts.uri.path() == "*" && parts.method != Method::OPTIONS {
-                return Err(Failure::BadRequest(Refused::Target, "its target is not one for its method"));
-            }
             // The authority of the target is written as Host, in place of one that is there.
             if headers.get_all(header::COOKIE).iter().nth(1).is_some()
                 && let Some(crumbs) = joined(headers, &header::COOKIE, b"; ")
@@ -362,6 +375,15 @@ mod tests {
         assert!(check_request(&mut request(Version::HTTP_2, "http://u@a/", &[])).is_err());
         assert!(check_request(&mut request(Version::HTTP_10, "/", &[])).is_ok());
         assert!(check_request(&mut request(Version::HTTP_2, "http://a/", &[("host", "A")])).is_ok());
+    }
+
+    #[test]
+    fn a_target_without_a_path_is_that_of_the_root() {
+        for (sent, taken) in [("http://a?x=1", "/?x=1"), ("http://a?/../admin", "/?/../admin"), ("http://a", "/")] {
+            let mut parts = request(Version::HTTP_11, sent, &[("host", "a")]);
+            check_request(&mut parts).unwrap();
+            assert_eq!(parts.uri, taken);
+        }
     }
 
     #[test]

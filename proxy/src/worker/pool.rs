@@ -267,10 +267,17 @@ pub(super) enum UpstreamError {
 }
 
 impl UpstreamError {
+    /// Whether the body that we pass on is at fault.
+    pub(super) fn is_of_client(&self) -> bool {
+        matches!(
+            self,
+            Self::Http1(http1::Error::Client(_) | http1::Error::Length) | Self::Http2(http2::Error::Client(_))
+        )
+    }
+
     /// What a request without an answer is to be told, and counted as.
     pub(super) fn failure(&self) -> Failure {
         match self {
-            // Only the body that we pass on can be at fault on our side.
             Self::Http1(http1::Error::Client(error)) => error.failure(),
             Self::Http1(http1::Error::Length) => Failure::ClientGone,
             Self::Http1(http1::Error::Malformed(_)) => Failure::UpstreamProtocol,

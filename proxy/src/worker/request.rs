@@ -41,7 +41,7 @@ pub(super) async fn serve(
     let (parts, mut unread) = request.into_parts();
     let version = parts.version;
     let waits_for_100 = parts.headers.contains_key(header::EXPECT);
-    let mut tally = Tally::start(connection, progress, &parts, is_grpc(&parts.headers));
+    let mut tally = Tally::start(connection, progress, &parts, is_grpc(&parts.method, &parts.headers));
     let mut grant = None;
     let worker = &tally.connection().slot.worker;
     // Before anything is drawn or read for it. A fleet may find room with another sidecar.
@@ -207,11 +207,11 @@ async fn forward(
     if let Some(rewrite) = &policy.rewrite {
         rewrite::apply(rewrite, &mut parts)?;
     }
-    tally.drawn(cluster);
     let wire = cluster.wire(downstream);
     if upgrade && wire != Wire::Http1 {
         return Err(Failure::UpgradeRefused.into());
     }
+    tally.drawn(cluster);
     let admitted = cluster.admit()?;
 
     let mut body = std::mem::replace(unread, RequestBody::Empty);
@@ -408,7 +408,7 @@ async fn send(
             Err(SendError::Lost { error }) => {
                 tracing::debug!(cluster = cluster.config.name, endpoint = %endpoint.address, %error, "no answer");
                 let failure = error.failure();
-                if failure != Failure::ClientGone {
+                if !error.is_of_client() {
                     cluster.unanswered(&endpoint);
                 }
                 if !(retries.want_after(&failure) && retries.take() && outgoing.again()) {

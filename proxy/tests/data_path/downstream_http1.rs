@@ -408,6 +408,29 @@ async fn bytes_behind_a_request_to_switch_are_the_tunnel_s() {
     eventually("the end of the tunnel", || proxy.metric(OPEN) == 0).await;
 }
 
+/// The time of a head begins when it is awaited, not with the one before it.
+#[tokio::test]
+async fn a_head_that_begins_while_another_request_is_served_has_its_own_time() {
+    const HEADER: Duration = Duration::from_secs(1);
+    let (app, go) = gated().await;
+    let proxy = proxy_to(&app, |options: &mut Options| options.timing.header = HEADER).await;
+    let mut stream = connect(proxy.address).await;
+    let (first, rest) = ("GET / HT", "TP/1.1\r\nhost: a\r\n\r\n");
+    stream.write_all(first.as_bytes()).await.unwrap();
+    // So that it is seen in two parts.
+    eventually("the first part", || proxy.metric(OPEN) == 1).await;
+    let begun = Instant::now();
+    stream.write_all(rest.as_bytes()).await.unwrap();
+    eventually("the request", || app.requests() == 1).await;
+    stream.write_all(first.as_bytes()).await.unwrap();
+    eventually("more than a head may take", || begun.elapsed() > HEADER + HEADER / 4).await;
+    go.add_permits(2);
+    answer(&mut stream).await;
+    stream.write_all(rest.as_bytes()).await.unwrap();
+    answer(&mut stream).await;
+    assert_eq!(proxy.refused("head_timeout"), 0);
+}
+
 #[tokio::test]
 async fn an_idle_connection_is_closed_in_its_time_and_a_half_sent_head_in_its() {
     let app = mirror().await;

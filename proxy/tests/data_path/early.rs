@@ -369,6 +369,56 @@ async fn an_answer_is_whole_though_its_upstream_wants_no_more_of_the_request() {
     }
 }
 
+/// Answers with a head, `empty` DATA frames of no content, and the end, but never the one who asks with content.
+async fn says_little(ip: IpAddr, empty: usize) -> Arc<AtomicUsize> {
+    let listener = TcpListener::bind((ip, 8080)).await.unwrap();
+    let connections = Arc::new(AtomicUsize::new(0));
+    let opened = connections.clone();
+    tokio::spawn(async move {
+        loop {
+            let (mut from, mut to) = listener.accept().await.unwrap().0.into_split();
+            opened.fetch_add(1, SeqCst);
+            tokio::spawn(async move {
+                from.read_exact(&mut [0; 24]).await.unwrap();
+                to.write_all(&frame(SETTINGS, 0, 0, &[])).await.unwrap();
+                while let Some(Frame { kind, flags, stream, .. }) = Frame::read(&mut from).await {
+                    if flags & END_STREAM == 0 || !matches!(kind, HEADERS | DATA) {
+                        continue;
+                    }
+                    let answer = [
+                        // :status 200
+                        frame(HEADERS, END_HEADERS, stream, b"\x88"),
+                        frame(DATA, 0, stream, &[]).repeat(empty).into(),
+                        frame(DATA, END_STREAM, stream, b"enough"),
+                    ];
+                    to.write_all(&answer.concat()).await.unwrap();
+                }
+            });
+        }
+    });
+    connections
+}
+
+/// As some servers send before trailers, or for each empty part of a body.
+#[tokio::test]
+async fn empty_data_frames_of_an_application_end_no_connection() {
+    let ip = own_ip();
+    let connections = says_little(ip, 3).await;
+    let cluster = Cluster { protocol: UpstreamProtocol::Http2, ..cluster("a", &[(ip, 8080).into()]) };
+    let proxy = proxy_to(cluster, None, |options| options.metrics = Metrics::new("test", 1)).await;
+    let (read, mut write) = frames::connect(&proxy).await;
+    write.write_all(&frame(HEADERS, END_HEADERS, 1, POST)).await.unwrap();
+    let mut neighbour = Http2(read, write);
+    eventually("the neighbour's request", || proxy.metric(ACTIVE) == 1).await;
+    let mut client = crate::support::Http1::connect(proxy.address).await;
+    for _ in 0..150 {
+        assert_eq!(client.get("/").await.body, "enough");
+    }
+    neighbour.send(frame(DATA, END_STREAM, 1, b"")).await;
+    neighbour.answer(1).await;
+    assert_eq!((connections.load(SeqCst), proxy.counted("a", "2xx", "")), (1, 151));
+}
+
 /// As of gRPC's streams both ways.
 #[tokio::test]
 async fn one_that_its_client_cancels_while_both_are_under_way_is_no_failure_of_its_version() {

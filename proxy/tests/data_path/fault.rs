@@ -6,6 +6,7 @@ use std::{
 };
 
 use http::{Request, StatusCode};
+use hyper::body::Body;
 use sluice_proxy::{
     metrics::{GrpcStatus, Metrics},
     snapshot::{
@@ -69,6 +70,23 @@ async fn an_injected_answer_says_that_it_is_one_and_counts_against_nobody() {
     assert_eq!((app.requests(), proxy.metric(INJECTED)), (0, 6));
     assert_eq!(outcomes(&proxy), Outcomes::default());
     assert_eq!(proxy.counted("a", "5xx", ""), 0);
+}
+
+/// RFC 9110, 15.3.5 and 15.4.5: clients of HTTP/2 take content behind these for an error of the protocol.
+#[tokio::test]
+async fn an_injected_answer_that_has_no_content_has_none() {
+    let app = App::named("a").await;
+    let proxy = Proxy::start(Role::Fleet);
+    for status in [StatusCode::NO_CONTENT, StatusCode::RESET_CONTENT, StatusCode::NOT_MODIFIED] {
+        proxy.serve(with(abort(Abort::Http(status), Share::ALL), &app)).await;
+        let mut http2 = Http2::connect(proxy.address).await;
+        let answer = http2.start(Request::get("http://cart.shop/").body(full("")).unwrap()).await.unwrap();
+        assert_eq!(answer.status(), status);
+        let length = answer.headers().get("content-length");
+        assert!(Body::is_end_stream(answer.body()) && length.is_none_or(|length| length == "0"), "{answer:?}");
+        let answer = Http1::connect(proxy.address).await.get("/").await;
+        assert_eq!((answer.status, answer.body.as_ref()), (status, ""));
+    }
 }
 
 #[tokio::test]

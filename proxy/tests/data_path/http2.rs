@@ -725,6 +725,26 @@ async fn an_idle_http2_connection_is_ended_in_its_time_with_goaway_and_a_busy_on
 }
 
 /// RFC 9113, 8.2.1 has an error of the stream for most of these; h2 cannot say which stream it was.
+/// An application would reset the stream, and its version answer for that.
+#[tokio::test]
+async fn a_target_that_is_none_is_refused_and_reaches_no_application() {
+    let app = echo().await;
+    let proxy = proxy_to(Cluster { protocol: UpstreamProtocol::Http2, ..cluster("a", &[app.address]) }).await;
+    let (mut read, mut write) = connect(&proxy).await;
+    // `:method: GET`, `:scheme: http` and `:authority: a`, with the path or the scheme as a literal (RFC 7541, 6.2.2).
+    let targets: [&[u8]; 3] =
+        [b"\x82\x86\x41\x01a\x04\x02?x", b"\x82\x86\x41\x01a\x04\x01*", b"\x82\x84\x41\x01a\x06\x03ftp"];
+    for (target, stream) in targets.into_iter().zip((1..).step_by(2)) {
+        write.write_all(&frame(HEADERS, END_HEADERS | END_STREAM, stream, target)).await.unwrap();
+        let said = answer(&mut read, stream).await;
+        assert!(said.contains("its target is not one for its method"), "{stream}: {said}");
+    }
+    write.write_all(&frame(HEADERS, END_HEADERS | END_STREAM, 7, GET)).await.unwrap();
+    answer(&mut read, 7).await;
+    assert_eq!((app.requests(), proxy.refused("target")), (1, 3));
+    assert_eq!(proxy.counted("a", "5xx", ""), 0);
+}
+
 #[tokio::test]
 async fn a_field_that_is_none_ends_its_connection_is_counted_and_reaches_no_application() {
     let app = echo().await;

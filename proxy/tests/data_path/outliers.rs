@@ -11,12 +11,18 @@ use std::{
 };
 
 use http::{Request, Response, StatusCode};
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use sluice_proxy::{
     metrics::Metrics,
-    snapshot::{Action, Cluster, Outliers, Policy, Protocol, SlowStart, TrafficPolicy},
+    snapshot::{Action, Cluster, Outliers, Policy, Protocol, SlowStart, TrafficPolicy, UpstreamProtocol},
     tls::IdentityHandle,
     workers::Role,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::mpsc,
 };
 
 use crate::support::*;
@@ -181,6 +187,39 @@ async fn an_endpoint_that_does_not_answer_in_the_route_s_time_is_one_that_fails(
         client.get("/").await;
     }
     assert_eq!(silent.requests(), 2);
+}
+
+/// Whoever sends content that is not valid must not be able to take Pods away from everybody.
+#[tokio::test]
+async fn content_that_a_client_breaks_is_held_against_no_endpoint() {
+    for protocol in [UpstreamProtocol::Http1, UpstreamProtocol::Http2] {
+        let (begun, mut begins) = mpsc::unbounded_channel();
+        let app = App::start(own_ip(), 8080, move |request: Request<Incoming>| {
+            let begun = begun.clone();
+            async move {
+                begun.send(()).unwrap();
+                let _ = request.into_body().collect().await;
+                Response::new(full("ok"))
+            }
+        })
+        .await;
+        let proxy = one_thread();
+        let outliers =
+            Outliers { server_errors: Some(1), gateway_errors: Some(1), most_ejected: 100, panic: 0.0, ..OUTLIERS };
+        proxy.serve(http_to([(Cluster { protocol, ..watched(&[app.address], outliers) }, 100)])).await;
+        for broken in ["zz\r\n", "0\r\nno trailer\r\n\r\n"] {
+            let mut client = TcpStream::connect(proxy.address).await.unwrap();
+            let head = "POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n";
+            client.write_all(head.as_bytes()).await.unwrap();
+            soon("the request", begins.recv()).await.unwrap();
+            client.write_all(broken.as_bytes()).await.unwrap();
+            let mut said = String::new();
+            soon("the answer", client.read_to_string(&mut said)).await.unwrap();
+            assert!(said.starts_with("HTTP/1.1 400"), "{said}");
+            assert_eq!(Http1::connect(proxy.address).await.get("/").await.status, StatusCode::OK);
+            soon("the next request", begins.recv()).await.unwrap();
+        }
+    }
 }
 
 #[tokio::test]

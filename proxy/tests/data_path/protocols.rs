@@ -3,6 +3,7 @@
 use std::{
     net::SocketAddr,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -355,11 +356,34 @@ async fn what_http2_cannot_say_is_refused() {
     let proxy = proxy_to(UpstreamProtocol::Http2, app.address).await;
     let nobody = raw(proxy.address, "GET / HTTP/1.1\r\nhost:\r\n\r\n").await;
     assert!(nobody.starts_with("HTTP/1.1 400") && nobody.contains("x-sluice-response-flag: DPE"), "{nobody}");
+    let outcomes = || proxy.outcomes("a", Duration::from_millis(1));
+    let before = outcomes();
     let upgrade = "GET / HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\nGET / HTTP/1.1\r\nhost: a\r\n\r\n";
     let refused = raw(proxy.address, upgrade).await;
     assert!(refused.starts_with("HTTP/1.1 501") && refused.contains("x-sluice-response-flag: UPE"), "{refused}");
     assert_eq!(refused.matches("HTTP/1.1 ").count(), 1, "{refused}");
     assert_eq!(app.requests(), 0);
+    assert_eq!(proxy.counted("a", "5xx", ""), 0, "no version has seen it");
+    assert_eq!(outcomes(), before);
+}
+
+/// What has no content is over with its head, whatever comes behind.
+#[tokio::test]
+async fn an_answer_without_content_is_whole_though_its_end_comes_later() {
+    for length in ["0", "7"] {
+        let app = App::start(own_ip(), 8080, move |_| async move {
+            let body = StreamBody::new(tokio_stream::empty::<Result<Frame<Bytes>, std::convert::Infallible>>());
+            let body: AnyBody = BodyExt::boxed(body.map_err(|never| match never {}));
+            Response::builder().header("content-length", length).body(body).unwrap()
+        })
+        .await;
+        let proxy = proxy_to(UpstreamProtocol::Http2, app.address).await;
+        let method = if length == "0" { "GET" } else { "HEAD" };
+        let said = raw(proxy.address, &format!("{method} / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")).await;
+        assert!(said.starts_with("HTTP/1.1 200") && said.contains(&format!("content-length: {length}\r\n")), "{said}");
+        eventually("it is counted", || proxy.counted("a", "2xx", "") == 1).await;
+        assert_eq!(proxy.metric("sluice_client_aborts_total{listener=\"shop/cart:80\"}"), 0);
+    }
 }
 
 #[tokio::test]

@@ -62,10 +62,11 @@ async fn nothing_that_a_client_or_an_application_says_becomes_a_series_without_a
     .await;
     let proxy = Proxy::start(Role::Fleet);
     proxy.serve(http_to([(cluster("a", &[app.address]), 100)])).await;
+    let mut calls = Http2::connect(proxy.address).await;
+    eventually("its connection", || proxy.metric("sluice_connections_total{listener=\"shop/cart:80\"}") == 1).await;
     let before = series(&proxy);
 
     let mut all = BTreeSet::new();
-    let mut calls = Http2::connect(proxy.address).await;
     for round in 0..3 {
         let mut client = Http1::connect(proxy.address).await;
         for number in 0..40 {

@@ -180,7 +180,7 @@ impl Connection {
             }
             let length = if body.is_end_stream() { Some(0) } else { body.size_hint().exact() };
             let has_no_body = head::has_no_body(self.asked.to_head, parts.status);
-            if has_no_body && length != Some(0) {
+            if (has_no_body || length == Some(0)) && !body.is_end_stream() {
                 // An HTTP/2 server may say the end behind the head, and nobody reads so far.
                 body.end_unread();
             }

@@ -23,6 +23,7 @@ use super::{
     batch::Batch,
     body::{Outgoing, Part, Unsent},
     max_headers,
+    quiet::Quiet,
 };
 
 /// Why a request has no answer.
@@ -59,7 +60,7 @@ impl Connection {
             .max_send_buffer_size(SEND_BUFFER)
             // Until the server has said how many it takes.
             .initial_max_send_streams(100);
-        let (sender, mut connection) = builder.handshake(Batch::new(stream, None)).await?;
+        let (sender, mut connection) = builder.handshake(Quiet::new(Batch::new(stream, None))).await?;
         let over = Rc::new(Cell::new(false));
         let ended = Rc::clone(&over);
         tokio::task::spawn_local(async move {

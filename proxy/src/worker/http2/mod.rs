@@ -5,6 +5,7 @@
 mod batch;
 mod body;
 pub(super) mod client;
+mod quiet;
 pub(super) mod server;
 mod written;
 
