@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use http::{HeaderValue, Method, Response};
 use sluice_proxy::{access_log::AccessLog, workers::Role};
 
-use crate::support::{App, Http1, Http2, Lines, Proxy, call, cluster, full, get, http_to, own_ip};
+use crate::support::{App, Http1, Http2, Lines, Proxy, call, cluster, eventually, full, get, http_to, own_ip};
 
 #[tokio::test]
 async fn the_access_log_has_lines_for_what_its_filter_wants() {
