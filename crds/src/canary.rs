@@ -296,7 +296,10 @@ fn default_ten_minutes() -> String {
 /// Users are told apart by a cookie, which the fleet sets where it is missing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("!has(self.primaryCookieName)").message("spec.analysis.sessionAffinity.primaryCookieName is not needed: one cookie keeps users on either version. Remove it"))]
+#[x_kube(
+    validation = Rule::new("!has(self.primaryCookieName)").message("spec.analysis.sessionAffinity.primaryCookieName is not needed: one cookie keeps users on either version. Remove it"),
+    validation = Rule::new("!has(self.domain) && !has(self.httpOnly) && !has(self.partitioned) && !has(self.path) && !has(self.sameSite) && !has(self.secure)").message("spec.analysis.sessionAffinity.domain, httpOnly, partitioned, path, sameSite and secure are not supported in this version: the cookie is always `Path=/; HttpOnly`. Remove them")
+)]
 pub struct SessionAffinity {
     /// Name of the cookie.
     #[schemars(length(min = 1, max = 128), regex(pattern = "^[A-Za-z0-9!#$%&'*+.^_`|~-]+$"))]
@@ -309,6 +312,27 @@ pub struct SessionAffinity {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]
     pub primary_cookie_name: Option<String>,
+    /// Not supported in this version; refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253))]
+    pub domain: Option<String>,
+    /// Not supported in this version; refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub http_only: Option<bool>,
+    /// Not supported in this version; refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub partitioned: Option<bool>,
+    /// Not supported in this version; refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 1024))]
+    pub path: Option<String>,
+    /// Not supported in this version; refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub same_site: Option<String>,
+    /// Not supported in this version; refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secure: Option<bool>,
 }
 
 fn default_max_age() -> i32 {

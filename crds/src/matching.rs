@@ -68,6 +68,7 @@ pub struct HttpMatch {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, KubeSchema)]
 #[x_kube(
     validation = Rule::new("[has(self.exact), has(self.prefix), has(self.regex)].filter(said, said).size() <= 1").message("match: say one of exact, prefix and regex"),
+    validation = Rule::new("!has(self.suffix)").message("match: suffix is not supported in this version; say regex, such as `.*[.]example[.]com`, in its place"),
     validation = Rule::new("!has(self.regex) || (''.matches(self.regex) ? true : true)").message("match: regex is no regular expression of RE2")
 )]
 pub struct StringMatch {
@@ -83,4 +84,8 @@ pub struct StringMatch {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 256))]
     pub regex: Option<String>,
+    /// Not supported in this version; refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 1024))]
+    pub suffix: Option<String>,
 }

@@ -8,11 +8,14 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
     let Some(cluster) = Cluster::start("refused").await else { return };
     let api = cluster.canaries();
     let metric = |metric: Value| json!([metric]);
-    let not_mesh = "spec.service.gateways, gatewayRefs, hosts, delegation, meshName and backends belong to another mesh: the fleet splits the traffic of the Service itself. Remove them";
+    let not_mesh = "spec.service.gateways, gatewayRefs, hosts, delegation, meshName and backends belong to another mesh: the fleet splits the traffic of the Service itself. Remove them, and lead what comes from outside to the Service by a route of your own";
     let own_tls = "spec.service.trafficPolicy.tls, portLevelSettings, tunnel and proxyProtocol are not needed or not supported: between proxies of Sluice it is always mTLS. Remove them";
     let no_such_match = "match: sourceLabels, sourceNamespace, gateways, port and scheme are not supported in this version; more requests would match. Remove them";
     let one_path = "spec.analysis.match: say no uri beside one in spec.service.match, or beside spec.service.rewrite.uri: a request has one path";
     let requests_only = "spec.analysis.match, sessionAffinity and mirror are for HTTP: on a port whose appProtocol is not, such as tcp or https, there are no requests. Remove them";
+    let own_cookie = "spec.analysis.sessionAffinity.domain, httpOnly, partitioned, path, sameSite and secure are not supported in this version: the cookie is always `Path=/; HttpOnly`. Remove them";
+    let no_suffix =
+        "match: suffix is not supported in this version; say regex, such as `.*[.]example[.]com`, in its place";
     let no_regex = "match: regex is no regular expression of RE2";
     let not_ours = "spec.service.headers: set, add and remove take names of headers, but of none that frames or addresses the message (Host, Content-Length, Connection and the like), and of none of Sluice's own (x-sluice-...). Remove it";
     let http_only = "spec.service.timeout, retries, headers, match, rewrite, corsPolicy and fault are for HTTP: on a port whose appProtocol is not, such as tcp or https, there are no requests. Remove them";
@@ -203,6 +206,8 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
             "match: say one of exact, prefix and regex",
         ),
         (vec![("/spec/service/match", json!([{"uri": {"regex": "/(a"}}]))], no_regex),
+        (vec![("/spec/service/match", json!([{"headers": {"x": {"suffix": "b"}}}]))], no_suffix),
+        (vec![("/spec/analysis/match", json!([{"headers": {"x": {"suffix": "b"}}}]))], no_suffix),
         (
             vec![("/spec/service/match", json!([{"headers": {"a b": {"exact": "c"}}}]))],
             "match: headers and withoutHeaders take names of headers",
@@ -399,6 +404,12 @@ async fn canaries_that_cannot_mean_anything_are_refused_in_words_that_help() {
             vec![("/spec/analysis/sessionAffinity", json!({"cookieName": "c", "primaryCookieName": "p"}))],
             "spec.analysis.sessionAffinity.primaryCookieName is not needed: one cookie keeps users on either version. Remove it",
         ),
+        (vec![("/spec/analysis/sessionAffinity", json!({"cookieName": "c", "domain": "example.com"}))], own_cookie),
+        (vec![("/spec/analysis/sessionAffinity", json!({"cookieName": "c", "httpOnly": true}))], own_cookie),
+        (vec![("/spec/analysis/sessionAffinity", json!({"cookieName": "c", "partitioned": true}))], own_cookie),
+        (vec![("/spec/analysis/sessionAffinity", json!({"cookieName": "c", "path": "/cart"}))], own_cookie),
+        (vec![("/spec/analysis/sessionAffinity", json!({"cookieName": "c", "sameSite": "Lax"}))], own_cookie),
+        (vec![("/spec/analysis/sessionAffinity", json!({"cookieName": "c", "secure": true}))], own_cookie),
         // Faults on purpose.
         (vec![("/spec/service/fault", json!({}))], "spec.service.fault: say delay or abort"),
         (

@@ -78,6 +78,8 @@ fn proxy() -> String {
     let _revision = metrics.revision(&labels, 0);
     let _mirror = metrics.mirror(&labels, 0);
     let listener = metrics.listener("shop/cart:80", 0);
+    // Without a connection it has no series of what has not occurred.
+    listener.opened();
     listener.refused(Refused::ConnectionLimit);
     let mut text = metrics.render();
     Overload::default().render(&mut text);

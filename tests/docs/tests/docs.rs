@@ -2,6 +2,8 @@
 //! accepted by an API server.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
 
+#[path = "docs/alerts.rs"]
+mod alerts;
 #[path = "docs/health.rs"]
 mod health;
 #[path = "docs/image.rs"]
