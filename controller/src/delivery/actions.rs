@@ -31,6 +31,9 @@ use super::{
 };
 use crate::cache::{Cache, autoscaler_resource, deployment_resource};
 
+/// Kind of the record of a revision. Of those only ours are watched.
+pub(super) const RECORD: &str = "ControllerRevision";
+
 /// Whether this replica may write: asked before each write, on the monotonic clock, so that a thawed leader writes nothing.
 pub trait LeaseGuard: Send + Sync {
     fn may_write(&self) -> bool;
@@ -50,6 +53,8 @@ pub enum ActionError {
     Api { doing: String, source: Box<kube::Error> },
     #[error("{doing}: no answer within {deadline:?}")]
     Deadline { doing: String, deadline: Duration },
+    #[error("making the Pods of revision {revision}: not all of its configuration could be read")]
+    Unread { revision: String },
     #[error("making the Pods of revision {revision}: {refused}")]
     Refused { revision: String, refused: Refused },
     #[error(transparent)]
@@ -308,8 +313,7 @@ impl Effects {
 
     /// Records the revision of the present template.
     async fn record(&self, turn: &mut Turn<'_>, revision: &str) -> Result<ControllerRevision, ActionError> {
-        let seen = turn.observed.observation.template.as_ref().is_some_and(|template| template.revision == revision);
-        let (Some(target), true) = (&turn.observed.target, seen) else {
+        let (Some(target), true) = (&turn.observed.target, turn.is_of_template(revision)?) else {
             // The template moved on since the machine decided.
             return Err(ActionError::Conflict { doing: format!("recording revision {revision}") });
         };
@@ -320,9 +324,7 @@ impl Effects {
         let number = turn.observed.records.values().map(|record| record.revision).max().unwrap_or(0) + 1;
         let wanted = Record::of(target, rendered).object(&turn.canary, revision, number);
         let api = self.api::<ControllerRevision>(&turn.canary);
-        let made = self
-            .create(&api, "ControllerRevision", &wanted, |found| revisions::ours(found, &turn.canary, revision))
-            .await?;
+        let made = self.create(&api, RECORD, &wanted, |found| revisions::ours(found, &turn.canary, revision)).await?;
         turn.written.push(Written::Record {
             name: made.name_any(),
             resource_version: made.resource_version().unwrap_or_default(),
@@ -337,8 +339,7 @@ impl Effects {
         revision: &str,
         owners: &[OwnerReference],
     ) -> Result<(), ActionError> {
-        let present = turn.observed.observation.template.as_ref().is_some_and(|template| template.revision == revision);
-        if !present {
+        if !turn.is_of_template(revision)? {
             return Ok(());
         }
         let namespace = turn.canary.namespace().unwrap_or_default();
@@ -446,11 +447,8 @@ impl Effects {
         self.patch_canary(turn, "removing the finalizer of", json!({"metadata": {"finalizers": finalizers}})).await
     }
 
-    /// Whether a name is still somebody else's. Only records have to be asked for: all else is in the cache.
-    pub async fn is_taken(&self, canary: &Canary, kind: &str, name: &str) -> bool {
-        if kind != "ControllerRevision" {
-            return false;
-        }
+    /// Whether the name of a record is still somebody else's.
+    pub async fn is_taken(&self, canary: &Canary, name: &str) -> bool {
         let api = self.api::<ControllerRevision>(canary);
         let found = self.call(|| format!("reading ControllerRevision {name}"), api.get_opt(name)).await;
         let ours = |found: &ControllerRevision| {
@@ -559,6 +557,16 @@ impl Effects {
 }
 
 impl Turn<'_> {
+    /// Whether a revision is that of the target's present template.
+    fn is_of_template(&self, revision: &str) -> Result<bool, ActionError> {
+        let template = self.observed.observation.template.as_ref();
+        let Some(template) = template.filter(|template| template.revision == revision) else { return Ok(false) };
+        if template.unread {
+            return Err(ActionError::Unread { revision: revision.to_owned() });
+        }
+        Ok(true)
+    }
+
     fn wrote_deployment(&mut self, object: &DynamicObject) {
         self.written.push(Written::Deployment {
             name: object.name_any(),

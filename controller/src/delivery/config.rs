@@ -224,13 +224,15 @@ impl Content {
 }
 
 /// What a template's configuration was found to be.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Debug, Default)]
 pub struct Tracked {
     /// Digest of each ConfigMap and Secret that is there and part of the revision.
     pub digests: BTreeMap<ConfigRef, String>,
     /// Those that are not there and without which no Pod starts, with the digest that each had last, if that is known. It stays part
     /// of the revision: whoever deletes and makes one again as it was (`kubectl replace --force`) changes nothing.
     pub missing: BTreeMap<ConfigRef, Option<String>>,
+    /// Why one could not be read of which nothing is known: the revision is not known either.
+    pub unread: Option<ReadError>,
 }
 
 impl Tracked {
@@ -292,16 +294,13 @@ impl Reader {
     ///
     /// An API server that does not answer must not stand in the way of a rollback: then what was known last counts, and
     /// where nothing is known, what the status says (`before`). The same is said of what is not there.
-    ///
-    /// # Errors
-    /// If something cannot be read of which nothing is known.
     pub async fn track(
         &self,
         cache: &Cache,
         canary: &CanaryKey,
         template: &Value,
         before: &BTreeMap<String, String>,
-    ) -> Result<Tracked, ReadError> {
+    ) -> Tracked {
         let mut tracked = Tracked::default();
         let known = self.known().get(canary).cloned().unwrap_or_default();
         let mut now = BTreeMap::new();
@@ -341,8 +340,12 @@ impl Reader {
                             let digest = before.get(&reference.status_key())?.clone();
                             Some(Known { uid: None, resource_version: None, digest: Some(digest) })
                         });
+                        let Some(last) = last else {
+                            tracked.unread.get_or_insert(error);
+                            continue;
+                        };
                         tracing::warn!(%error, "the last known content counts");
-                        last.ok_or(error)?
+                        last
                     }
                 },
             };
@@ -352,7 +355,7 @@ impl Reader {
             now.insert(reference, entry);
         }
         self.known().insert(canary.clone(), now);
-        Ok(tracked)
+        tracked
     }
 
     /// Drops what was remembered for a Canary that is gone.
@@ -520,11 +523,10 @@ mod tests {
     #[test]
     fn what_is_deleted_and_made_again_as_it_was_is_part_of_the_revision_meanwhile() {
         let (settings, new) = (ConfigRef::config_map("settings"), ConfigRef::secret("new"));
-        let mut before = Tracked::default();
+        let mut gone = Tracked::default();
+        gone.digests.insert(ConfigRef::config_map("other"), "def".into());
+        let mut before = Tracked { digests: gone.digests.clone(), ..Tracked::default() };
         before.digests.insert(settings.clone(), "abc".into());
-        before.digests.insert(ConfigRef::config_map("other"), "def".into());
-        let mut gone = before.clone();
-        gone.digests.remove(&settings);
         gone.lacks(settings, &before.status());
         assert_eq!((gone.status(), gone.pins("r")), (before.status(), before.pins("r")), "the same revision");
         gone.lacks(new.clone(), &before.status());

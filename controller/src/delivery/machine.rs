@@ -111,6 +111,8 @@ pub struct Template {
     pub generation: i64,
     /// Hash of pod template and tracked configuration.
     pub revision: String,
+    /// Some of that configuration could not be read: the revision is not known, and is said to be the one that the status knows.
+    pub unread: bool,
     pub tracked_configs: BTreeMap<String, String>,
     /// `spec.replicas`.
     pub replicas: u32,

@@ -9,7 +9,7 @@ use k8s_openapi::api::{
 };
 use kube::{Resource, ResourceExt, api::DynamicObject, runtime::reflector::ObjectRef};
 use serde_json::Value;
-use sluice_crds::{Canary, labels};
+use sluice_crds::{Canary, TemplateStatus, labels};
 
 use super::{
     autoscaler::{self, Scaling},
@@ -93,7 +93,8 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
     problems.extend(conflict(canary, &cache.canaries_in(Some(&key.namespace))));
 
     let template = target.as_ref().map(|target| {
-        let template = template_of(cache, target, pod_template, &tracked, &pods);
+        let known = canary.status.as_ref().and_then(|status| status.template.as_ref());
+        let template = template_of(cache, target, pod_template, &tracked, known, &pods);
         problems.extend(template_problems(target, pod_template, &tracked));
         let Some(pod_template) = pod_template else { return template };
         problems.extend(taken_names(cache, canary, &template.revision, &tracked));
@@ -144,13 +145,20 @@ pub fn observe(cache: &Cache, canary: &Canary, tracked: Tracked, reports: Report
     for (revision, record) in &records {
         let own = apex.iter().chain(&additional).map(AsRef::as_ref);
         let unreached = unreached(own, canary, revision, record);
-        if traffic.is_some_and(|traffic| machine::mentions(traffic, revision)) {
+        let has_traffic = traffic.is_some_and(|traffic| machine::mentions(traffic, revision));
+        if has_traffic {
             let warn = |unreached: &Unreached| Problem { reason: "PortNotFound", message: unreached.why.clone() };
             warnings.extend(unreached.iter().map(warn));
         }
-        let deployment = deployment(cache, canary, &record.name_any()).filter(|deployment| {
-            revisions::ours(&**deployment, canary, revision) && deployment.metadata.deletion_timestamp.is_none()
-        });
+        let found = deployment(cache, canary, &record.name_any());
+        let ours = |found: &Arc<DynamicObject>| revisions::ours(&**found, canary, revision);
+        if found.as_ref().is_some_and(|found| !ours(found)) && has_traffic {
+            let problem = taken("Deployment", &record.name_any());
+            if !problems.contains(&problem) {
+                problems.push(problem);
+            }
+        }
+        let deployment = found.filter(|found| ours(found) && found.metadata.deletion_timestamp.is_none());
         let seen = revision_of(canary, revision, record, deployment.as_deref(), &unreached, &pods);
         revisions.insert(revision.clone(), seen);
         if let Some(deployment) = deployment {
@@ -220,6 +228,7 @@ fn template_of(
     target: &DynamicObject,
     pod_template: Option<&Value>,
     tracked: &Tracked,
+    known: Option<&TemplateStatus>,
     pods: &[Arc<Pod>],
 ) -> machine::Template {
     let name = target.name_any();
@@ -227,11 +236,18 @@ fn template_of(
         // The target's selector matches the Pods of revisions too: only ownership tells them apart.
         !pod.labels().contains_key(labels::REVISION) && cache.deployment_of(pod).as_ref() == Some(&name)
     });
-    let configs = tracked.status();
+    let unread = tracked.unread.is_some();
+    let (revision, configs) = if unread {
+        known.map(|known| (known.revision.clone(), known.tracked_configs.clone())).unwrap_or_default()
+    } else {
+        let configs = tracked.status();
+        (revision(pod_template, &configs), configs)
+    };
     machine::Template {
         uid: target.uid().unwrap_or_default(),
         generation: target.metadata.generation.unwrap_or_default(),
-        revision: revision(pod_template, &configs),
+        revision,
+        unread,
         tracked_configs: configs,
         replicas: desired_replicas(target),
         wish: target.annotations().get(labels::REPLICAS).and_then(|wish| wish.parse().ok()),

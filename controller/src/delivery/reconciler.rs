@@ -24,7 +24,7 @@ use tokio::sync::watch;
 use tracing::Instrument;
 
 use super::{
-    actions::{ActionError, Effects, Turn, Written},
+    actions::{ActionError, Effects, RECORD, Turn, Written},
     config::{ReadError, Tracked},
     machine::{self, Event, Fleet, Observation, Problem},
     observe::{self, Reports},
@@ -134,10 +134,10 @@ struct Memory {
     taken: Option<Taken>,
 }
 
-/// A name that turned out to be taken when something was to be created.
+/// The name of a record that turned out to be taken. Whatever else is in the way is in the cache a moment later, and may be what was
+/// waited for: the next look sees it.
 #[derive(Clone)]
 struct Taken {
-    kind: &'static str,
     name: String,
     checked: Instant,
 }
@@ -183,7 +183,7 @@ async fn look(canary: Arc<Canary>, ctx: Arc<Context>) -> Result<Action, Error> {
             (*refused.spec, Some(problem))
         }
     };
-    let tracked = ctx.tracked(&key, &canary).await?;
+    let tracked = ctx.tracked(&key, &canary).await;
     let mut taken: Vec<Problem> = refused.into_iter().collect();
     taken.extend(ctx.still_taken(&key, &canary).await);
     let before = canary.status.clone().unwrap_or_default();
@@ -235,27 +235,22 @@ async fn look(canary: Arc<Canary>, ctx: Arc<Context>) -> Result<Action, Error> {
             Ok(()) => {}
             Err(error @ ActionError::NotLeading { .. }) => return Err(error.into()),
             Err(error) => {
-                if let ActionError::Taken { kind, name } = &error {
-                    ctx.memory.with(&key, |memory| {
-                        memory.taken = Some(Taken { kind, name: name.clone(), checked: Instant::now() });
-                    });
-                }
+                ctx.memory.found_taken(&key, &error);
                 failed = failed.or(Some(error));
             }
         }
     }
-    if let Some(error) = failed {
-        ctx.memory.wrote(&key, &turn.canary);
-        ctx.memory.wait_for(&key, turn.written);
-        return Err(error.into());
+    ctx.memory.wrote(&key, &turn.canary);
+    ctx.memory.wait_for(&key, turn.written);
+    // What could not be read is why anything failed that needs it.
+    if let Some(error) = observed.tracked.unread.map(Error::from).or(failed.map(Error::from)) {
+        return Err(error);
     }
     if outcome.actions.contains(&machine::Action::Release) && observed.observation.deleting {
         // The finalizer is off: a later look at an older copy of it finds nothing left to do.
         ctx.forget(&key);
         return Ok(Action::await_change());
     }
-    ctx.memory.wrote(&key, &turn.canary);
-    ctx.memory.wait_for(&key, turn.written);
     ctx.memory.with(&key, |memory| memory.failures = 0);
     let again = outcome.again_at.map_or(RESYNC, |at| {
         // A little late rather than early: an early look would find nothing due and ask again.
@@ -376,8 +371,8 @@ where
 
 impl Context {
     /// The configuration that the target uses now.
-    async fn tracked(&self, key: &CanaryKey, canary: &Canary) -> Result<Tracked, ReadError> {
-        let Some(target) = observe::target(&self.effects.cache, canary) else { return Ok(Tracked::default()) };
+    async fn tracked(&self, key: &CanaryKey, canary: &Canary) -> Tracked {
+        let Some(target) = observe::target(&self.effects.cache, canary) else { return Tracked::default() };
         let before = canary.status.as_ref().and_then(|status| status.template.as_ref());
         let before = before.map(|template| template.tracked_configs.clone()).unwrap_or_default();
         self.effects.configs.track(&self.effects.cache, key, &target.data["spec"]["template"], &before).await
@@ -386,11 +381,11 @@ impl Context {
     /// A name that was taken, as long as it is.
     async fn still_taken(&self, key: &CanaryKey, canary: &Canary) -> Option<Problem> {
         let taken = self.memory.with(key, |memory| memory.taken.clone())?;
-        let problem = observe::taken(taken.kind, &taken.name);
+        let problem = observe::taken(RECORD, &taken.name);
         if taken.checked.elapsed() < TAKEN_RECHECK {
             return Some(problem);
         }
-        let still = self.effects.is_taken(canary, taken.kind, &taken.name).await;
+        let still = self.effects.is_taken(canary, &taken.name).await;
         self.memory.with(key, |memory| {
             memory.taken = still.then(|| Taken { checked: Instant::now(), ..taken });
         });
@@ -475,6 +470,13 @@ impl Memories {
         })
     }
 
+    fn found_taken(&self, key: &CanaryKey, error: &ActionError) {
+        if let ActionError::Taken { kind: RECORD, name } = error {
+            let taken = Taken { name: name.clone(), checked: Instant::now() };
+            self.with(key, |memory| memory.taken = Some(taken));
+        }
+    }
+
     fn wrote(&self, key: &CanaryKey, canary: &Canary) {
         self.with(key, |memory| memory.written = Some(Arc::new(canary.clone())));
     }
@@ -499,33 +501,4 @@ fn older<K: Resource>(object: &K, resource_version: &str) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_wait_after_an_error_grows_to_a_cap_and_is_never_nothing() {
-        for failures in 0..100_u32 {
-            let full = BACKOFF_BASE.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(BACKOFF_CAP);
-            let wait = backoff(failures);
-            assert!(wait <= full && wait >= full / 2, "{failures}: {wait:?} of {full:?}");
-        }
-        assert!(backoff(100) >= BACKOFF_CAP / 2);
-    }
-
-    #[test]
-    fn only_numbers_are_compared_as_resource_versions() {
-        let at = |version: &str| Canary {
-            metadata: kube::core::ObjectMeta { resource_version: Some(version.into()), ..Default::default() },
-            ..canary()
-        };
-        assert!(older(&at("9"), "10"), "as numbers, not as text");
-        assert!(!older(&at("10"), "10"));
-        assert!(!older(&at("11"), "10"));
-        assert!(!older(&at("abc"), "10"));
-    }
-
-    fn canary() -> Canary {
-        let spec = serde_json::json!({"targetRef": {"kind": "Deployment", "name": "x"}, "service": {"port": 80}});
-        Canary::new("x", serde_json::from_value(spec).unwrap_or_else(|error| panic!("{error}")))
-    }
-}
+mod tests;

@@ -115,6 +115,19 @@ impl Allocation {
         Self { entries }
     }
 
+    /// Of ports that are in use already, as the ConfigMap would say them.
+    #[must_use]
+    pub fn of(ports: &BTreeMap<PortKey, u16>) -> Self {
+        let data = ports.iter().map(|(key, port)| (key.text(), port.to_string())).collect();
+        Self::read(&ConfigMap { data: Some(data), ..ConfigMap::default() })
+    }
+
+    /// Nobody has one, and none rests.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
     /// Data of the ConfigMap.
     #[must_use]
     pub fn data(&self) -> BTreeMap<String, String> {

@@ -2,6 +2,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt::Debug,
+    hash::Hash,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -10,10 +12,10 @@ use std::{
 };
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
+use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{
     Api, Client, Resource, ResourceExt,
-    api::ListParams,
+    api::{ApiResource, DynamicObject, ListParams},
     core::NamespaceResourceScope,
     runtime::reflector::{ObjectRef, Store},
 };
@@ -31,7 +33,7 @@ use super::{
     slices, wanted_ports,
 };
 use crate::{
-    cache::{Cache, CanaryKey, Progress, Touches, version_number},
+    cache::{Cache, CanaryKey, Progress, Touches, autoscaler_resource, deployment_resource, version_number},
     lease::LeaseHandle,
 };
 
@@ -226,6 +228,48 @@ impl PublisherHandle {
     }
 }
 
+/// The fleet's ports in the ConfigMap, for whoever writes it.
+#[derive(Default)]
+struct Written {
+    map: Option<ConfigMap>,
+    /// What it says or, where somebody has deleted it, what it said last: kube-proxy on every node sends clients to these ports, and
+    /// anew they might be given to other Services.
+    allocation: Allocation,
+}
+
+impl Written {
+    /// Whether the cache shows another one, or none any more. What we wrote ourselves is newer than the cache for a moment.
+    fn is_old(&self, cached: Option<&str>) -> bool {
+        let known = self.map.as_ref().and_then(|map| map.metadata.resource_version.as_deref());
+        known != cached && !is_newer(known, cached)
+    }
+
+    fn take(&mut self, found: Option<ConfigMap>) {
+        match &found {
+            Some(map) => self.allocation = Allocation::read(map),
+            None if self.map.is_some() => {
+                tracing::warn!("ConfigMap {} is gone; the leader writes it again as it was", ports::CONFIG_MAP);
+            }
+            None => {}
+        }
+        self.map = found;
+    }
+
+    /// Where it was gone before this replica could read it, the EndpointSlices say what it said.
+    fn find(&mut self, inputs: &Inputs) {
+        if self.map.is_none() && self.allocation.is_empty() {
+            self.allocation = Allocation::of(&slices::carried(inputs));
+        }
+    }
+
+    fn says(&self, allocation: &Allocation) -> bool {
+        match &self.map {
+            Some(_) => self.allocation == *allocation,
+            None => allocation.is_empty(),
+        }
+    }
+}
+
 fn still_cut(inputs: &Inputs, key: &CanaryKey, cut: &Cut) -> bool {
     let Some(canary) = inputs.canaries.iter().find(|canary| CanaryKey::of(canary) == *key) else {
         return false;
@@ -297,7 +341,7 @@ impl Publisher {
         let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
         let reference = ObjectRef::new(ports::CONFIG_MAP).within(namespace);
         let mut changes = self.cache.changes();
-        let mut map: Option<ConfigMap> = None;
+        let mut known = Written::default();
         let mut read = false;
         let mut told = false;
         loop {
@@ -305,12 +349,10 @@ impl Publisher {
             terms.mark_unchanged();
             let mut again: Option<Instant> = None;
             let cached = self.cache.config_maps.get(&reference).and_then(|meta| meta.resource_version());
-            let known = map.as_ref().and_then(|map| map.resource_version());
-            // What we wrote ourselves is newer than the cache for a moment.
-            if !read || (cached != known && cached.is_some() && !is_newer(known.as_deref(), cached.as_deref())) {
+            if !read || known.is_old(cached.as_deref()) {
                 match within(api.get_opt(ports::CONFIG_MAP)).await {
                     Ok(found) => {
-                        map = found;
+                        known.take(found);
                         read = true;
                         told = false;
                     }
@@ -323,11 +365,12 @@ impl Publisher {
                     }
                 }
             }
-            let allocation = map.as_ref().map(Allocation::read).unwrap_or_default();
             if read && again.is_none() && self.leads(&terms) {
                 let now = Timestamp::now();
-                let wanted = wanted_ports(&self.handle.inputs());
-                let settled = allocation.settle(&wanted.keys().cloned().collect(), now);
+                let inputs = self.handle.inputs();
+                known.find(&inputs);
+                let wanted = wanted_ports(&inputs);
+                let settled = known.allocation.settle(&wanted.keys().cloned().collect(), now);
                 let mut without: BTreeMap<CanaryKey, Vec<PortKey>> = BTreeMap::new();
                 for port in &settled.without {
                     if let Some(canary) = wanted.get(port) {
@@ -335,9 +378,9 @@ impl Publisher {
                     }
                 }
                 self.handle.set_without_port(without);
-                if settled.allocation != allocation {
-                    match within(ports::write(&self.client, namespace, map.as_ref(), &settled.allocation)).await {
-                        Ok(written) => map = Some(written),
+                if !known.says(&settled.allocation) {
+                    match within(ports::write(&self.client, namespace, known.map.as_ref(), &settled.allocation)).await {
+                        Ok(written) => known.take(Some(written)),
                         Err(error) => {
                             tracing::warn!(%error, "the fleet's ports could not be written");
                             // It is no longer what we saw, or we do not know whether we wrote it.
@@ -350,7 +393,7 @@ impl Publisher {
                     again = Some(Instant::now() + wait);
                 }
             }
-            if map.as_ref().is_some_and(|map| self.handle.read_ports(map)) {
+            if known.map.as_ref().is_some_and(|map| self.handle.read_ports(map)) {
                 self.handle.rebuild();
             }
             tokio::select! {
@@ -391,7 +434,7 @@ impl Publisher {
             }
             // One that does not lead may see what is wrong by a watch, and not yet by another one why it is right.
             let doubts = stalled || (!self.leads(&terms) && writer.is_due(&self.handle.inputs()));
-            if doubts && let Err(error) = self.catch_up().run().await {
+            if doubts && let Err(error) = self.catch_up().for_slices().await {
                 tracing::warn!(%error, "catching up failed; it is tried again");
                 tokio::time::sleep(RETRY).await;
                 continue;
@@ -427,48 +470,85 @@ pub struct CatchUp {
 }
 
 impl CatchUp {
-    /// Waits until the cache is at least as new as this call: lists from the quorum what a snapshot is made of, and
-    /// compares; then rebuilds. A new leader does this before it serves.
+    /// Waits until all of the cache is at least as new as this call: lists from the quorum what a look at a Canary decides by, and
+    /// compares; then rebuilds. A new leader does this before it serves: by an older template than the last leader's it would take
+    /// a release back.
     ///
     /// # Errors
     /// If the API server cannot be asked.
     pub async fn run(&self) -> Result<(), CatchUpError> {
-        tokio::try_join!(
-            self.caught_up::<Canary>("canaries", &self.cache.canaries, &self.cache.canaries_progress),
-            self.caught_up::<Service>("services", &self.cache.services, &self.cache.services_progress),
-            self.caught_up::<Pod>("pods", &self.cache.pods, &self.cache.pods_progress),
-            self.read_ports(),
-        )?;
+        tokio::try_join!(self.traffic(), Box::pin(self.objects()))?;
         self.handle.rebuild();
         Ok(())
     }
 
-    async fn caught_up<K>(&self, kind: &'static str, store: &Store<K>, progress: &Progress) -> Result<(), CatchUpError>
+    /// The same of what a snapshot and EndpointSlices are made of alone. A replica that does not lead may do this often.
+    ///
+    /// # Errors
+    /// If the API server cannot be asked.
+    pub async fn for_slices(&self) -> Result<(), CatchUpError> {
+        self.traffic().await?;
+        self.handle.rebuild();
+        Ok(())
+    }
+
+    async fn traffic(&self) -> Result<(), CatchUpError> {
+        let cache = &self.cache;
+        tokio::try_join!(
+            self.caught_up(&cache.canaries, &cache.canaries_progress),
+            self.caught_up(&cache.services, &cache.services_progress),
+            self.caught_up(&cache.pods, &cache.pods_progress),
+            self.read_ports(),
+        )?;
+        Ok(())
+    }
+
+    /// One kind after the other: a page of each at once would take much memory.
+    async fn objects(&self) -> Result<(), CatchUpError> {
+        let (cache, all) = (&self.cache, ListParams::default());
+        let resource = deployment_resource();
+        let deployments = self.untyped(&resource);
+        caught_up(&deployments, &resource, &all, &cache.deployments, &cache.deployments_progress).await?;
+        self.caught_up(&cache.replica_sets, &cache.replica_sets_progress).await?;
+        let ours = ListParams::default().labels(labels::CANARY);
+        caught_up(&self.api(), &(), &ours, &cache.revisions, &cache.revisions_progress).await?;
+        self.caught_up(&cache.slices, &cache.slices_progress).await?;
+        let resource = autoscaler_resource();
+        let autoscalers = self.untyped(&resource);
+        caught_up(&autoscalers, &resource, &all, &cache.autoscalers, &cache.autoscalers_progress).await?;
+        self.caught_up(&cache.metric_templates, &cache.metric_templates_progress).await?;
+        self.caught_up(&cache.config_maps, &cache.config_maps_progress).await?;
+        if let Some(secrets) = &cache.secrets {
+            self.caught_up(secrets, &cache.secrets_progress).await?;
+        }
+        if let Some(namespaces) = &cache.namespaces {
+            let api = Api::all(self.client.clone());
+            caught_up(&api, &(), &all, namespaces, &cache.namespaces_progress).await?;
+        }
+        Ok(())
+    }
+
+    async fn caught_up<K>(&self, store: &Store<K>, progress: &Progress) -> Result<(), CatchUpError>
     where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
-            + Clone
-            + std::fmt::Debug
-            + DeserializeOwned
-            + 'static,
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned + 'static,
     {
-        let api: Api<K> = match &self.settings.watched_namespace {
+        caught_up(&self.api(), &(), &ListParams::default(), store, progress).await
+    }
+
+    fn api<K>(&self) -> Api<K>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+    {
+        match &self.settings.watched_namespace {
             Some(namespace) => Api::namespaced(self.client.clone(), namespace),
             None => Api::all(self.client.clone()),
-        };
-        let began = Instant::now();
-        let mut told = false;
-        loop {
-            let listed = Instant::now();
-            let list = Listed::read(&api).await.map_err(|source| CatchUpError { kind, source })?;
-            while listed.elapsed() < CATCH_UP_ANEW {
-                if progress.is_past(list.version.as_deref()) || list.is_shown_by(store) {
-                    return Ok(());
-                }
-                tokio::time::sleep(CATCH_UP).await;
-            }
-            if began.elapsed() >= CATCH_UP_LATE && !std::mem::replace(&mut told, true) {
-                tracing::warn!(kind, "the watch is behind what the API server lists: this replica waits for it");
-            }
+        }
+    }
+
+    fn untyped(&self, resource: &ApiResource) -> Api<DynamicObject> {
+        match &self.settings.watched_namespace {
+            Some(namespace) => Api::namespaced_with(self.client.clone(), namespace, resource),
+            None => Api::all_with(self.client.clone(), resource),
         }
     }
 
@@ -476,7 +556,7 @@ impl CatchUp {
     async fn read_ports(&self) -> Result<(), CatchUpError> {
         let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.settings.release_namespace);
         let read = within(api.get_opt(ports::CONFIG_MAP)).await;
-        if let Some(map) = read.map_err(|source| CatchUpError { kind: "the fleet's ports", source })? {
+        if let Some(map) = read.map_err(|source| CatchUpError { kind: "the fleet's ports".to_owned(), source })? {
             self.handle.read_ports(&map);
         }
         Ok(())
@@ -485,6 +565,36 @@ impl CatchUp {
     /// Lets a term begin.
     pub fn begin_term(&self) {
         self.handle.begin_term();
+    }
+}
+
+/// Waits until a store shows what the API server lists of its kind now.
+async fn caught_up<K>(
+    api: &Api<K>,
+    resource: &K::DynamicType,
+    which: &ListParams,
+    store: &Store<K>,
+    progress: &Progress,
+) -> Result<(), CatchUpError>
+where
+    K: Resource + Clone + Debug + DeserializeOwned + 'static,
+    K::DynamicType: Eq + Hash + Clone,
+{
+    let kind = K::plural(resource);
+    let began = Instant::now();
+    let mut told = false;
+    loop {
+        let listed = Instant::now();
+        let list = Listed::read(api, which).await.map_err(|source| CatchUpError { kind: kind.to_string(), source })?;
+        while listed.elapsed() < CATCH_UP_ANEW {
+            if progress.is_past(list.version.as_deref()) || list.is_shown_by(store, resource) {
+                return Ok(());
+            }
+            tokio::time::sleep(CATCH_UP).await;
+        }
+        if began.elapsed() >= CATCH_UP_LATE && !std::mem::replace(&mut told, true) {
+            tracing::warn!(%kind, "the watch is behind what the API server lists: this replica waits for it");
+        }
     }
 }
 
@@ -498,13 +608,13 @@ struct Listed {
 
 impl Listed {
     /// By pages: the metadata of ten thousand Pods, with who manages which field, takes hundreds of megabytes.
-    async fn read<K>(api: &Api<K>) -> Result<Self, CallError>
+    async fn read<K>(api: &Api<K>, which: &ListParams) -> Result<Self, CallError>
     where
-        K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + DeserializeOwned,
+        K: Resource + Clone + Debug + DeserializeOwned,
     {
         let mut listed = Self::default();
         // No resourceVersion: a read from the quorum. Further pages are of the same moment.
-        let mut params = ListParams::default().limit(PAGE);
+        let mut params = which.clone().limit(PAGE);
         loop {
             let page = within(api.list_metadata(&params)).await?;
             let items = page.items.into_iter();
@@ -518,12 +628,14 @@ impl Listed {
     }
 
     /// It never may, if something of it was deleted before the store had the rest of it.
-    fn is_shown_by<K>(&self, store: &Store<K>) -> bool
+    fn is_shown_by<K>(&self, store: &Store<K>, resource: &K::DynamicType) -> bool
     where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + 'static,
+        K: Resource + Clone + 'static,
+        K::DynamicType: Eq + Hash + Clone,
     {
         let behind = self.items.iter().any(|((namespace, name), wanted)| {
-            let reference = ObjectRef::<K>::new(name).within(namespace.as_deref().unwrap_or_default());
+            let reference =
+                ObjectRef::new_with(name, resource.clone()).within(namespace.as_deref().unwrap_or_default());
             store.get(&reference).is_none_or(|cached| {
                 let cached = cached.resource_version();
                 cached != *wanted && !is_newer(cached.as_deref(), wanted.as_deref())
@@ -542,7 +654,7 @@ impl Listed {
 #[derive(Debug, thiserror::Error)]
 #[error("reading {kind} from the API server failed: {source}")]
 pub struct CatchUpError {
-    kind: &'static str,
+    kind: String,
     #[source]
     source: CallError,
 }

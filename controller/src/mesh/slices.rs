@@ -240,6 +240,35 @@ fn is_ours(slice: &EndpointSlice, inputs: &Inputs) -> bool {
     is_of_sluice(slice) && slice.labels().get(labels::FLEET) == Some(&inputs.settings.fleet)
 }
 
+/// The ports of the fleet that our slices carry: kube-proxy sends clients there, whatever is written down.
+#[must_use]
+pub(super) fn carried(inputs: &Inputs) -> BTreeMap<PortKey, u16> {
+    let mut carried = BTreeMap::new();
+    let ours = inputs.slices.iter().filter(|slice| is_ours(slice, inputs));
+    let slices: BTreeMap<_, _> =
+        ours.map(|slice| ((slice.namespace(), slice.labels().get(SERVICE_NAME).cloned()), slice)).collect();
+    for service in &inputs.services {
+        let Some(slice) = slices.get(&(service.namespace(), Some(service.name_any()))) else { continue };
+        let ports = service.spec.iter().flat_map(|spec| spec.ports.iter().flatten());
+        for port in ports.filter(|port| service::is_tcp(port)) {
+            let name = port.name.as_deref().unwrap_or_default();
+            let mut of_slice = slice.ports.iter().flatten();
+            let found = of_slice.find(|port| port.name.as_deref().unwrap_or_default() == name);
+            let found = found.and_then(|port| u16::try_from(port.port?).ok());
+            if let (Some(found), Ok(number)) = (found, u16::try_from(port.port)) {
+                let key = PortKey {
+                    fleet: inputs.settings.fleet.clone(),
+                    namespace: service.namespace().unwrap_or_default(),
+                    service: service.name_any(),
+                    port: number,
+                };
+                carried.insert(key, found);
+            }
+        }
+    }
+    carried
+}
+
 /// Compares what we write; the order of endpoints and ports means nothing, and others may add labels of their own.
 fn same(found: &EndpointSlice, wanted: &EndpointSlice) -> bool {
     let sorted = |slice: &EndpointSlice| {

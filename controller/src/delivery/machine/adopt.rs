@@ -109,8 +109,15 @@ fn settle(run: &mut Run<'_>) -> Next {
 }
 
 fn revision(run: &mut Run<'_>) -> Next {
-    let Some(template) = &run.seen.template else { return run.stall(target_not_found(run.spec)) };
-    let hash = template.revision.as_str();
+    if run.seen.template.is_none() {
+        return run.stall(target_not_found(run.spec));
+    }
+    // As the status knows it, which may be more than is seen just now.
+    let Some(hash) = run.template_revision().map(ToOwned::to_owned) else {
+        let message = format!("the configuration that Deployment {} uses is read", run.spec.target);
+        return run.wait("Configuration", message, None);
+    };
+    let hash = hash.as_str();
     let wish = run.wish();
     run.at_least(hash, wish);
     if !run.has_capacity(hash, wish) {

@@ -66,9 +66,14 @@ fn begin(run: &mut Run<'_>) -> Next {
 
 fn scale(run: &mut Run<'_>) -> Next {
     let Some(template) = &run.seen.template else { return nothing_to_hand_back_to(run) };
-    let wish = run.spec.replicas.or(run.wish_taken()).unwrap_or(1);
+    let fresh = template.wish.filter(|wish| Some(*wish) != run.wish_taken());
+    let wish = fresh.or(run.spec.replicas).or(run.wish_taken()).unwrap_or(1);
     let replicas = wish.max(template.replicas);
     if template.replicas != replicas || template.wish.is_some() {
+        if let Some(replicas) = fresh.filter(|wish| run.spec.replicas != Some(*wish)) {
+            // Whatever wakes the target takes the words away.
+            run.act(Action::SetReplicas { replicas });
+        }
         run.act(Action::WakeTemplate { replicas });
         let message = format!("Deployment {} goes to {replicas} replicas", run.spec.target);
         return run.wait("TargetWakes", message, None);
@@ -182,6 +187,12 @@ fn tell_unmatched(run: &mut Run<'_>) {
 }
 
 fn settle(run: &mut Run<'_>) -> Next {
+    let service = run.seen.service;
+    let ready = run.seen.template.as_ref().is_some_and(|template| template.ready > 0);
+    if service.any_key || (ready && service.no_native_endpoint) {
+        // Somebody put the key back, or its endpoints went: without our slices it would lead to nobody.
+        return run.enter(Stage::ReturnService);
+    }
     let end = run.stage_end(run.spec.settle);
     if run.now < end {
         let message = "kube-proxy on every node follows; it has no acknowledgement, so there is a floor of time".into();

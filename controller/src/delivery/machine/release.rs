@@ -155,6 +155,11 @@ fn settled(run: &mut Run<'_>) -> Next {
         return run.wait_for_fleet(None);
     }
     let primary = run.status.primary_revision.clone().unwrap_or_default();
+    if pending.is_none() && run.seen.template.as_ref().is_some_and(|template| template.unread) {
+        // It could not be recorded.
+        let message = format!("the configuration that Deployment {} uses is read", run.spec.target);
+        return run.wait("Configuration", message, None);
+    }
     if let Some(pending) = pending {
         return start(run, plan::by_hand(&pending, &primary, run.now));
     }

@@ -35,6 +35,8 @@ pub(super) struct Run<'a> {
     pub(super) events: Vec<Event>,
     /// What only a person can mend.
     pub(super) stalled: Option<Problem>,
+    /// The cache shows the target as it was before the status saw it last: a leader whose watch is behind. Nothing is decided by it.
+    pub(super) behind: bool,
     /// The last call waited for the end of `spec.suspend`, of a pause by hand, or of what only a person can mend.
     pub(super) was_held: bool,
     again_at: Option<Timestamp>,
@@ -52,6 +54,26 @@ fn changed(known: &TemplateStatus, seen: &Template) -> bool {
     touched && known.revision != seen.revision
 }
 
+/// The clock of the last leader may have been ahead of ours: no report would be new enough until then, and no stage end.
+fn not_ahead(status: &mut CanaryStatus, spec: &Spec, now: Timestamp) {
+    let times = [
+        &mut status.stage_since,
+        &mut status.acknowledged_at,
+        &mut status.last_failure_at,
+        &mut status.inconclusive_since,
+        &mut status.error_since,
+        &mut status.last_promotion_time,
+        &mut status.last_transition_time,
+    ];
+    for time in times.into_iter().flatten() {
+        *time = now.min(*time);
+    }
+    let latest = after(now, spec.scale_down_delay.max(spec.drain));
+    for retiring in &mut status.retiring {
+        retiring.scale_down_at = latest.min(retiring.scale_down_at);
+    }
+}
+
 impl<'a> Run<'a> {
     pub(super) fn new(spec: &'a Spec, status: &CanaryStatus, seen: &'a Observation, now: Timestamp) -> Self {
         let now = micros(now);
@@ -67,8 +89,14 @@ impl<'a> Run<'a> {
             if reason == PAUSED { by_hand } else { reason == SUSPENDED || stalled(reason) }
         });
         status.waiting = None;
+        not_ahead(&mut status, spec, now);
         status.stage_since.get_or_insert(now);
         status.last_transition_time.get_or_insert(now);
+        let behind = status
+            .template
+            .as_ref()
+            .zip(seen.template.as_ref())
+            .is_some_and(|(known, seen)| known.uid == seen.uid && seen.generation < known.observed_generation);
         Self {
             spec,
             seen,
@@ -77,6 +105,7 @@ impl<'a> Run<'a> {
             actions: Vec::new(),
             events: Vec::new(),
             stalled: None,
+            behind,
             was_held,
             again_at: None,
         }
@@ -144,7 +173,7 @@ impl<'a> Run<'a> {
 
     /// Records what is seen of the target, and says whether its revision is another one than the status speaks of.
     fn note_template(&mut self) -> bool {
-        let Some(seen) = &self.seen.template else {
+        let Some(seen) = self.seen.template.as_ref().filter(|seen| !self.behind && !seen.unread) else {
             return false;
         };
         let known = self
@@ -209,12 +238,14 @@ impl<'a> Run<'a> {
         let (Some(seen), Some(known)) = (&self.seen.template, &self.status.template) else { return false };
         // Once the target wakes, its generation says nothing any more about its template.
         self.status.stage == Stage::ReturnScale
-            || (matches!(self.status.phase, Phase::Initialized | Phase::Succeeded) && !changed(known, seen))
+            || (matches!(self.status.phase, Phase::Initialized | Phase::Succeeded)
+                && !seen.unread
+                && !changed(known, seen))
     }
 
     /// Replicas that the target's owner says now, by its own field or by what was kept of it.
     pub(super) fn owners_wish(&self) -> Option<u32> {
-        let template = self.seen.template.as_ref()?;
+        let template = self.seen.template.as_ref().filter(|_| !self.behind)?;
         let says = template.replicas > 0 && !self.nobodys(template);
         if says { Some(template.replicas) } else { template.wish }
     }

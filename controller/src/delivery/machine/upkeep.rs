@@ -108,7 +108,7 @@ fn key(run: &mut Run<'_>) {
 /// Git writes `replicas` again: the Pods that come of it were never judged.
 fn rest(run: &mut Run<'_>) {
     let runs = run.seen.template.as_ref().is_some_and(|template| template.replicas > 0);
-    if runs && run.target_rests() {
+    if runs && run.target_rests() && !run.behind {
         // Where it says none of its own, the one that was taken over last stays.
         let wish = run.owners_wish().or(run.wish_taken()).unwrap_or_else(|| run.wish());
         run.act(Action::RestTemplate { wish });

@@ -230,55 +230,62 @@ fn a_canary_that_is_cut_already_is_not_built_again_at_each_look() {
     assert_eq!((asked(), weight(&handle)), (before + 1, 0), "another one of which nothing was published yet");
 }
 
-/// How a watch says that the Pod is gone.
-#[derive(Clone, Copy, Debug)]
+/// How a watch makes up for being behind.
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Told {
+    Changed,
     Deleted,
     /// By a list in which it is not, as when the watch was away for too long (410).
     Relisted,
 }
 
-/// An API server with one Pod, of which the watch is a version behind; the Pod is deleted when it has been listed again.
-fn with_a_pod_that_goes(told: Told) -> Client {
-    let pod = |version: &str| json!({"metadata": {"namespace": "shop", "name": "a", "resourceVersion": version}});
+/// An API server with one object of a kind, of which the watch is a version behind; the watch goes on when it has been listed again.
+fn with_a_watch_behind(kind: &'static str, told: Told) -> Client {
+    let object = |version: &str| {
+        let spec = json!({"provider": {"type": "prometheus", "address": "http://a"}, "query": "1"});
+        json!({"metadata": {"namespace": "shop", "name": "a", "resourceVersion": version}, "spec": spec})
+    };
     let list = |items: &[Value], version: &str| json!({"metadata": {"resourceVersion": version}, "items": items});
-    let (listed, gone) = (Arc::new(Notify::new()), Arc::new(AtomicBool::new(false)));
+    let listed = Arc::new(Notify::new());
+    let (begun, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     let server = tower::service_fn(move |request: Request<Body>| {
-        let (listed, gone) = (listed.clone(), gone.clone());
+        let (listed, begun, done) = (listed.clone(), begun.clone(), done.clone());
         async move {
-            let pods = request.uri().path().ends_with("/pods");
-            let accept = request.headers().get("accept").map(|accept| accept.to_str().unwrap());
-            let metadata = accept.is_some_and(|accept| accept.contains("PartialObjectMetadata"));
-            let is_gone = gone.load(Ordering::SeqCst);
+            let of_kind = request.uri().path().ends_with(&format!("/{kind}"));
             let query = request.uri().query().unwrap_or_default().to_owned();
             let asked = |what: &str| query.contains(what);
-            let answer = match (pods, asked("watch=true"), metadata) {
-                (true, true, _) if !is_gone => {
+            let is_done = done.load(Ordering::SeqCst);
+            let answer = match (of_kind, asked("watch=true")) {
+                (true, true) if !is_done => {
                     listed.notified().await;
-                    gone.store(true, Ordering::SeqCst);
+                    done.store(true, Ordering::SeqCst);
                     match told {
-                        Told::Deleted => json!({"type": "DELETED", "object": pod("11")}),
+                        Told::Changed => json!({"type": "MODIFIED", "object": object("10")}),
+                        Told::Deleted => json!({"type": "DELETED", "object": object("11")}),
                         Told::Relisted => {
                             json!({"type": "ERROR", "object": {"code": 410, "reason": "Expired", "status": "Failure", "message": "too old"}})
                         }
                     }
                 }
+                (_, true) => std::future::pending().await,
+                // The watch's own, before anything else is asked for.
+                (true, false) if !begun.swap(true, Ordering::SeqCst) => list(&[object("5")], "5"),
                 // By pages, of which the second has it.
-                (true, false, true) if !is_gone && asked("continue=more") => {
+                (true, false) if !is_done && asked("continue=more") => {
                     listed.notify_one();
-                    list(&[pod("10")], "10")
+                    list(&[object("10")], "10")
                 }
-                (true, false, true) if !is_gone => {
+                (true, false) if !is_done => {
                     assert!(asked("limit=500"), "{query}");
+                    assert_eq!(asked("labelSelector"), kind == "controllerrevisions", "as it is watched: {query}");
                     json!({"metadata": {"resourceVersion": "10", "continue": "more"}, "items": []})
                 }
-                (true, false, false) if !is_gone => list(&[pod("5")], "5"),
-                (true, false, _) => list(&[], "12"),
-                (_, true, _) => std::future::pending().await,
-                (false, false, _) if request.uri().path().ends_with(ports::CONFIG_MAP) => {
+                (true, false) if told == Told::Changed => list(&[object("10")], "12"),
+                (true, false) => list(&[], "12"),
+                (false, false) if request.uri().path().ends_with(ports::CONFIG_MAP) => {
                     json!({"metadata": {"name": ports::CONFIG_MAP, "resourceVersion": "7"}, "data": {"fleet.shop.web.80": "20001"}})
                 }
-                (false, false, _) => list(&[], "10"),
+                (false, false) => list(&[], "10"),
             };
             Ok::<_, std::convert::Infallible>(Response::new(Body::from(format!("{answer}\n").into_bytes())))
         }
@@ -286,33 +293,131 @@ fn with_a_pod_that_goes(told: Told) -> Client {
     Client::new(server, "default")
 }
 
+/// A warm cache of such an API server, and what catches up with it.
+async fn behind(kind: &'static str, told: Told, tasks: &mut JoinSet<()>) -> CatchUp {
+    let client = with_a_watch_behind(kind, told);
+    let scope = Scope { namespace: None, release_namespace: "sluice-system".into(), namespaces: true, secrets: true };
+    let cache = Cache::start(&client, &scope, tasks);
+    timeout(Duration::from_secs(60), cache.warm()).await.unwrap().unwrap();
+    let settings = Shop::new().inputs().settings;
+    let with = settings.clone();
+    let handle = PublisherHandle::new(move || Inputs::empty(with.clone()), cache.touches.clone());
+    CatchUp { client, cache, settings, handle }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_replica_that_catches_up_does_not_wait_for_what_was_deleted_meanwhile_and_knows_the_ports() {
     for told in [Told::Deleted, Told::Relisted] {
-        let client = with_a_pod_that_goes(told);
-        let (shop, mut tasks) = (Shop::new(), JoinSet::new());
-        let scope =
-            Scope { namespace: None, release_namespace: "sluice-system".into(), namespaces: true, secrets: true };
-        let cache = Cache::start(&client, &scope, &mut tasks);
-        cache.warm().await.unwrap();
-        let settings = shop.inputs().settings;
-        let with = settings.clone();
-        let handle = PublisherHandle::new(move || Inputs::empty(with.clone()), cache.touches.clone());
-        let catch_up = CatchUp { client, cache: cache.clone(), settings, handle: handle.clone() };
+        let mut tasks = JoinSet::new();
+        let catch_up = behind("pods", told, &mut tasks).await;
         let caught_up = timeout(Duration::from_secs(60), catch_up.run()).await;
         caught_up.unwrap_or_else(|_| panic!("it never ends: {told:?}")).unwrap();
-        assert!(cache.pods.state().is_empty(), "it is as new as the list: {told:?}");
-        assert_eq!(handle.inputs().ports.into_values().collect::<Vec<_>>(), [20_001]);
+        assert!(catch_up.cache.pods.state().is_empty(), "it is as new as the list: {told:?}");
+        assert_eq!(catch_up.handle.inputs().ports.into_values().collect::<Vec<_>>(), [20_001]);
     }
+}
+
+/// The versions that a store shows.
+fn shown<K>(store: &Store<K>) -> Vec<String>
+where
+    K: Resource + Clone,
+    K::DynamicType: Eq + Hash + Clone,
+{
+    store.state().iter().filter_map(|object| object.resource_version()).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_leads_next_waits_for_all_that_a_look_decides_by() {
+    type Shows = fn(&Cache) -> Vec<String>;
+    let kinds: [(&'static str, Shows); 11] = [
+        ("pods", |cache| shown(&cache.pods)),
+        ("services", |cache| shown(&cache.services)),
+        ("deployments", |cache| shown(&cache.deployments)),
+        ("replicasets", |cache| shown(&cache.replica_sets)),
+        ("controllerrevisions", |cache| shown(&cache.revisions)),
+        ("endpointslices", |cache| shown(&cache.slices)),
+        ("horizontalpodautoscalers", |cache| shown(&cache.autoscalers)),
+        ("metrictemplates", |cache| shown(&cache.metric_templates)),
+        ("configmaps", |cache| shown(&cache.config_maps)),
+        ("secrets", |cache| shown(cache.secrets.as_ref().unwrap())),
+        ("namespaces", |cache| shown(cache.namespaces.as_ref().unwrap())),
+    ];
+    for (kind, shows) in kinds {
+        let mut tasks = JoinSet::new();
+        let catch_up = behind(kind, Told::Changed, &mut tasks).await;
+        assert_eq!(shows(&catch_up.cache), ["5"], "{kind}");
+        let caught_up = timeout(Duration::from_secs(60), catch_up.run()).await;
+        caught_up.unwrap_or_else(|_| panic!("it never ends: {kind}")).unwrap();
+        assert_eq!(shows(&catch_up.cache), ["10"], "{kind}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_only_writes_slices_asks_for_no_more_than_they_are_made_of() {
+    let mut tasks = JoinSet::new();
+    let catch_up = behind("deployments", Told::Changed, &mut tasks).await;
+    catch_up.for_slices().await.unwrap();
+    assert_eq!(shown(&catch_up.cache.deployments), ["5"]);
+}
+
+fn ports_map(version: &str, data: Value) -> ConfigMap {
+    serde_json::from_value(json!({"metadata": {"resourceVersion": version}, "data": data})).unwrap()
+}
+
+#[test]
+fn ports_whose_config_map_somebody_deletes_are_written_down_again_as_they_were() {
+    let port = |service: &str| PortKey {
+        fleet: "default".to_owned(),
+        namespace: "shop".to_owned(),
+        service: service.to_owned(),
+        port: 80,
+    };
+    let mut known = Written::default();
+    known.take(Some(ports_map("9", json!({"default.shop.web.80": "20009"}))));
+    assert!(!known.is_old(Some("9")) && !known.is_old(Some("8")), "ours may be newer than the cache");
+    assert!(known.is_old(Some("10")));
+    assert!(known.is_old(None), "that it is gone is noticed");
+    known.take(None);
+    assert!(!known.is_old(None), "once");
+    let settled = known.allocation.settle(&[port("api"), port("web")].into(), Timestamp::UNIX_EPOCH).allocation;
+    assert_eq!(settled.ports()[&port("web")], 20_009);
+    assert!(!known.says(&known.allocation) && !known.says(&settled), "it is to be written");
+    known.take(Some(ports_map("12", json!(settled.data()))));
+    assert!(known.says(&settled));
+    // Nobody has a port: nothing needs to be there.
+    assert!(Written::default().says(&Allocation::default()));
+}
+
+#[test]
+fn a_replica_that_finds_no_config_map_takes_the_ports_from_the_slices() {
+    let mut shop = Shop::new();
+    shop.more_ports = vec![json!({"port": 81, "name": "grpc", "protocol": "TCP"})];
+    shop.traffic("aaa", None, 0);
+    shop.canary["status"]["stage"] = json!("Settled");
+    shop.fleet_pod("one", "10.0.1.1");
+    let mut inputs = shop.inputs();
+    for (port, number) in inputs.ports.values_mut().zip(21_000..) {
+        *port = number;
+    }
+    inputs.slices = slices::desired(&inputs).into_values().map(Arc::new).collect();
+    let carried = std::mem::take(&mut inputs.ports);
+    assert_eq!(carried.len(), 6);
+    let mut known = Written::default();
+    known.find(&inputs);
+    assert_eq!(known.allocation.ports(), carried);
+    let settled = known.allocation.settle(&wanted_ports(&inputs).into_keys().collect(), Timestamp::UNIX_EPOCH);
+    assert_eq!(settled.allocation.ports(), carried);
+    assert!(!known.says(&settled.allocation), "it is to be written");
+    // What is written down counts.
+    known.take(Some(ports_map("1", json!({}))));
+    known.find(&inputs);
+    assert!(known.allocation.is_empty());
 }
 
 #[test]
 fn an_older_config_map_says_nothing_of_the_ports_any_more() {
     let (_, handle, _) = published(Shop::new());
-    let map = |version: &str, port: &str| -> ConfigMap {
-        let value = json!({"metadata": {"resourceVersion": version}, "data": {"fleet.shop.web.80": port}});
-        serde_json::from_value(value).unwrap()
-    };
+    let map = |version: &str, port: &str| ports_map(version, json!({"fleet.shop.web.80": port}));
     assert!(handle.read_ports(&map("9", "20009")));
     assert!(!handle.read_ports(&map("9", "20009")), "nothing new");
     assert!(!handle.read_ports(&map("8", "20008")));

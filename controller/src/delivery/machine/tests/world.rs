@@ -115,6 +115,8 @@ pub(super) struct World {
     pub(super) autoscaler: Autoscaler,
     /// The annotation `sluice.dev/action`.
     pub(super) action: Option<String>,
+    /// Configuration that the target uses cannot be read.
+    pub(super) unread: bool,
     /// The target's hash has changed without anybody's doing.
     pub(super) hash_drifts: bool,
     /// Every verb with its revision that was ever said.
@@ -198,6 +200,7 @@ impl World {
             warnings: Vec::new(),
             autoscaler: Autoscaler::default(),
             action: None,
+            unread: false,
             hash_drifts: false,
             said: BTreeSet::new(),
             cut: false,
@@ -335,6 +338,7 @@ impl World {
                 uid: target.uid.to_string(),
                 generation: target.generation,
                 revision: target.revision.clone(),
+                unread: self.unread,
                 tracked_configs: target.configs.clone(),
                 replicas: target.replicas,
                 wish: target.wish,

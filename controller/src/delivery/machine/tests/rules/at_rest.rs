@@ -52,6 +52,67 @@ fn a_changed_generation_with_the_same_template_starts_nothing_but_is_spoken_of()
     assert_eq!((world.status.phase, world.told("NewRevision")), (Phase::Initialized, 0));
 }
 
+/// As who leads next may see it, whose watch is behind the one of who led before.
+#[test]
+fn an_older_template_than_the_one_that_was_seen_decides_nothing() {
+    let mut world = World::adopted();
+    let older = world.target.clone();
+    world.target.as_mut().unwrap().wish = Some(4);
+    world.apply("v2");
+    world.until("the first step is judged", |world| world.status.stage == Stage::Judge);
+    let newer = world.target.clone();
+    let known = world.status.template.clone();
+    for replicas in [0, 3] {
+        world.target.clone_from(&older);
+        world.target.as_mut().unwrap().replicas = replicas;
+        world.reconcile();
+        assert_eq!((world.status.template.as_ref(), world.status.stage), (known.as_ref(), Stage::Judge));
+        assert_eq!((actions(&world), world.spec.replicas), (vec![], Some(4)), "nor does what it wished for then");
+    }
+    world.target = newer;
+    world.settle();
+    assert_eq!((world.status.phase, world.status.primary_revision.as_deref()), (Phase::Succeeded, Some("v2")));
+    // Whoever goes back makes a newer one.
+    world.apply(FIRST);
+    world.settle();
+    assert_eq!(world.status.primary_revision.as_deref(), Some(FIRST));
+}
+
+#[test]
+fn a_target_whose_configuration_cannot_be_read_starts_nothing_and_holds_up_no_rollback() {
+    let mut world = World::adopted();
+    world.unread = true;
+    // As the shell says it then.
+    world.target.as_mut().unwrap().generation += 1;
+    world.settle();
+    assert_eq!((world.status.phase, world.told("NewRevision")), (Phase::Initialized, 0));
+    world.uninstalling = true;
+    world.pass_time(5);
+    assert!(world.key, "nobody knows what the target would serve");
+    world.uninstalling = false;
+    world.unread = false;
+    world.target.as_mut().unwrap().revision = "v2".into();
+    world.settle();
+    assert_eq!(world.status.primary_revision.as_deref(), Some("v2"), "what was not known then is released after all");
+
+    let mut world = judging("v2");
+    world.unread = true;
+    world.quality.insert("v2".into(), Quality::Failing);
+    world.settle();
+    assert_eq!((world.status.phase, world.weight()), (Phase::Failed, 0));
+
+    let mut world = World::adopted();
+    world.dry_run = None;
+    world.apply("v2");
+    world.reconcile();
+    (world.unread, world.dry_run) = (true, Some(DryRun::new()));
+    world.pass_time(5);
+    assert_eq!((world.waiting(), world.revisions.contains_key("v2")), ("Configuration", false));
+    world.deleting = true;
+    world.settle();
+    assert!(world.gone && !world.key);
+}
+
 #[test]
 fn another_hash_of_an_unchanged_target_starts_nothing() {
     let mut world = World::adopted();

@@ -130,6 +130,46 @@ fn while_a_target_cannot_run_a_canary_without_a_service_is_not_cut_again_and_aga
 }
 
 #[test]
+fn a_key_that_git_puts_back_at_the_last_moment_goes_again_before_anything_of_ours_does() {
+    let handed_back = || {
+        let mut world = World::adopted();
+        world.deleting = true;
+        world.until("kube-proxy follows", |world| world.status.stage == Stage::ReturnSettle);
+        world
+    };
+    let mut world = handed_back();
+    world.key = true;
+    world.pass_time(30);
+    assert!(world.gone && !world.key);
+
+    let mut world = handed_back();
+    world.native = 0;
+    world.now += SignedDuration::from_secs(30);
+    world.reconcile();
+    assert_eq!((world.gone, world.waiting()), (false, "NativeEndpoints"));
+    world.settle();
+    assert!(world.gone);
+}
+
+#[test]
+fn replicas_that_the_targets_owner_wishes_for_at_the_last_moment_are_what_it_gets() {
+    for wish in [2, 5] {
+        let mut world = World::adopted();
+        world.target.as_mut().unwrap().wish = Some(wish);
+        world.deleting = true;
+        world.settle();
+        assert!(world.gone);
+        assert_eq!(world.target.as_ref().map(|target| (target.replicas, target.ready)), Some((wish, wish)));
+    }
+    // One that was taken over before does not undo what the Canary was scaled to since.
+    let mut world = World::adopted();
+    world.spec.replicas = Some(4);
+    world.deleting = true;
+    world.settle();
+    assert_eq!(world.target.as_ref().map(|target| target.replicas), Some(4));
+}
+
+#[test]
 fn endpoints_that_a_service_cannot_have_are_not_waited_for_and_that_is_told() {
     let mut world = World::adopted();
     world.selects = false;

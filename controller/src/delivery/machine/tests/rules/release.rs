@@ -87,6 +87,42 @@ fn a_time_without_any_leader_is_no_silence_of_a_step() {
 }
 
 #[test]
+fn times_of_a_leader_whose_clock_was_ahead_hold_nothing_up() {
+    let ahead = SignedDuration::from_hours(1);
+    let mut world = judging("v2");
+    world.quality.insert("v2".into(), Quality::Failing);
+    let status = &mut world.status;
+    (status.acknowledged_at, status.stage_since) = (Some(world.now + ahead), Some(world.now + ahead));
+    status.last_failure_at = Some(world.now + ahead);
+    world.pass_time(30);
+    assert_eq!((world.status.phase, world.weight()), (Phase::Failed, 0));
+    let rolled_back = world.status.rollback.as_ref().unwrap();
+    assert_eq!(rolled_back.reason, "ThresholdReached");
+
+    let mut world = World::adopted();
+    world.apply_with("v2", Quality::NeverReady);
+    world.until("Pods are waited for", |world| world.waiting() == "Capacity");
+    world.status.stage_since = Some(world.now + ahead);
+    world.pass_time(121);
+    assert_eq!(world.status.rollback.as_ref().unwrap().reason, "ProgressDeadlineExceeded");
+    world.status.retiring[0].scale_down_at = world.now + ahead;
+    world.pass_time(61);
+    assert_eq!(world.desired("v2"), 0);
+
+    for verdict in [VerdictStatus::Inconclusive, VerdictStatus::Error] {
+        let mut world = judging("v2");
+        world.pass_time(6);
+        let quality = if verdict == VerdictStatus::Error { Quality::Unmeasurable } else { Quality::Silent };
+        world.quality.insert("v2".into(), quality);
+        world.pass_time(10);
+        world.status.inconclusive_since = Some(world.now + ahead);
+        world.status.error_since = Some(world.now + ahead);
+        world.pass_time(75);
+        assert!(world.status.rollback.is_some(), "{verdict:?}");
+    }
+}
+
+#[test]
 fn what_was_heard_before_is_no_silence_when_somebody_else_measures() {
     let mut world = judging("v2");
     world.reports = false;
