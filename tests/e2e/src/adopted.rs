@@ -8,7 +8,7 @@ use std::{
 };
 
 use k8s_openapi::api::{
-    apps::v1::Deployment,
+    apps::v1::{ControllerRevision, Deployment},
     core::v1::{Namespace, Service},
 };
 use kube::{
@@ -17,7 +17,7 @@ use kube::{
     core::{GroupVersionKind, NamespaceResourceScope},
 };
 use serde_json::json;
-use sluice_crds::{Canary, CanaryStatus, Stage};
+use sluice_crds::{Canary, CanaryStatus, Stage, labels};
 use sluice_load::{CUT, RESENT, STREAM, WEBSOCKET};
 use tokio::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -270,14 +270,18 @@ impl Adopted {
         ended(app).await;
     }
 
-    /// Waits until nobody has anything to do: the Canary is settled, and Kubernetes' own controllers have said of every
-    /// Deployment that it is as it should be.
+    /// Waits until nobody has anything to do: the Canary is settled, Kubernetes' own controllers have said of every
+    /// Deployment that it is as it should be, and no more revisions are left than are kept.
     pub async fn comes_to_rest(&self) {
-        let deployments = self.api::<Deployment>();
+        let (deployments, records) = (self.api::<Deployment>(), self.api::<ControllerRevision>());
         eventually("a settled Canary and Deployments that are complete", MINUTE, || async {
             let canary = self.app.canaries().get("hello").await.ok()?;
             let all = deployments.list(&ListParams::default()).await.ok()?;
-            (is_settled(&canary) && all.iter().all(is_complete)).then_some(())
+            let kept = records.list(&ListParams::default().labels(labels::CANARY)).await.ok()?.items.len();
+            let rejected = canary.status.as_ref()?.rejected_revision.is_some();
+            // Beside the primary, and the one that was rejected last.
+            let most = usize::try_from(canary.spec.revision_history_limit).ok()? + 1 + usize::from(rejected);
+            (is_settled(&canary) && all.iter().all(is_complete) && kept <= most).then_some(())
         })
         .await;
     }
