@@ -193,13 +193,13 @@ async fn an_endpoint_that_does_not_answer_in_the_route_s_time_is_one_that_fails(
 #[tokio::test]
 async fn content_that_a_client_breaks_is_held_against_no_endpoint() {
     for protocol in [UpstreamProtocol::Http1, UpstreamProtocol::Http2] {
-        let (begun, mut begins) = mpsc::unbounded_channel();
+        let (begun, mut begins) = mpsc::channel(64);
         let reader = || {
             let begun = begun.clone();
             App::start(own_ip(), 8080, move |request: Request<Incoming>| {
                 let begun = begun.clone();
                 async move {
-                    begun.send(()).unwrap();
+                    begun.send(()).await.unwrap();
                     let _ = request.into_body().collect().await;
                     Response::new(full("ok"))
                 }
