@@ -84,9 +84,12 @@ pub(super) fn check_request(parts: &mut request::Parts) -> Result<(), Failure> {
         }
         let path = parts.uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
         // An empty path is that of the root (RFC 9110, 4.2.3).
-        parts.uri =
-            if path.as_str().starts_with('?') { format!("/{path}").parse().ok() } else { Some(Uri::from(path)) }
-                .ok_or(TARGET)?;
+        parts.uri = if path.as_str().starts_with('?') {
+            format!("/{}", path.as_str()).parse().ok()
+        } else {
+            Some(Uri::from(path))
+        }
+        .ok_or(TARGET)?;
     }
     Ok(())
 }
@@ -378,6 +381,14 @@ mod tests {
     }
 
     #[test]
+    fn the_server_as_a_whole_is_asked_by_options_alone() {
+        let mut all = request(Version::HTTP_2, "*", &[("host", "a")]);
+        assert!(check_request(&mut all).is_err());
+        all.method = Method::OPTIONS;
+        check_request(&mut all).unwrap();
+    }
+
+    #[test]
     fn a_target_without_a_path_is_that_of_the_root() {
         for (sent, taken) in [("http://a?x=1", "/?x=1"), ("http://a?/../admin", "/?/../admin"), ("http://a", "/")] {
             let mut parts = request(Version::HTTP_11, sent, &[("host", "a")]);
@@ -426,9 +437,6 @@ mod tests {
         translate(&mut all, Wire::Http2, true, false).unwrap();
         assert_eq!((all.uri.path(), all.uri.authority().unwrap().as_str()), ("*", "shop"));
         assert!(translate(&mut request(Version::HTTP_11, "/", &[("host", "")]), Wire::Http2, true, false).is_err());
-
-        // The server as a whole is asked by OPTIONS alone (RFC 9112, 3.2.4).
-        assert!(translate(&mut request(Version::HTTP_2, "*", &[]), Wire::Http1, true, true).is_err());
 
         let headers = [("cookie", "a=1"), ("x-mine", "1"), ("cookie", "b=2"), ("te", "trailers")];
         let mut parts = request(Version::HTTP_2, "http://shop:8080/cart?x=1", &headers);
