@@ -49,8 +49,8 @@ const GIVE_UP_AGAIN: Duration = Duration::from_secs(600);
 const EPOCH: &str = "sluice.dev/epoch";
 /// Most bytes of names that a sidecar may have told on a stream ([`State::named`]), and of one message of it: it asks for a handful.
 const SIDECAR_NAMES: usize = 256 << 10;
-/// The same of a member of the fleet, which says in one message what it holds: the names of a listener for each port of the fleet, with their routes, clusters and
-/// endpoints, are less than half of it.
+/// The same of a member of the fleet, which says in one message what it holds: the names of a listener for each port of the fleet,
+/// with their routes, clusters and endpoints, are less than half of it.
 const FLEET_NAMES: usize = 64 << 20;
 
 /// Whether this replica serves, and where the one is that does.

@@ -294,10 +294,8 @@ async fn one_ends_with_its_connection_when_a_drain_is_over() {
     }
 }
 
-/// Answers at the first content of a request, and wants no more of one that does not end with it.
-async fn wants_no_more(ip: IpAddr) -> Arc<AtomicUsize> {
-    const OK: &[u8] = b"\x88";
-    const REJECTED: &[u8] = b"\x88\x00\x0bgrpc-status\x017";
+/// An application that answers some frames of its clients with frames. Returns how many connections it has had.
+async fn by_hand(ip: IpAddr, answer: fn(Frame) -> Vec<Bytes>) -> Arc<AtomicUsize> {
     let listener = TcpListener::bind((ip, 8080)).await.unwrap();
     let connections = Arc::new(AtomicUsize::new(0));
     let opened = connections.clone();
@@ -308,20 +306,8 @@ async fn wants_no_more(ip: IpAddr) -> Arc<AtomicUsize> {
             tokio::spawn(async move {
                 from.read_exact(&mut [0; 24]).await.unwrap();
                 to.write_all(&frame(SETTINGS, 0, 0, &[])).await.unwrap();
-                while let Some(Frame { kind, flags, stream, payload }) = Frame::read(&mut from).await {
-                    if kind != DATA {
-                        continue;
-                    }
-                    let mut answer = if payload == b"message" {
-                        vec![frame(HEADERS, END_HEADERS | END_STREAM, stream, REJECTED)]
-                    } else {
-                        vec![frame(HEADERS, END_HEADERS, stream, OK), frame(DATA, END_STREAM, stream, b"early")]
-                    };
-                    if flags & END_STREAM == 0 {
-                        // NO_ERROR.
-                        answer.push(frame(RST_STREAM, 0, stream, &[0; 4]));
-                    }
-                    to.write_all(&answer.concat()).await.unwrap();
+                while let Some(frame) = Frame::read(&mut from).await {
+                    to.write_all(&answer(frame).concat()).await.unwrap();
                 }
             });
         }
@@ -329,12 +315,33 @@ async fn wants_no_more(ip: IpAddr) -> Arc<AtomicUsize> {
     connections
 }
 
+/// `:status: 200`, as HPACK's static table has it.
+const OK: &[u8] = b"\x88";
+
+/// Answers at the first content of a request, and wants no more of one that does not end with it.
+fn wants_no_more(Frame { kind, flags, stream, payload }: Frame) -> Vec<Bytes> {
+    const REJECTED: &[u8] = b"\x88\x00\x0bgrpc-status\x017";
+    if kind != DATA {
+        return Vec::new();
+    }
+    let mut answer = if payload == b"message" {
+        vec![frame(HEADERS, END_HEADERS | END_STREAM, stream, REJECTED)]
+    } else {
+        vec![frame(HEADERS, END_HEADERS, stream, OK), frame(DATA, END_STREAM, stream, b"early")]
+    };
+    if flags & END_STREAM == 0 {
+        // NO_ERROR.
+        answer.push(frame(RST_STREAM, 0, stream, &[0; 4]));
+    }
+    answer
+}
+
 /// RFC 9113, 8.1: such a reset is no reason to discard the answer.
 #[tokio::test]
 async fn an_answer_is_whole_though_its_upstream_wants_no_more_of_the_request() {
     for meshed in [false, true] {
         let (ip, ca) = (own_ip(), Ca::new());
-        let connections = wants_no_more(ip).await;
+        let connections = by_hand(ip, wants_no_more).await;
         let sidecar = sidecar_with(ca.identity(APP), ip, false, |it| it.metrics = Metrics::new("test", 1)).await;
         let direct = cluster("a", &[(ip, 8080).into()]);
         let cluster = if meshed { mesh_cluster("a", &[&sidecar]) } else { direct };
@@ -369,41 +376,21 @@ async fn an_answer_is_whole_though_its_upstream_wants_no_more_of_the_request() {
     }
 }
 
-/// Answers with a head, `empty` DATA frames of no content, and the end, but never the one who asks with content.
-async fn says_little(ip: IpAddr, empty: usize) -> Arc<AtomicUsize> {
-    let listener = TcpListener::bind((ip, 8080)).await.unwrap();
-    let connections = Arc::new(AtomicUsize::new(0));
-    let opened = connections.clone();
-    tokio::spawn(async move {
-        loop {
-            let (mut from, mut to) = listener.accept().await.unwrap().0.into_split();
-            opened.fetch_add(1, SeqCst);
-            tokio::spawn(async move {
-                from.read_exact(&mut [0; 24]).await.unwrap();
-                to.write_all(&frame(SETTINGS, 0, 0, &[])).await.unwrap();
-                while let Some(Frame { kind, flags, stream, .. }) = Frame::read(&mut from).await {
-                    if flags & END_STREAM == 0 || !matches!(kind, HEADERS | DATA) {
-                        continue;
-                    }
-                    let answer = [
-                        // :status 200
-                        frame(HEADERS, END_HEADERS, stream, b"\x88"),
-                        frame(DATA, 0, stream, &[]).repeat(empty).into(),
-                        frame(DATA, END_STREAM, stream, b"enough"),
-                    ];
-                    to.write_all(&answer.concat()).await.unwrap();
-                }
-            });
-        }
-    });
-    connections
+/// Answers whoever has ended, with three DATA frames of no content before the last.
+fn says_little(Frame { kind, flags, stream, .. }: Frame) -> Vec<Bytes> {
+    if flags & END_STREAM == 0 || !matches!(kind, HEADERS | DATA) {
+        return Vec::new();
+    }
+    let empty = frame(DATA, 0, stream, &[]);
+    let (head, end) = (frame(HEADERS, END_HEADERS, stream, OK), frame(DATA, END_STREAM, stream, b"enough"));
+    vec![head, empty.clone(), empty.clone(), empty, end]
 }
 
 /// As some servers send before trailers, or for each empty part of a body.
 #[tokio::test]
 async fn empty_data_frames_of_an_application_end_no_connection() {
     let ip = own_ip();
-    let connections = says_little(ip, 3).await;
+    let connections = by_hand(ip, says_little).await;
     let cluster = Cluster { protocol: UpstreamProtocol::Http2, ..cluster("a", &[(ip, 8080).into()]) };
     let proxy = proxy_to(cluster, None, |options| options.metrics = Metrics::new("test", 1)).await;
     let (read, mut write) = frames::connect(&proxy).await;
